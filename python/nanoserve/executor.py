@@ -1,0 +1,233 @@
+"""ModelExecutor: binds the decoder's operations to compiled kernels once, then runs one native call per batch.
+
+Construction packs every weight into the kernels' panel layout, loads (or compiles) the kernels the model needs, and hands
+the native StepExecutor a plan: kernel addresses with their arguments. `forward` passes a ragged batch to that plan with
+the GIL released; no Python runs per layer or per token.
+
+Every output row's bits depend on its own tokens only: each GEMM output has one accumulator with k ascending, attention walks
+absolute 64-token blocks, and work is split over outputs, never inside one. So batch mates, chunk borders, cache hits and
+thread counts cannot change an answer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoserve.batch import Batch
+from nanoserve.kernels import attention, embedding, gated, gemm, kv_write, norm
+from nanoserve.kernels.library import KernelSpec, load_kernels
+from nanoserve.models.config import ModelConfig
+from nanoserve.models.decoder import Attention, Embedding, Gated, Gemm, KvWrite, Norm, Op, buffers, forward_ops
+from nanoserve.models.weights import bind_weights, load_weights, random_weights
+from nanoserve.native import KVCachePool, StepExecutor, ThreadPool
+
+__all__ = ["Executor", "ModelConfig", "ModelExecutor", "load_weights", "random_weights"]
+
+Arg = tuple[str, int] | tuple[str]
+
+
+class Executor(Protocol):
+    """What the batcher needs of a model."""
+
+    last_finite: NDArray[np.bool_]  # per row of the latest logits: every value is finite
+
+    def forward(self, batch: Batch) -> NDArray[np.float32]:
+        """float32[number of sampling requests, vocab]: logits in the order of `batch.sampling_requests`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """An operation with its kernel(s) and native arguments."""
+
+    name: str
+    specs: tuple[KernelSpec, ...]
+    args: list[Arg]
+    domain: str
+    options: dict[str, Any]
+
+
+class ModelExecutor:
+    """Runs one model's forward pass over a KV pool.
+
+    Args:
+        config, weights: as NanoServingEngine's.
+        kv_pool: must have the model's layers, KV heads and head size.
+        max_num_batched_tokens: most rows of one forward; sizes the activation buffers.
+        num_threads: None takes the cores this process may use.
+        on_progress: called as (done, total, kernel name) while kernels load.
+
+    Raises:
+        ValueError: a size that does not fit. CheckpointError: weights that do not fit the config.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, NDArray[Any]],
+        kv_pool: KVCachePool,
+        *,
+        max_num_batched_tokens: int = 2048,
+        num_threads: int | None = None,
+        on_progress: Callable[[int, int, str], None] | None = None,
+    ) -> None:
+        _check_pool(config, kv_pool)
+        threads = len(os.sched_getaffinity(0)) if num_threads is None else num_threads
+        if threads < 1:
+            raise ValueError(f"num_threads: {threads} must be at least 1")
+        self.config = config
+        self.kv_pool = kv_pool
+        self.num_threads = threads
+        self.last_finite: NDArray[np.bool_] = np.ones(0, dtype=np.bool_)
+        self._native = StepExecutor(kv_pool, ThreadPool(threads), max_num_batched_tokens)
+        self._tensors = bind_weights(config, weights)
+        self._buffers = {name: self._native.buffer(cols) for name, cols in buffers(config).items()}
+        self._strides = {name: StepExecutor.stride(cols) for name, cols in buffers(config).items()}
+        self._strides["logits"] = StepExecutor.logits_stride(config.vocab_size)
+        plan = [self._bind(op) for op in forward_ops(config)]
+        del self._tensors  # packed copies and kept arrays live in the native plan now
+        self.kernels = load_kernels([spec for bound in plan for spec in bound.specs], on_progress)
+        for bound in plan:
+            self._emit(bound)
+
+    def forward(self, batch: Batch) -> NDArray[np.float32]:
+        """Logits of the batch's sampling rows; writes the KV of every row.
+
+        Returns:
+            float32[R, vocab], a fresh array; `last_finite` tells which rows are finite throughout.
+        """
+        logits, self.last_finite = self._native.forward(
+            batch.input_ids, batch.tables, batch.starts, batch.counts, batch.sample_rows, self.config.vocab_size
+        )
+        result: NDArray[np.float32] = logits
+        return result
+
+    def execute_prefill(self, batch: Batch) -> NDArray[np.float32]:
+        """`forward` for a batch that computes prompt tokens."""
+        if not batch.is_prefill:
+            raise ValueError("execute_prefill: the batch is decode only")
+        return self.forward(batch)
+
+    def execute_decode(self, batch: Batch) -> NDArray[np.float32]:
+        """`forward` for a batch of one output token per request."""
+        if not batch.is_decode:
+            raise ValueError("execute_decode: the batch has prompt tokens to compute")
+        return self.forward(batch)
+
+    def profile(self, enable: bool) -> None:
+        """Measure each operation of the following forwards; `timings` has the result."""
+        self._native.profile(enable)
+
+    def timings(self) -> list[tuple[str, int, int]]:
+        """(operation, nanoseconds, calls) since profiling was enabled."""
+        return list(self._native.timings())
+
+    def _weight(self, array: NDArray[Any]) -> Arg:
+        return ("weight", self._native.weight(np.ascontiguousarray(array, dtype=np.float32)))
+
+    def _buffer(self, name: str) -> Arg:
+        return ("logits",) if name == "logits" else ("buffer", self._buffers[name])
+
+    def _bind(self, op: Op) -> _Bound:
+        """The kernel of an operation and where each of its arguments comes from."""
+        config, strides = self.config, self._strides
+        match op:
+            case Embedding():
+                spec = embedding.embedding_spec(config.n_embd, strides[op.out], positions=op.pos_table is not None)
+                args: list[Arg] = [("ids",), ("positions",), self._weight(self._tensors[op.table])]
+                if op.pos_table:
+                    args.append(self._weight(self._tensors[op.pos_table]))
+                return _Bound("embedding", (spec,), [*args, self._buffer(op.out)], "rows", {"cost_per_unit": config.n_embd})
+            case Norm():
+                spec = norm.norm_spec(
+                    config.norm, config.n_embd, strides[op.x], strides[op.out], config.norm_eps,
+                    bias=op.bias is not None, gather=op.gather,
+                )  # fmt: skip
+                args = [self._buffer(op.x), *([("sample_rows",)] if op.gather else []), self._weight(self._tensors[op.weight])]
+                if op.bias:
+                    args.append(self._weight(self._tensors[op.bias]))
+                domain = "samples" if op.gather else "rows"
+                return _Bound(op.weight, (spec,), [*args, self._buffer(op.out)], domain, {"cost_per_unit": 4 * config.n_embd})
+            case Gemm():
+                return self._bind_gemm(op)
+            case KvWrite():
+                rotary = config.dim_per_head if op.rope else 0
+                spec = kv_write.kv_write_spec(
+                    config.n_head, config.kv_heads, config.dim_per_head, self.kv_pool.page_size, strides[op.qkv], rotary
+                )
+                args = [self._buffer(op.qkv)]
+                if rotary:
+                    table = kv_write.rope_table(config.max_seq_len, rotary, config.rope_theta)
+                    args += [self._weight(table), ("positions",)]
+                args += [("k", op.layer), ("v", op.layer), ("slots",)]
+                cost = 2 * (config.n_head + 2 * config.kv_heads) * config.dim_per_head
+                return _Bound(f"layers.{op.layer}.kv_write", (spec,), args, "rows", {"cost_per_unit": cost})
+            case Attention():
+                return self._bind_attention(op)
+            case Gated():
+                spec = gated.gated_spec(op.cols, op.activation, strides[op.x], strides[op.out])
+                return _Bound("gated", (spec,), [self._buffer(op.x), self._buffer(op.out)], "rows", {"cost_per_unit": 16 * op.cols})
+
+    def _bind_gemm(self, op: Gemm) -> _Bound:
+        spec = gemm.gemm_spec(
+            op.n_in, op.n_out, self._strides[op.x], self._strides[op.out],
+            bias=op.bias is not None, activation=op.activation, residual=op.residual,
+        )  # fmt: skip
+        tied = op.weight == "head.weight" and self.config.tie_embeddings
+        weight = self._tensors["embed.weight" if tied else op.weight]
+        args: list[Arg] = [self._buffer(op.x), self._weight(gemm.pack(weight))]
+        if op.bias:
+            args.append(self._weight(gemm.pack_bias(self._tensors[op.bias])))
+        over = "samples" if op.x == "last" else "rows"
+        args += [self._buffer(op.out), ("num_samples",) if over == "samples" else ("num_rows",)]
+        width = gemm.panel_width(op.n_out)
+        options = {
+            "panels": -(-op.n_out // width),
+            "row_block": gemm.ROW_BLOCK,
+            "over": over,
+            "cost_per_unit": op.n_in * width,
+        }
+        return _Bound(op.weight, (spec,), args, "tiles", options)
+
+    def _bind_attention(self, op: Attention) -> _Bound:
+        config = self.config
+        group = config.n_head // config.kv_heads
+        small, large = attention.row_tiles(group)
+        specs = tuple(
+            attention.attention_spec(
+                config.n_head, config.kv_heads, config.dim_per_head, self.kv_pool.page_size,
+                self._strides[op.qkv], self._strides[op.out], rows,
+            )
+            for rows in (small, large)
+        )  # fmt: skip
+        args: list[Arg] = [self._buffer(op.qkv), ("k", op.layer), ("v", op.layer), ("table",), ("items",), self._buffer(op.out)]
+        options = {"small_rows": small, "large_rows": large, "group": group, "kv_heads": config.kv_heads}
+        return _Bound(f"layers.{op.layer}.attention", specs, args, "attention", options)
+
+    def _emit(self, bound: _Bound) -> None:
+        addresses = [self.kernels[spec] for spec in bound.specs]
+        if bound.domain == "attention":
+            o = bound.options
+            self._native.attention(
+                bound.name, addresses[0], o["small_rows"], addresses[1], o["large_rows"], bound.args, o["group"], o["kv_heads"]
+            )
+        else:
+            self._native.op(bound.name, addresses[0], bound.args, bound.domain, **bound.options)
+
+
+def _check_pool(config: ModelConfig, pool: KVCachePool) -> None:
+    for name, held, needed in (
+        ("num_layers", pool.num_layers, config.n_layer),
+        ("num_heads", pool.num_heads, config.kv_heads),
+        ("head_dim", pool.head_dim, config.dim_per_head),
+    ):
+        if held != needed:
+            raise ValueError(f"kv_pool: {name} is {held}, the model needs {needed}")
+    if pool.page_size % 16:
+        raise ValueError(f"kv_pool: page_size {pool.page_size} must be a multiple of 16, the width of a vector of scores")

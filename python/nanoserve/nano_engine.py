@@ -1,0 +1,204 @@
+"""NanoServingEngine: model, memory and scheduler behind four verbs: add_request, step, abort, generate.
+
+It only wires the parts together and guards the door. What runs when is ContinuousBatcher's, what is cached is
+RadixCacheManager's, what is computed is ModelExecutor's. One thread drives an engine; nothing in it is locked.
+
+Answers are bit-exact: a request's tokens depend on its prompt, its parameters and its seed, never on what else runs.
+A request without a seed gets one from the engine's own (`seed`) and its place in the order of arrival.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoserve.cache.kv_pool import KVCachePool
+from nanoserve.cache.radix_manager import RadixCacheManager
+from nanoserve.errors import RequestRefused
+from nanoserve.executor import ModelExecutor
+from nanoserve.models.config import ModelConfig
+from nanoserve.request import Request
+from nanoserve.sampling import SamplingParams
+from nanoserve.scheduling.audit import audit
+from nanoserve.scheduling.chunked_prefill import ChunkedPrefillManager
+from nanoserve.scheduling.continuous_batcher import ContinuousBatcher, StepOutput
+from nanoserve.scheduling.decode_manager import DecodeManager
+
+
+class NanoServingEngine:
+    """Serves one model.
+
+    Args:
+        config: the model's shape and options.
+        weights: tensors by checkpoint name, as `load_weights` returns them.
+        kv_cache_pages: pages of KV memory, `page_size` tokens each.
+        max_chunk_size: most prompt tokens of one request per step.
+        max_batch_size: most requests running at once.
+        max_num_batched_tokens: most tokens computed in one step, decode rows and prompt chunks together.
+        eos_token_id: token(s) that end a request; None takes the config's.
+        page_size: tokens per page, a multiple of 16.
+        policy: order of the waiting queue: fcfs, sjf, ljf, priority or lpm.
+        max_model_len: longest prompt + output; None takes the config's max_seq_len.
+        enable_prefix_cache: keep finished prefixes in the radix tree for later requests.
+        num_threads: threads of a forward pass; None takes the machine's cores.
+        seed: source of the seeds of requests that bring none.
+        on_progress: called as (done, total, kernel name) while kernels compile.
+
+    Raises:
+        ValueError: naming the field, its value and its limit.
+        CheckpointError: the weights do not fit the config.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, NDArray[Any]],
+        kv_cache_pages: int = 256,
+        max_chunk_size: int = 256,
+        max_batch_size: int = 32,
+        max_num_batched_tokens: int = 2048,
+        eos_token_id: int | Iterable[int] | None = None,
+        *,
+        page_size: int = 16,
+        policy: str = "fcfs",
+        max_model_len: int | None = None,
+        enable_prefix_cache: bool = True,
+        num_threads: int | None = None,
+        seed: int = 0,
+        on_progress: Callable[[int, int, str], None] | None = None,
+    ) -> None:
+        for name, value in (
+            ("kv_cache_pages", kv_cache_pages),
+            ("max_chunk_size", max_chunk_size),
+            ("max_batch_size", max_batch_size),
+            ("max_num_batched_tokens", max_num_batched_tokens),
+            ("page_size", page_size),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: {value!r} must be a whole number of at least 1")
+        if max_num_batched_tokens < max_batch_size:
+            raise ValueError(
+                f"max_num_batched_tokens: {max_num_batched_tokens} must be at least max_batch_size={max_batch_size}: "
+                "every running request computes a token per step"
+            )
+        if max_model_len is not None and not 1 <= max_model_len <= config.max_seq_len:
+            raise ValueError(f"max_model_len: {max_model_len} must be in [1, {config.max_seq_len}], what the model knows")
+        self.config = config
+        self.eos_token_ids = _eos_ids(config, eos_token_id)
+        self.kv_pool = KVCachePool(kv_cache_pages, page_size, config.n_layer, config.kv_heads, config.dim_per_head)
+        self.executor = ModelExecutor(
+            config,
+            weights,
+            self.kv_pool,
+            max_num_batched_tokens=max_num_batched_tokens,
+            num_threads=num_threads,
+            on_progress=on_progress,
+        )
+        self.radix_mgr = RadixCacheManager(self.kv_pool, enabled=enable_prefix_cache)
+        self.batcher = ContinuousBatcher(
+            self.executor,
+            self.radix_mgr,
+            ChunkedPrefillManager(self.kv_pool, max_chunk_size, max_num_batched_tokens),
+            DecodeManager(max_batch_size),
+            self.eos_token_ids,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=config.max_seq_len if max_model_len is None else max_model_len,
+            vocab_size=config.vocab_size,
+            policy=policy,
+            seed=seed,
+        )
+        self._next_id = 0
+
+    def add_request(
+        self,
+        prompt_tokens: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        req_id: int | str | None = None,
+        priority: int = 0,
+    ) -> Request:
+        """Queue a prompt.
+
+        Raises:
+            ValueError: a bad token or parameter. RequestRefused (a ValueError): it can never fit; the message has the numbers.
+        """
+        if req_id is None:
+            req_id = self._next_id
+            self._next_id += 1
+        request = Request(req_id, prompt_tokens, params=params or SamplingParams(), priority=priority)
+        self.batcher.add_request(request)
+        return request
+
+    def step(self) -> StepOutput:
+        """Compute one mixed batch and commit what it produced."""
+        return self.batcher.step()
+
+    def abort(self, req_id: int | str) -> bool:
+        """Drop a request in whatever state it is; False when it is not (or no longer) live."""
+        return self.batcher.abort(req_id)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.batcher.has_unfinished
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Request]:
+        """Serve prompts to completion; finished requests in prompt order.
+
+        All prompts are checked before any is queued, so a bad one takes nothing with it.
+
+        Raises:
+            ValueError: as add_request, naming the prompt's index.
+        """
+        per_prompt = _per_prompt(params, len(prompts))
+        requests = []
+        for index, (prompt, one) in enumerate(zip(prompts, per_prompt, strict=True)):
+            try:
+                request = Request(self._next_id + index, prompt, params=one)
+                self.batcher.check(request)
+            except RequestRefused as error:
+                raise RequestRefused(f"prompts[{index}]: {error}") from error
+            except ValueError as error:
+                raise ValueError(f"prompts[{index}]: {error}") from error
+            requests.append(request)
+        self._next_id += len(requests)
+        return self.batcher.run_until_complete(requests)
+
+    def get_stats(self) -> dict[str, Any]:
+        """Counters since the start or `reset_stats`: cache_hit_rate, avg_tokens_per_step, preemptions, kv_* and more."""
+        stats = self.batcher.get_stats()
+        stats.update({f"kv_{name}": value for name, value in self.kv_pool.stats().items()})
+        return stats
+
+    def reset_stats(self) -> None:
+        self.batcher.reset_stats()
+
+    def audit(self) -> None:
+        """Check pool, tables and tree against each other; raises InvariantViolation with what disagrees."""
+        audit(self.batcher.scheduler)
+
+
+def _eos_ids(config: ModelConfig, given: int | Iterable[int] | None) -> tuple[int, ...]:
+    if given is None:
+        return config.eos_token_ids
+    ids = (given,) if isinstance(given, int | np.integer) else tuple(given)
+    for token in ids:
+        if not 0 <= token < config.vocab_size:
+            raise ValueError(f"eos_token_id: {token} must be in [0, {config.vocab_size})")
+    return tuple(int(token) for token in ids)
+
+
+def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise ValueError(f"params: {len(params)} sampling parameters for {count} prompts")
+    return params

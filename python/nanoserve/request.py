@@ -1,0 +1,173 @@
+"""One request's life: what was asked, what has been computed, what came out.
+
+Three lengths describe it at any moment, as half-open intervals over its token positions:
+
+    [0 ........... cached_len)                 KV is in its pages: computed, or shared from the prefix cache
+                  [cached_len ... total_len)   known tokens still to compute (`extend_len` of them)
+    [0 ............................ total_len) prompt + output
+
+Before the first output `extend_len` is prompt - cached; while decoding it is 1, the token just sampled; after a
+preemption it is everything again. One formula serves all three, so no phase flag can disagree with it.
+
+Only RequestPool changes `state`; only the scheduler advances `cached_len`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from nanoserve.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from nanoserve.native import PageTable
+
+
+class RequestState(Enum):
+    """Where a request is. The arrows between states are RequestPool's."""
+
+    WAITING = "waiting"  # never admitted
+    PREFILL = "prefill"  # admitted, prompt partly computed
+    DECODE = "decode"  # one token per step
+    PREEMPTED = "preempted"  # lost its pages, waits to be recomputed
+    FINISHED = "finished"
+
+
+class Request:
+    """A prompt, its sampling parameters and its output so far.
+
+    Args:
+        req_id: unique among live requests.
+        prompt_tokens: at least one token id, each 0 <= id < 2**31 (the model's vocabulary is checked at the engine).
+        max_tokens, temperature, ignore_eos: shorthands for the fields of SamplingParams; `params` wins when given.
+        cached_len: leading prompt tokens whose KV is already in pages; less than the prompt's length.
+        priority: smaller runs earlier under the `priority` policy.
+
+    Raises:
+        ValueError: naming the field, its value and its limit.
+    """
+
+    __slots__ = (
+        "arrival",
+        "cached_len",
+        "error",
+        "finish_reason",
+        "max_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "output_tokens",
+        "page_table",
+        "params",
+        "prefix_hit_len",
+        "priority",
+        "prompt_tokens",
+        "radix_node",
+        "req_id",
+        "seed",
+        "state",
+        "token_ids",
+        "validated_len",
+    )
+
+    def __init__(
+        self,
+        req_id: int | str,
+        prompt_tokens: Sequence[int],
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        ignore_eos: bool | None = None,
+        cached_len: int = 0,
+        *,
+        params: SamplingParams | None = None,
+        priority: int = 0,
+    ) -> None:
+        if params is None:
+            given = {"max_tokens": max_tokens, "temperature": temperature, "ignore_eos": ignore_eos}
+            params = SamplingParams(**{name: value for name, value in given.items() if value is not None})
+        self.req_id = req_id
+        self.prompt_tokens = _checked_tokens(prompt_tokens)
+        self.num_prompt_tokens = len(self.prompt_tokens)
+        if not 0 <= cached_len < self.num_prompt_tokens:
+            raise ValueError(
+                f"cached_len: {cached_len} must be in [0, {self.num_prompt_tokens}): at least one prompt token is computed"
+            )
+        self.params = params
+        self.max_tokens = params.max_tokens
+        self.priority = priority
+        self.cached_len = cached_len
+        self.prefix_hit_len = 0  # tokens the prefix cache gave at the latest admission
+        self.validated_len = 0  # leading tokens known to have led to finite logits: only these may enter the tree
+        self.output_tokens: list[int] = []
+        self.token_ids = array("i", self.prompt_tokens)  # prompt + output, the copy that is sliced and hashed
+        self.page_table: PageTable | None = None
+        self.radix_node: int | None = None  # the pinned node of the prefix tree
+        self.state = RequestState.WAITING
+        self.finish_reason: str | None = None  # "stop", "length", "abort" or "error"
+        self.error: str | None = None
+        self.num_preemptions = 0
+        self.arrival = -1  # set once by RequestPool: seniority, which a preemption keeps
+        self.seed: int | None = params.seed  # replaced by the engine's stream when the user gave none
+
+    @property
+    def total_len(self) -> int:
+        """Prompt plus output tokens."""
+        return len(self.token_ids)
+
+    @property
+    def extend_len(self) -> int:
+        """Known tokens whose KV is still to be computed."""
+        return len(self.token_ids) - self.cached_len
+
+    @property
+    def device_len(self) -> int:
+        """Tokens whose KV is on the device once everything known so far is computed."""
+        return self.cached_len + self.extend_len
+
+    @property
+    def max_total_len(self) -> int:
+        """Prompt plus the most output it may get."""
+        return self.num_prompt_tokens + self.max_tokens
+
+    @property
+    def kv_pages(self) -> list[int]:
+        """Physical pages held, in token order."""
+        return [] if self.page_table is None else list(self.page_table.pages)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state is RequestState.FINISHED
+
+    @property
+    def temperature(self) -> float:
+        return self.params.temperature
+
+    @property
+    def ignore_eos(self) -> bool:
+        return self.params.ignore_eos
+
+    def append_output(self, token: int) -> None:
+        """Commit one sampled token."""
+        self.output_tokens.append(token)
+        self.token_ids.append(token)
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.req_id!r}, {self.state.value}, prompt={self.num_prompt_tokens}, "
+            f"output={len(self.output_tokens)}, cached={self.cached_len})"
+        )
+
+
+def _checked_tokens(tokens: Sequence[int]) -> list[int]:
+    checked: list[int] = []
+    for position, token in enumerate(tokens):
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
+            raise ValueError(f"prompt_tokens[{position}]: {token!r} is not an integer token id")
+        value = token.__index__()
+        if not 0 <= value < 2**31:
+            raise ValueError(f"prompt_tokens[{position}]: {value} must be in [0, 2**31)")
+        checked.append(value)
+    if not checked:
+        raise ValueError("prompt_tokens: empty, at least one token is needed")
+    return checked

@@ -1,0 +1,31 @@
+// One block of zeroed memory from the operating system.
+//
+// Invariant: the bytes are zero when first read and 64-byte aligned, and they cost nothing until touched.
+// Decision: mmap instead of new[], because a pool of many GiB must not be cleared (and so committed) up front.
+// Price: sizes round up to OS pages, so this is for few large blocks, not for small ones.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace nanoserve {
+
+class Arena {
+  public:
+    // `what` names the block in the error message when the system refuses it.
+    Arena(const char* what, std::int64_t num_bytes);
+    ~Arena();
+    Arena(Arena&& other) noexcept;
+    Arena& operator=(Arena&&) = delete;
+    Arena(const Arena&) = delete;
+    Arena& operator=(const Arena&) = delete;
+
+    [[nodiscard]] std::byte* data() const { return data_; }
+    [[nodiscard]] std::int64_t num_bytes() const { return num_bytes_; }
+
+  private:
+    std::byte* data_ = nullptr;
+    std::int64_t num_bytes_ = 0;
+};
+
+}  // namespace nanoserve

@@ -1,0 +1,201 @@
+#include "kv_pool.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+#include "checked.h"
+#include "errors.h"
+#include "page_table.h"
+
+namespace nanoserve {
+
+namespace {
+
+// Kernels may read one vector past the last element of the last page; those bytes must be mapped.
+constexpr std::int64_t kSlackBytes = 256;
+
+// K's share of the arena in bytes (V's is the same), every dimension checked first.
+std::int64_t half_bytes(const PoolShape& shape) {
+    require_at_least("num_pages", shape.num_pages, 1);
+    require_at_least("page_size", shape.page_size, 1);
+    require_at_least("num_layers", shape.num_layers, 1);
+    require_at_least("num_heads", shape.num_heads, 1);
+    require_at_least("head_dim", shape.head_dim, 1);
+    // Slots travel as int32 through block tables and kernels.
+    require_range("num_pages * page_size",
+                  checked_product("the number of slots", {{"num_pages", shape.num_pages}, {"page_size", shape.page_size}}),
+                  1, std::numeric_limits<std::int32_t>::max());
+    const std::int64_t bytes = checked_product("the KV arena in bytes", {{"2 (K and V)", 2},
+                                                                          {"num_layers", shape.num_layers},
+                                                                          {"num_pages", shape.num_pages},
+                                                                          {"num_heads", shape.num_heads},
+                                                                          {"head_dim", shape.head_dim},
+                                                                          {"page_size", shape.page_size},
+                                                                          {"element bytes", element_bytes(shape.element)}});
+    return round_up(bytes / 2 + kSlackBytes, 64);
+}
+
+}  // namespace
+
+std::int64_t element_bytes(ElementType type) {
+    switch (type) {
+        case ElementType::f32:
+            return 4;
+    }
+    throw std::invalid_argument("unknown element type");
+}
+
+KVCachePool::KVCachePool(const PoolShape& shape)
+    : shape_(shape),
+      half_bytes_(half_bytes(shape)),
+      arena_("the KV arena", checked_product("the KV arena in bytes", {{"2 (K and V)", 2}, {"half", half_bytes_}})),
+      refs_(shape.num_pages) {}
+
+std::int64_t KVCachePool::page_elements() const {
+    return shape_.num_heads * shape_.head_dim * shape_.page_size;
+}
+
+std::int64_t KVCachePool::page_bytes() const {
+    return 2 * shape_.num_layers * page_elements() * element_bytes(shape_.element);
+}
+
+std::int64_t KVCachePool::pages_needed(std::int64_t num_tokens) const {
+    require_at_least("num_tokens", num_tokens, 0);
+    return ceil_div(num_tokens, shape_.page_size);
+}
+
+bool KVCachePool::can_allocate(std::int64_t num_tokens) const {
+    return pages_needed(num_tokens) <= num_free_pages();
+}
+
+std::vector<std::int32_t> KVCachePool::allocate(std::int64_t num_tokens) {
+    return refs_.allocate(pages_needed(num_tokens));
+}
+
+std::vector<std::int32_t> KVCachePool::allocate_pages(std::int64_t num_pages) {
+    return refs_.allocate(num_pages);
+}
+
+float* KVCachePool::layer_start(std::int64_t layer, std::int64_t base_bytes) const {
+    if (layer < 0 || layer >= shape_.num_layers) {
+        throw std::out_of_range("layer " + std::to_string(layer) + " is out of range: the pool has layers 0 to " +
+                                std::to_string(shape_.num_layers - 1));
+    }
+    const std::int64_t layer_bytes = shape_.num_pages * page_elements() * element_bytes(shape_.element);
+    return reinterpret_cast<float*>(arena_.data() + base_bytes + layer * layer_bytes);
+}
+
+float* KVCachePool::k_layer(std::int64_t layer) const {
+    return layer_start(layer, 0);
+}
+
+float* KVCachePool::v_layer(std::int64_t layer) const {
+    return layer_start(layer, half_bytes_);
+}
+
+void KVCachePool::store_kv(std::span<const float> k, std::span<const float> v, std::span<const std::int64_t> slots,
+                           std::int64_t layer) {
+    const std::int64_t row = shape_.num_heads * shape_.head_dim;
+    if (std::ssize(k) != std::ssize(slots) * row || std::ssize(v) != std::ssize(slots) * row) {
+        throw std::invalid_argument("store_kv: k and v need " + std::to_string(row) + " numbers for each of " +
+                                    std::to_string(slots.size()) + " slots, got " + std::to_string(k.size()) + " and " +
+                                    std::to_string(v.size()));
+    }
+    for (const std::int64_t slot : slots) {
+        if (slot < 0 || slot >= num_slots()) {
+            throw std::out_of_range("slot " + std::to_string(slot) + " is out of range: the pool has slots 0 to " +
+                                    std::to_string(num_slots() - 1));
+        }
+        const std::int64_t page = slot / shape_.page_size;
+        if (const std::int32_t count = ref_count(page); count != 1) {
+            throw std::runtime_error("slot " + std::to_string(slot) + " cannot be written: page " + std::to_string(page) +
+                                     " has " + std::to_string(count) + " references, must have exactly 1");
+        }
+    }
+    float* const k_start = k_layer(layer);
+    float* const v_start = v_layer(layer);
+    for (std::int64_t i = 0; i < std::ssize(slots); ++i) {
+        const std::int64_t page = slots[at(i)] / shape_.page_size;
+        const std::int64_t offset = slots[at(i)] % shape_.page_size;
+        for (std::int64_t head = 0; head < shape_.num_heads; ++head) {
+            const std::int64_t block = page * page_elements() + head * shape_.head_dim * shape_.page_size;
+            const std::int64_t source = i * row + head * shape_.head_dim;
+            for (std::int64_t dim = 0; dim < shape_.head_dim; ++dim) {
+                k_start[block + dim * shape_.page_size + offset] = k[at(source + dim)];
+            }
+            std::copy_n(v.begin() + source, shape_.head_dim, v_start + block + offset * shape_.head_dim);
+        }
+    }
+}
+
+std::int32_t KVCachePool::copy_page(std::int64_t page) {
+    if (ref_count(page) == 0) {
+        throw std::invalid_argument("page " + std::to_string(page) + " is free: there is nothing to copy");
+    }
+    const std::int32_t copy = refs_.allocate(1).front();
+    for (std::int64_t layer = 0; layer < shape_.num_layers; ++layer) {
+        for (float* start : {k_layer(layer), v_layer(layer)}) {
+            std::copy_n(start + page * page_elements(), page_elements(), start + copy * page_elements());
+        }
+    }
+    return copy;
+}
+
+void KVCachePool::scrub(std::span<const std::int32_t> pages) {
+    for (const std::int32_t page : pages) {
+        check_page(page);
+    }
+    for (const std::int32_t page : pages) {
+        for (std::int64_t layer = 0; layer < shape_.num_layers; ++layer) {
+            for (float* start : {k_layer(layer), v_layer(layer)}) {
+                std::fill_n(start + page * page_elements(), page_elements(), 0.0F);
+            }
+        }
+    }
+}
+
+PoolStats KVCachePool::stats() const {
+    PoolStats stats{};
+    stats.num_pages = shape_.num_pages;
+    stats.free = num_free_pages();
+    stats.used = num_used_pages();
+    stats.shared = refs_.num_shared();
+    stats.bytes_total = bytes_total();
+    stats.bytes_used = stats.used * page_bytes();
+    for (const PageTable* table : tables_) {
+        stats.tokens_held += table->num_tokens();
+        stats.tokens_capacity_used += table->capacity();
+    }
+    if (stats.tokens_capacity_used > 0) {
+        stats.internal_fragmentation =
+            1.0 - static_cast<double>(stats.tokens_held) / static_cast<double>(stats.tokens_capacity_used);
+    }
+    return stats;
+}
+
+std::vector<std::string> KVCachePool::audit(std::span<const std::vector<std::int32_t>> holders) const {
+    std::vector<std::string> problems;
+    std::vector<std::int64_t> expected(at(shape_.num_pages), 0);
+    for (const std::vector<std::int32_t>& holder : holders) {
+        for (const std::int32_t page : holder) {
+            if (page < 0 || page >= shape_.num_pages) {
+                problems.push_back("a holder lists page " + std::to_string(page) + ", the pool has pages 0 to " +
+                                   std::to_string(shape_.num_pages - 1));
+            } else {
+                ++expected[at(page)];
+            }
+        }
+    }
+    for (const PageTable* table : tables_) {
+        for (const std::int32_t page : table->pages()) {
+            ++expected[at(page)];
+        }
+    }
+    for (std::string& problem : refs_.audit(expected)) {
+        problems.push_back(std::move(problem));
+    }
+    return problems;
+}
+
+}  // namespace nanoserve

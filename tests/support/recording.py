@@ -1,0 +1,41 @@
+"""Executor wrapper that keeps every row of logits, so that tests can compare them bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nanoserve.batch import Batch
+from nanoserve.nano_engine import NanoServingEngine
+from nanoserve.sampling import SamplingParams
+
+
+class RecordingExecutor:
+    """Forwards to a real executor; `rows[req_id][position]` is the logits row that predicts the token after position."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.rows: dict[Any, dict[int, np.ndarray]] = {}
+
+    @property
+    def last_finite(self) -> np.ndarray:
+        return self.inner.last_finite
+
+    def forward(self, batch: Batch) -> np.ndarray:
+        logits = self.inner.forward(batch)
+        ends = [start + count - 1 for start, count, s in zip(batch.starts, batch.counts, batch.sampled, strict=True) if s]
+        for request, position, row in zip(batch.sampling_requests, ends, logits, strict=True):
+            self.rows.setdefault(request.req_id, {})[position] = row.copy()
+        return logits
+
+
+def record(engine: NanoServingEngine) -> RecordingExecutor:
+    """Put a recorder between an engine's batcher and its executor."""
+    recorder = RecordingExecutor(engine.batcher.executor)
+    engine.batcher.executor = recorder
+    return recorder
+
+
+def greedy(max_tokens: int, **fields: Any) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, **fields)
