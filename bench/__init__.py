@@ -1,0 +1,1 @@
+"""Measurements. `python -m bench.run` writes bench/results/*.json, the only source of numbers in the documents."""
