@@ -9,11 +9,12 @@ demo: $(VENV)/.run
 	$(BIN)/python demo.py $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q --ignore-glob="tests/phase*" $(ARGS)
 	$(BIN)/python test_all.py
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench.run $(ARGS)
+	$(BIN)/python -m bench.report
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

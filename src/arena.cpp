@@ -16,12 +16,13 @@ Arena::Arena(const char* what, std::int64_t num_bytes) : num_bytes_(num_bytes) {
     require_at_least(what, num_bytes, 1);
     void* memory = ::mmap(nullptr, at(num_bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) {
-        throw OutOfMemory(std::string(what) + ": the system refused " + std::to_string(num_bytes) + " bytes (" +
-                          std::strerror(errno) + ")");
+        throw OutOfMemory(std::string(what) + ": the system refused " + std::to_string(num_bytes) +
+                          " bytes (" + std::strerror(errno) + ")");
     }
     data_ = static_cast<std::byte*>(memory);
 #ifdef MADV_HUGEPAGE
-    // Advice only: attention reads scattered pages, and large TLB entries are worth about a tenth of its time.
+    // Advice only: attention reads scattered pages, and large TLB entries are worth about a tenth of its
+    // time.
     static_cast<void>(::madvise(memory, at(num_bytes), MADV_HUGEPAGE));
 #endif
 }

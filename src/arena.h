@@ -1,8 +1,8 @@
 // One block of zeroed memory from the operating system.
 //
 // Invariant: the bytes are zero when first read and 64-byte aligned, and they cost nothing until touched.
-// Decision: mmap instead of new[], because a pool of many GiB must not be cleared (and so committed) up front.
-// Price: sizes round up to OS pages, so this is for few large blocks, not for small ones.
+// Decision: mmap instead of new[], because a pool of many GiB must not be cleared (and so committed) up
+// front. Price: sizes round up to OS pages, so this is for few large blocks, not for small ones.
 #pragma once
 
 #include <cstddef>

@@ -15,7 +15,8 @@ void AttentionShape::validate(std::int64_t max_tokens) const {
     require_at_least("head_dim", head_dim, 1);
     require_at_least("small_rows", small_rows, 1);
     require_at_least("large_rows", large_rows, 1);
-    require_range("max_tokens * group", checked_product("attention rows", {{"tokens", max_tokens}, {"group", group}}), 0,
+    require_range("max_tokens * group",
+                  checked_product("attention rows", {{"tokens", max_tokens}, {"group", group}}), 0,
                   std::numeric_limits<std::int32_t>::max());
 }
 
@@ -24,8 +25,8 @@ std::int64_t append_block_table(std::vector<std::int32_t>& table, std::span<cons
     const std::int64_t needed = ceil_div(num_tokens, page_size);
     if (needed < 1 || needed > std::ssize(pages)) {
         throw std::invalid_argument("a sequence of " + std::to_string(num_tokens) + " tokens needs " +
-                                    std::to_string(needed) + " pages of " + std::to_string(page_size) + ", it has " +
-                                    std::to_string(pages.size()));
+                                    std::to_string(needed) + " pages of " + std::to_string(page_size) +
+                                    ", it has " + std::to_string(pages.size()));
     }
     const std::int64_t padded = ceil_div((ceil_div(num_tokens, kBlockTokens) + 1) * kBlockTokens, page_size);
     const std::int64_t offset = std::ssize(table);

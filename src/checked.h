@@ -28,8 +28,8 @@ inline void require_range(const char* name, std::int64_t value, std::int64_t low
 
 inline void require_at_least(const char* name, std::int64_t value, std::int64_t low) {
     if (value < low) {
-        throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + ", must be at least " +
-                                    std::to_string(low));
+        throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) +
+                                    ", must be at least " + std::to_string(low));
     }
 }
 

@@ -1,5 +1,5 @@
-// The errors that callers tell apart by type. Everything else is a standard exception: invalid_argument becomes
-// ValueError in Python, out_of_range IndexError, runtime_error RuntimeError.
+// The errors that callers tell apart by type. Everything else is a standard exception: invalid_argument
+// becomes ValueError in Python, out_of_range IndexError, runtime_error RuntimeError.
 #pragma once
 
 #include <new>

@@ -1,8 +1,9 @@
-// How a compiled kernel is called: void f(void** args), where args[i] points at the i-th argument (a pointer or an
-// int64) and the last two are `begin, end`, the range of work units of this call.
+// How a compiled kernel is called: void f(void** args), where args[i] points at the i-th argument (a pointer
+// or an int64) and the last two are `begin, end`, the range of work units of this call.
 //
-// The values the arguments point at are shared by all threads and do not change during a step; only begin and end are
-// a thread's own. Kernels must not throw (they are compiled code) and must give the same bits for any split.
+// The values the arguments point at are shared by all threads and do not change during a step; only begin and
+// end are a thread's own. Kernels must not throw (they are compiled code) and must give the same bits for any
+// split.
 #pragma once
 
 #include <algorithm>

@@ -24,15 +24,17 @@ std::int64_t half_bytes(const PoolShape& shape) {
     require_at_least("head_dim", shape.head_dim, 1);
     // Slots travel as int32 through block tables and kernels.
     require_range("num_pages * page_size",
-                  checked_product("the number of slots", {{"num_pages", shape.num_pages}, {"page_size", shape.page_size}}),
+                  checked_product("the number of slots",
+                                  {{"num_pages", shape.num_pages}, {"page_size", shape.page_size}}),
                   1, std::numeric_limits<std::int32_t>::max());
-    const std::int64_t bytes = checked_product("the KV arena in bytes", {{"2 (K and V)", 2},
-                                                                          {"num_layers", shape.num_layers},
-                                                                          {"num_pages", shape.num_pages},
-                                                                          {"num_heads", shape.num_heads},
-                                                                          {"head_dim", shape.head_dim},
-                                                                          {"page_size", shape.page_size},
-                                                                          {"element bytes", element_bytes(shape.element)}});
+    const std::int64_t bytes =
+        checked_product("the KV arena in bytes", {{"2 (K and V)", 2},
+                                                  {"num_layers", shape.num_layers},
+                                                  {"num_pages", shape.num_pages},
+                                                  {"num_heads", shape.num_heads},
+                                                  {"head_dim", shape.head_dim},
+                                                  {"page_size", shape.page_size},
+                                                  {"element bytes", element_bytes(shape.element)}});
     return round_up(bytes / 2 + kSlackBytes, 64);
 }
 
@@ -49,7 +51,8 @@ std::int64_t element_bytes(ElementType type) {
 KVCachePool::KVCachePool(const PoolShape& shape)
     : shape_(shape),
       half_bytes_(half_bytes(shape)),
-      arena_("the KV arena", checked_product("the KV arena in bytes", {{"2 (K and V)", 2}, {"half", half_bytes_}})),
+      arena_("the KV arena",
+             checked_product("the KV arena in bytes", {{"2 (K and V)", 2}, {"half", half_bytes_}})),
       refs_(shape.num_pages) {}
 
 std::int64_t KVCachePool::page_elements() const {
@@ -79,7 +82,8 @@ std::vector<std::int32_t> KVCachePool::allocate_pages(std::int64_t num_pages) {
 
 float* KVCachePool::layer_start(std::int64_t layer, std::int64_t base_bytes) const {
     if (layer < 0 || layer >= shape_.num_layers) {
-        throw std::out_of_range("layer " + std::to_string(layer) + " is out of range: the pool has layers 0 to " +
+        throw std::out_of_range("layer " + std::to_string(layer) +
+                                " is out of range: the pool has layers 0 to " +
                                 std::to_string(shape_.num_layers - 1));
     }
     const std::int64_t layer_bytes = shape_.num_pages * page_elements() * element_bytes(shape_.element);
@@ -94,23 +98,25 @@ float* KVCachePool::v_layer(std::int64_t layer) const {
     return layer_start(layer, half_bytes_);
 }
 
-void KVCachePool::store_kv(std::span<const float> k, std::span<const float> v, std::span<const std::int64_t> slots,
-                           std::int64_t layer) {
+void KVCachePool::store_kv(std::span<const float> k, std::span<const float> v,
+                           std::span<const std::int64_t> slots, std::int64_t layer) {
     const std::int64_t row = shape_.num_heads * shape_.head_dim;
     if (std::ssize(k) != std::ssize(slots) * row || std::ssize(v) != std::ssize(slots) * row) {
-        throw std::invalid_argument("store_kv: k and v need " + std::to_string(row) + " numbers for each of " +
-                                    std::to_string(slots.size()) + " slots, got " + std::to_string(k.size()) + " and " +
-                                    std::to_string(v.size()));
+        throw std::invalid_argument("store_kv: k and v need " + std::to_string(row) +
+                                    " numbers for each of " + std::to_string(slots.size()) + " slots, got " +
+                                    std::to_string(k.size()) + " and " + std::to_string(v.size()));
     }
     for (const std::int64_t slot : slots) {
         if (slot < 0 || slot >= num_slots()) {
-            throw std::out_of_range("slot " + std::to_string(slot) + " is out of range: the pool has slots 0 to " +
+            throw std::out_of_range("slot " + std::to_string(slot) +
+                                    " is out of range: the pool has slots 0 to " +
                                     std::to_string(num_slots() - 1));
         }
         const std::int64_t page = slot / shape_.page_size;
         if (const std::int32_t count = ref_count(page); count != 1) {
-            throw std::runtime_error("slot " + std::to_string(slot) + " cannot be written: page " + std::to_string(page) +
-                                     " has " + std::to_string(count) + " references, must have exactly 1");
+            throw std::runtime_error("slot " + std::to_string(slot) + " cannot be written: page " +
+                                     std::to_string(page) + " has " + std::to_string(count) +
+                                     " references, must have exactly 1");
         }
     }
     float* const k_start = k_layer(layer);
@@ -180,8 +186,8 @@ std::vector<std::string> KVCachePool::audit(std::span<const std::vector<std::int
     for (const std::vector<std::int32_t>& holder : holders) {
         for (const std::int32_t page : holder) {
             if (page < 0 || page >= shape_.num_pages) {
-                problems.push_back("a holder lists page " + std::to_string(page) + ", the pool has pages 0 to " +
-                                   std::to_string(shape_.num_pages - 1));
+                problems.push_back("a holder lists page " + std::to_string(page) +
+                                   ", the pool has pages 0 to " + std::to_string(shape_.num_pages - 1));
             } else {
                 ++expected[at(page)];
             }

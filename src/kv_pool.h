@@ -3,10 +3,10 @@
 // Layout, chosen so that attention streams it without gathers:
 //   K  [layer][page][head][dim][slot]   transposed inside a page: a run of tokens is one vector of scores
 //   V  [layer][page][head][slot][dim]
-// Invariant: every page is free, or held by exactly ref_count(page) holders (page tables, prefix cache); a page with
-// more than one holder is never written. The arena starts as zeros and callers scrub what went non-finite.
-// A slot is page_id * page_size + offset. Not thread-safe: Python's lock (or one thread) guards all of it.
-// It does not know requests, tokens or eviction: those decisions are Python's.
+// Invariant: every page is free, or held by exactly ref_count(page) holders (page tables, prefix cache); a
+// page with more than one holder is never written. The arena starts as zeros and callers scrub what went
+// non-finite. A slot is page_id * page_size + offset. Not thread-safe: Python's lock (or one thread) guards
+// all of it. It does not know requests, tokens or eviction: those decisions are Python's.
 #pragma once
 
 #include <cstdint>

@@ -125,8 +125,8 @@ std::vector<std::string> PageRefs::audit(std::span<const std::int64_t> expected)
                                std::to_string(expected[page]) + " holders");
         }
         if (is_free(page) != (counts_[page] == 0)) {
-            problems.push_back(name + (is_free(page) ? " is in the free set" : " is not in the free set") + " with " +
-                               std::to_string(counts_[page]) + " references");
+            problems.push_back(name + (is_free(page) ? " is in the free set" : " is not in the free set") +
+                               " with " + std::to_string(counts_[page]) + " references");
         }
         free_bits += is_free(page) ? 1 : 0;
     }

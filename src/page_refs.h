@@ -2,8 +2,8 @@
 //
 // Invariant: a page is free exactly when its count is 0, and num_free is the size of that set.
 // Guarantee: every call either does all it was asked or throws and changes nothing.
-// Lowest id first, so that a lightly used pool touches (and so commits) only the start of its arena, and so that
-// a run of the scheduler gives the same page ids every time.
+// Lowest id first, so that a lightly used pool touches (and so commits) only the start of its arena, and so
+// that a run of the scheduler gives the same page ids every time.
 #pragma once
 
 #include <cstdint>

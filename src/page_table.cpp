@@ -16,8 +16,8 @@ PageTable::PageTable(std::shared_ptr<KVCachePool> pool) : pool_(std::move(pool))
 }
 
 PageTable::~PageTable() {
-    // No exception can leave here: these pages hold at least the table's own reference, unless somebody freed what
-    // was not theirs. In that case the pages are left alone and the next audit of the pool says so.
+    // No exception can leave here: these pages hold at least the table's own reference, unless somebody freed
+    // what was not theirs. In that case the pages are left alone and the next audit of the pool says so.
     try {
         release();
     } catch (const std::exception&) {
@@ -72,9 +72,9 @@ void PageTable::slots(std::int64_t start, std::span<std::int32_t> out) const {
     const std::int64_t page_size = pool_->shape().page_size;
     require_at_least("start", start, 0);
     if (start > capacity() - std::ssize(out)) {
-        throw std::out_of_range("positions " + std::to_string(start) + " to " +
-                                std::to_string(start + std::ssize(out)) + " do not fit: the table has room for " +
-                                std::to_string(capacity()) + " tokens");
+        throw std::out_of_range(
+            "positions " + std::to_string(start) + " to " + std::to_string(start + std::ssize(out)) +
+            " do not fit: the table has room for " + std::to_string(capacity()) + " tokens");
     }
     std::int64_t written = 0;
     while (written < std::ssize(out)) {  // page by page: one division per page, not per token

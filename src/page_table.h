@@ -1,7 +1,8 @@
-// The pages of one sequence, in order: token position p lives in page t[p / page_size] at offset p % page_size.
+// The pages of one sequence, in order: token position p lives in page t[p / page_size] at offset p %
+// page_size.
 //
-// Invariant: the table owns one reference on each of its pages, for as long as they are listed in it, and gives them
-// back on release() or destruction. The pool outlives its tables. Every call is all or nothing.
+// Invariant: the table owns one reference on each of its pages, for as long as they are listed in it, and
+// gives them back on release() or destruction. The pool outlives its tables. Every call is all or nothing.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,9 @@ class PageTable {
     [[nodiscard]] std::int64_t size() const { return std::ssize(pages_); }
     [[nodiscard]] std::int32_t page(std::int64_t index) const;
     [[nodiscard]] std::int64_t capacity() const { return size() * pool_->shape().page_size; }
-    [[nodiscard]] std::int64_t num_tokens() const { return num_tokens_; }  // for statistics: what it was grown to
+    [[nodiscard]] std::int64_t num_tokens() const {
+        return num_tokens_;
+    }  // for statistics: what it was grown to
 
     // Adds pages until num_tokens fit; returns the pages added.
     std::vector<std::int32_t> grow_to(std::int64_t num_tokens);

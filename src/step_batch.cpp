@@ -21,8 +21,9 @@ void StepBatch::check_shapes(const StepInputs& inputs) const {
         throw std::invalid_argument("a step needs at least one sequence");
     }
     if (inputs.starts.size() != num_sequences || inputs.counts.size() != num_sequences) {
-        throw std::invalid_argument("a step of " + std::to_string(num_sequences) + " tables needs as many starts and " +
-                                    "counts, got " + std::to_string(inputs.starts.size()) + " and " +
+        throw std::invalid_argument("a step of " + std::to_string(num_sequences) +
+                                    " tables needs as many starts and " + "counts, got " +
+                                    std::to_string(inputs.starts.size()) + " and " +
                                     std::to_string(inputs.counts.size()));
     }
     std::int64_t total = 0;
@@ -31,17 +32,18 @@ void StepBatch::check_shapes(const StepInputs& inputs) const {
         total += count;
     }
     if (total != std::ssize(inputs.input_ids)) {
-        throw std::invalid_argument("the counts add up to " + std::to_string(total) + " tokens, input_ids has " +
-                                    std::to_string(inputs.input_ids.size()));
+        throw std::invalid_argument("the counts add up to " + std::to_string(total) +
+                                    " tokens, input_ids has " + std::to_string(inputs.input_ids.size()));
     }
     if (total > limits_.max_tokens) {
-        throw std::invalid_argument("a step of " + std::to_string(total) + " tokens: this executor was made for at most " +
+        throw std::invalid_argument("a step of " + std::to_string(total) +
+                                    " tokens: this executor was made for at most " +
                                     std::to_string(limits_.max_tokens));
     }
     for (const std::int32_t row : inputs.sample_rows) {
         if (row < 0 || row >= total) {
-            throw std::out_of_range("sample row " + std::to_string(row) + " is out of range: the step has rows 0 to " +
-                                    std::to_string(total - 1));
+            throw std::out_of_range("sample row " + std::to_string(row) +
+                                    " is out of range: the step has rows 0 to " + std::to_string(total - 1));
         }
     }
 }
@@ -75,7 +77,8 @@ void StepBatch::check_tables(const KVCachePool& pool, const StepInputs& inputs) 
     }
 }
 
-void StepBatch::check_sequence(const KVCachePool& pool, const StepInputs& inputs, std::size_t sequence) const {
+void StepBatch::check_sequence(const KVCachePool& pool, const StepInputs& inputs,
+                               std::size_t sequence) const {
     const PageTable& table = *inputs.tables[sequence];
     const std::int64_t start = inputs.starts[sequence];
     const std::int64_t end = start + inputs.counts[sequence];
@@ -122,11 +125,11 @@ void StepBatch::prepare(const KVCachePool& pool, const StepInputs& inputs) {
         const auto positions = std::span(positions_).subspan(at(row), at(count));
         std::iota(positions.begin(), positions.end(), inputs.starts[sequence]);
         table.slots(start, std::span(slots_).subspan(at(row), at(count)));
-        sequences_.push_back({.first_row = row,
-                              .start = start,
-                              .count = count,
-                              .table_off = append_block_table(table_, table.pages(), start + count,
-                                                              pool.shape().page_size)});
+        sequences_.push_back(
+            {.first_row = row,
+             .start = start,
+             .count = count,
+             .table_off = append_block_table(table_, table.pages(), start + count, pool.shape().page_size)});
         row += count;
     }
 }

@@ -1,8 +1,8 @@
 // One step's batch, checked and flattened into the arrays kernels read.
 //
-// Everything is copied out of the caller's arrays and page tables here, under Python's lock: while the step runs
-// without that lock, nobody can change what was checked. Invariant after prepare(): every id is in the vocabulary,
-// every position has a page, and every page that is about to be written has exactly one holder.
+// Everything is copied out of the caller's arrays and page tables here, under Python's lock: while the step
+// runs without that lock, nobody can change what was checked. Invariant after prepare(): every id is in the
+// vocabulary, every position has a page, and every page that is about to be written has exactly one holder.
 #pragma once
 
 #include <cstdint>
@@ -15,11 +15,11 @@
 namespace nanoserve {
 
 struct StepInputs {
-    std::span<const std::int32_t> input_ids;        // all sequences' tokens, one after the other
-    std::span<const PageTable* const> tables;       // one per sequence
-    std::span<const std::int32_t> starts;           // the position of its first token
-    std::span<const std::int32_t> counts;           // how many tokens
-    std::span<const std::int32_t> sample_rows;      // the rows whose logits are wanted
+    std::span<const std::int32_t> input_ids;    // all sequences' tokens, one after the other
+    std::span<const PageTable* const> tables;   // one per sequence
+    std::span<const std::int32_t> starts;       // the position of its first token
+    std::span<const std::int32_t> counts;       // how many tokens
+    std::span<const std::int32_t> sample_rows;  // the rows whose logits are wanted
     std::int64_t vocab = 0;
 };
 

@@ -62,14 +62,16 @@ void Op::validate() const {
     }
     if (args.size() > KernelCall::kMaxArgs) {
         throw std::invalid_argument("operation '" + name + "' has " + std::to_string(args.size()) +
-                                    " arguments, at most " + std::to_string(KernelCall::kMaxArgs) + " are possible");
+                                    " arguments, at most " + std::to_string(KernelCall::kMaxArgs) +
+                                    " are possible");
     }
     require_at_least("cost_per_unit", cost_per_unit, 0);
     if (domain == Domain::tiles) {
         require_at_least("panels", panels, 1);
         require_at_least("row_block", row_block, 1);
     } else if (panels != 0 || row_block != 0 || over_samples) {
-        throw std::invalid_argument("operation '" + name + "': panels, row_block and over are for the domain tiles");
+        throw std::invalid_argument("operation '" + name +
+                                    "': panels, row_block and over are for the domain tiles");
     }
     for (const Arg& arg : args) {
         if (arg.source == Source::items && domain != Domain::attention) {
@@ -85,9 +87,10 @@ std::int64_t Op::num_units(std::int64_t num_rows, std::int64_t num_samples) cons
         case Domain::samples:
             return num_samples;
         case Domain::tiles:
-            return checked_product("the tiles of an operation",
-                                   {{"panels", panels},
-                                    {"row blocks", ceil_div(over_samples ? num_samples : num_rows, row_block)}});
+            return checked_product(
+                "the tiles of an operation",
+                {{"panels", panels},
+                 {"row blocks", ceil_div(over_samples ? num_samples : num_rows, row_block)}});
         case Domain::attention:
             break;
     }

@@ -1,7 +1,8 @@
-// A forward pass as data: a list of operations, each a kernel, where its arguments come from, and how its work is cut.
+// A forward pass as data: a list of operations, each a kernel, where its arguments come from, and how its
+// work is cut.
 //
-// A plan is made once per model. It names no batch: what differs from step to step (row counts, token ids, pages) is
-// reached through sources that the executor fills in.
+// A plan is made once per model. It names no batch: what differs from step to step (row counts, token ids,
+// pages) is reached through sources that the executor fills in.
 #pragma once
 
 #include <cstdint>
@@ -55,7 +56,8 @@ struct Op {
     std::int64_t panels = 0;     // tiles only
     std::int64_t row_block = 0;  // tiles only
     bool over_samples = false;   // tiles only: m counts samples
-    // Estimated multiply-adds of one unit, 0 for unknown. Decides how many threads share the operation, never its bits.
+    // Estimated multiply-adds of one unit, 0 for unknown. Decides how many threads share the operation, never
+    // its bits.
     std::int64_t cost_per_unit = 0;
 
     void validate() const;

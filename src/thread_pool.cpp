@@ -19,6 +19,7 @@ namespace nanoserve {
 namespace {
 
 constexpr int kSpinMicroseconds = 40;
+constexpr std::chrono::microseconds kPoliteAfter{3};
 
 // The pool whose function this thread is inside of, to refuse a nested run (it would wait for itself).
 thread_local const ThreadPool* t_inside = nullptr;
@@ -54,7 +55,8 @@ int num_usable_cpus() {
 void wait_while_equal(const std::atomic<std::uint32_t>& word, std::uint32_t old, int spin_us) {
     using Clock = std::chrono::steady_clock;
     if (spin_us > 0) {
-        const Clock::time_point deadline = Clock::now() + std::chrono::microseconds(spin_us);
+        const Clock::time_point start = Clock::now();
+        Clock::duration spent{};
         do {
             for (int i = 0; i < 32; ++i) {
                 if (word.load(std::memory_order_acquire) != old) {
@@ -62,7 +64,12 @@ void wait_while_equal(const std::atomic<std::uint32_t>& word, std::uint32_t old,
                 }
                 cpu_relax();
             }
-        } while (Clock::now() < deadline);
+            spent = Clock::now() - start;
+            if (spent > kPoliteAfter) {
+                std::this_thread::yield();  // perhaps the thread we wait for is queued behind us on this very
+                                            // CPU
+            }
+        } while (spent < std::chrono::microseconds(spin_us));
     }
     word.wait(old, std::memory_order_acquire);
 }
@@ -100,8 +107,8 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::stop_workers() {
     if (::getpid() != owner_pid_) {
-        // A forked child: the workers exist only in the parent, and joining them would wait for ever (detaching them
-        // may fail). Their handles are given up instead.
+        // A forked child: the workers exist only in the parent, and joining them would wait for ever
+        // (detaching them may fail). Their handles are given up instead.
         static_cast<void>(std::make_unique<std::vector<std::thread>>(std::move(workers_)).release());
         return;
     }
@@ -147,7 +154,8 @@ void ThreadPool::run_job(Job job) {
         throw std::logic_error("ThreadPool::run called from inside a function this pool is running");
     }
     if (::getpid() != owner_pid_) {
-        throw std::runtime_error("this thread pool was made before a fork: its threads exist only in the parent");
+        throw std::runtime_error(
+            "this thread pool was made before a fork: its threads exist only in the parent");
     }
     const std::lock_guard turn(turn_);
     job_ = job;

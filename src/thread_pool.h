@@ -1,9 +1,10 @@
-// A fixed team of threads that runs one function at a time, and the barrier such a function uses between its parts.
+// A fixed team of threads that runs one function at a time, and the barrier such a function uses between its
+// parts.
 //
-// A forward pass is hundreds of short operations. Threads that sleep between them would cost more than the work, so
-// waiting is: spin for some tens of microseconds, then sleep in the kernel. The spin is bounded (and skipped when there
-// are more threads than CPUs), so a machine that is short of CPUs gets slower and never stuck.
-// Threads are not pinned: the engine shares its machine.
+// A forward pass is hundreds of short operations. Threads that sleep between them would cost more than the
+// work, so waiting is: spin for some tens of microseconds, then sleep in the kernel. The spin is bounded (and
+// skipped when there are more threads than CPUs), so a machine that is short of CPUs gets slower and never
+// stuck. Threads are not pinned: the engine shares its machine.
 #pragma once
 
 #include <sys/types.h>
@@ -53,9 +54,10 @@ class ThreadPool {
     [[nodiscard]] int num_threads() const { return num_threads_; }
     [[nodiscard]] int spin_us() const { return spin_us_; }
 
-    // Calls fn(thread_id) once on every thread, thread 0 being the caller, and returns when all are done. The first
-    // exception is rethrown here; a function that uses a Barrier must not throw between its phases. Calls from several
-    // threads take turns; a call from inside fn is an error, and so is one in a forked child, which has no workers.
+    // Calls fn(thread_id) once on every thread, thread 0 being the caller, and returns when all are done. The
+    // first exception is rethrown here; a function that uses a Barrier must not throw between its phases.
+    // Calls from several threads take turns; a call from inside fn is an error, and so is one in a forked
+    // child, which has no workers.
     template <typename Fn>
     void run(Fn&& fn) {
         using Target = std::remove_reference_t<Fn>;
@@ -78,8 +80,8 @@ class ThreadPool {
     const int spin_us_;
     const pid_t owner_pid_;
     std::mutex turn_;
-    Job job_;                    // written before generation_ changes, read after
-    std::mutex failure_mutex_;   // guards failure_
+    Job job_;                   // written before generation_ changes, read after
+    std::mutex failure_mutex_;  // guards failure_
     std::exception_ptr failure_;
     alignas(64) std::atomic<std::uint32_t> generation_{0};
     alignas(64) std::atomic<std::uint32_t> num_running_{0};

@@ -1,7 +1,7 @@
 """Write the card of ``models/tiny-gpt`` (README.md and loss.svg) from its training log.
 
-No number in the card is typed by hand: all of them come from training_log.json and config.json, so that the card can
-be written again at any time (``tools/train_tiny.py card``) and cannot drift from what was measured.
+No number in the card is typed by hand: all of them come from training_log.json and config.json, so that the
+card can be written again at any time (``tools/train_tiny.py card``) and cannot drift from what was measured.
 """
 
 from __future__ import annotations
@@ -19,21 +19,24 @@ pipeline_tag: text-generation
 
 # tiny-gpt
 
-A byte-level GPT-2 of {parameters:,} parameters ({layers} layers, width {width}, {heads} heads, context {context} bytes),
-trained from scratch on the Rust documentation so that the serving demo has something to say. One token is one byte of
-UTF-8; byte 0 stands between texts and is both BOS and EOS. `GPT2LMHeadModel.from_pretrained` loads it; there is no
-tokenizer file: `list(text.encode())` encodes, `bytes(ids).decode()` decodes. The weights are stored as float16
-(`model.safetensors`, {file_bytes:,} bytes), the output head is the embedding matrix.
+A byte-level GPT-2 of {parameters:,} parameters ({layers} layers, width {width}, {heads} heads, context
+{context} bytes), trained from scratch on the Rust documentation so that the serving demo has something
+to say. One token is one byte of UTF-8; byte 0 stands between texts and is both BOS and EOS.
+`GPT2LMHeadModel.from_pretrained` loads it; there is no tokenizer file: `list(text.encode())` encodes,
+`bytes(ids).decode()` decodes. The weights are stored as float16 (`model.safetensors`, {file_bytes:,}
+bytes), the output head is the embedding matrix.
 
-**{bits:.3f} bits per byte** on held-out text (float16 weights computed in float32, every byte after the first 256 with at
-least 256 bytes of context). For scale: `xz -9` needs {xz_bits:.3f} bits per byte for the same text after reading the
-training text.
+**{bits:.3f} bits per byte** on held-out text (float16 weights computed in float32; all but the
+first bytes have at least {warm} bytes of context). For scale: `xz -9` needs {xz_bits:.3f} bits per byte for the
+same text after reading the training text.
 
 ## Data
 
-{documentation} documentation as installed by `rustup component add rust-docs`: the prose of the books' pages and, as
-`std`, of the standard library reference; repeated paragraphs and most code are dropped. The last twentieth of each
-source is held out. The embedded book is not used (its prose is CC-BY-SA-4.0). The text is not part of this repository.
+{documentation} documentation as installed by `rustup component add rust-docs`: the prose of the books'
+pages and, as `std`, of the standard library reference; repeated paragraphs and most code are dropped.
+The last {share:.0%} of each source is held out. The licences are those of the COPYRIGHT files that come with the
+documentation; the embedded book is not used (its prose is CC-BY-SA-4.0). The text is not part of this
+repository.
 
 | source | licence | training bytes | held-out bytes |
 |---|---|---:|---:|
@@ -47,11 +50,11 @@ python tools/train_tiny.py corpus
 {command}
 ```
 
-{hardware}, {minutes:.1f} minutes of wall time shared with other work, torch {torch}, {precision}. {steps:,} steps,
-{seen:.1f} MB seen ({epochs:.1f} times the training text). Batches of {batch} windows, 256 bytes long in the first half and
-{context} in the second; Muon (peak rate {matrix_lr}) for the block matrices, AdamW (peak rate {lr}) for the rest, cosine
-decay over wall time, gradient norm clipped at 1, no dropout, seed {seed}. The schedule follows the clock, so another
-machine gives other weights.
+{hardware}, {minutes:.1f} minutes of wall time shared with other work, torch {torch}, {precision}.
+{steps:,} steps, {seen:.1f} MB seen ({epochs:.1f} times the training text). Batches of {batch} windows,
+{short} bytes long in the first half and {context} in the second; Muon (peak rate {matrix_lr}) for the block
+matrices, AdamW (peak rate {lr}) for the rest, cosine decay over wall time, gradient norm clipped at 1,
+no dropout, seed {seed}. The schedule follows the clock, so another machine gives other weights.
 
 ![loss curve](loss.svg)
 
@@ -59,12 +62,14 @@ machine gives other weights.
 |---:|---:|---:|---:|---:|---:|
 {table}
 
-The curve is measured on a spread of held-out windows without a warm context, so it ends a little above the figure at
-the top. The log with every row is `training_log.json`; this card is written from it by `tools/train_tiny.py card`.
+The held-out curve is measured on windows of {context} bytes: it stays high while training sees only windows
+of {short} and falls when the long ones begin. It covers a spread of held-out windows without a warm context,
+the figure at the top all of the held-out text. The log with every row is `training_log.json`; this card is
+written from it by `tools/train_tiny.py card`.
 
 ## Samples
 
-As they came out, temperature {temperature}, top-k {top_k}, seed {sample_seed}, 240 new bytes at most:
+As they came out; temperature {temperature}, top-k {top_k}, seed {sample_seed}, at most {sample_bytes} new bytes:
 
 {samples}
 
@@ -76,9 +81,9 @@ Greedy:
 
 ## Limits
 
-A toy. It knows the English of one set of manuals: it spells, forms phrases and keeps the register, but it does not know
-what is true about Rust or anything else, and it loses the thread after a sentence or two. Not for any use but tests and
-demonstrations.
+A toy. It knows the English of one set of manuals: it spells, forms phrases and keeps the register, but
+it does not know what is true about Rust or anything else, and it loses the thread after a sentence or
+two. Not for any use but tests and demonstrations.
 
 ## Licence
 
@@ -97,8 +102,8 @@ def write_card(out: Path) -> None:
     count = min(12, len(steps))
     rows = [steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)]
     table = "\n".join(
-        f"| {row['step']:,} | {row['bytes_seen'] / 1e6:.1f} | {row['seconds'] / 60:.1f} | {row['train_loss']:.3f} | "
-        f"{row['val_loss']:.3f} | {row['bits_per_byte']:.3f} |"
+        f"| {row['step']:,} | {row['bytes_seen'] / 1e6:.1f} | {row['seconds'] / 60:.1f} | "
+        f"{row['train_loss']:.3f} | {row['val_loss']:.3f} | {row['bits_per_byte']:.3f} |"
         for row in rows
     )
     data = "\n".join(
@@ -107,7 +112,7 @@ def write_card(out: Path) -> None:
         for source in sources
     )
     samples = "\n\n".join(
-        f"Prompt `{sample['prompt']}` ({'ended by itself' if sample['ended'] else 'cut at the token limit'}):\n\n"
+        f"Prompt `{sample['prompt']}` ({'ended by itself' if sample['ended'] else 'cut at the limit'}):\n\n"
         f"```text\n{sample['text']}\n```"
         for sample in log["samples"]
         if sample["do_sample"]
@@ -124,6 +129,10 @@ def write_card(out: Path) -> None:
         file_bytes=log["file_bytes"],
         bits=log["exported_bits_per_byte"],
         xz_bits=log["xz_bits_per_byte"],
+        warm=config["n_positions"] - log["stride"],
+        share=heldout_bytes / (train_bytes + heldout_bytes),
+        short=log["short_window"],
+        sample_bytes=log["sample_bytes"],
         documentation=log["corpus"]["documentation"],
         data=data,
         train_bytes=train_bytes,
@@ -188,10 +197,10 @@ def loss_svg(steps: list[dict[str, float]]) -> str:
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>',
             f'<text x="{right - 150}" y="{top + 20 + 18 * i}" fill="{colour}">{name}</text>',
         ]
-    middle = (top + bottom) / 2
+    middle, axis = (top + bottom) / 2, "bits per byte"
     lines += [
         f'<text x="{(left + right) / 2}" y="{height - 10}" text-anchor="middle">million bytes seen</text>',
-        f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">bits per byte</text>',
+        f'<text y="14" transform="translate(0 {middle}) rotate(-90)" text-anchor="middle">{axis}</text>',
         "</svg>",
     ]
     return "\n".join(lines) + "\n"

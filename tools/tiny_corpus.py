@@ -1,8 +1,8 @@
 """Turn the HTML of an installed rust-docs component into plain prose for ``train_tiny.py``.
 
-Pages are cut into sections (byte 0 between them), quotes and dashes become ASCII, navigation, tables, grammars and
-hidden lines go, paragraphs seen before are dropped, and short code blocks stay up to a small share. The text itself is
-not committed: ``rustup component add rust-docs`` and this script give it back.
+Pages are cut into sections (byte 0 between them), quotes and dashes become ASCII, navigation, tables,
+grammars and hidden lines go, paragraphs seen before are dropped, and short code blocks stay up to a small
+share. The text itself is not committed: ``rustup component add rust-docs`` and this script give it back.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Prose(HTMLParser):
 
 
 def sections(files: list[Path], root: str, seen: set[str], code_share: float = 0.08) -> Iterator[str]:
-    """Sections of prose: cut at pages and headings, repeated paragraphs dropped, short code kept up to a share."""
+    """Sections of prose, cut at pages and headings; no paragraph twice; short code up to a share."""
     prose_bytes = code_bytes = 0
     for path in files:
         parser = Prose(root)

@@ -1,12 +1,12 @@
 """Train the byte-level GPT-2 in ``models/tiny-gpt`` from an installed copy of the Rust documentation.
 
-The serving demo needs a model that is small enough to commit and still writes recognisable English. The text comes
-from the rust-docs component (``rustup component add rust-docs``); it is not committed, only rebuilt:
+The serving demo needs a model that is small enough to commit and still writes recognisable English. The text
+comes from the rust-docs component (``rustup component add rust-docs``); it is not committed, only rebuilt:
 
     python tools/train_tiny.py corpus                # HTML books -> train.bin, heldout.bin, sources.json
-    python tools/train_tiny.py train --minutes 45    # exports the best weights so far after every evaluation
-    python tools/train_tiny.py evaluate              # held-out bits per byte and samples of the exported weights
-    python tools/train_tiny.py card                  # README.md and loss.svg from training_log.json, nothing else
+    python tools/train_tiny.py train --minutes 45    # exports the best weights after every evaluation
+    python tools/train_tiny.py evaluate              # held-out bits per byte, samples of the exported weights
+    python tools/train_tiny.py card                  # README.md and loss.svg from training_log.json
 
 One token is one byte; byte 0 stands between sections and is the BOS and EOS token.
 """
@@ -27,6 +27,9 @@ from tiny_card import write_card
 from tiny_corpus import build_corpus
 
 CONTEXT = 512
+SHORT_WINDOW = 256  # windows of the first half of the training
+STRIDE = 256  # of the final measurement: at least CONTEXT - STRIDE bytes of context
+SAMPLE_BYTES = 240
 PROMPTS = ("The compiler ", "When a value goes out of scope, ", "This function returns ")
 
 
@@ -39,7 +42,11 @@ def load_bytes(path: Path) -> Any:
 
 
 def heldout_bits(model: Any, data: Any, stride: int, limit: int | None = None) -> float:
-    """Bits per byte over windows of CONTEXT bytes; the last `stride` bytes of each are scored (the first: all)."""
+    """Bits per byte over windows of CONTEXT bytes.
+
+    With a limit: that many windows spread over the data, scored whole. Without: windows every `stride` bytes,
+    of which the last `stride` bytes are scored (of the first: all), so that every byte counts once.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -80,15 +87,11 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def train(args: argparse.Namespace) -> None:
-    """Time-boxed training: 256-byte windows first (more steps), CONTEXT-byte windows for the rest."""
+def new_model(args: argparse.Namespace) -> Any:
+    """A fresh GPT-2; its config.json is written to args.out."""
     import torch
-    from torch.nn.functional import cross_entropy
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    data, heldout = load_bytes(args.corpus / "train.bin"), load_bytes(args.corpus / "heldout.bin")
     shape = {
         "vocab_size": 256,
         "n_positions": CONTEXT,
@@ -98,20 +101,31 @@ def train(args: argparse.Namespace) -> None:
         "n_inner": 4 * args.width,
         "bos_token_id": 0,
         "eos_token_id": 0,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "use_cache": False,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
     }
-    # The fused tanh GELU is the same function as gelu_new, only faster here.
-    model = GPT2LMHeadModel(GPT2Config(**shape, activation_function="gelu_pytorch_tanh"))
-    args.out.mkdir(parents=True, exist_ok=True)
-    config = GPT2Config(
-        **{**shape, "use_cache": True}, activation_function="gelu_new", architectures=["GPT2LMHeadModel"]
-    )
+    names = {"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"]}
+    config = GPT2Config(**shape, **names)
     config.dtype = torch.float16  # how the weights are stored
+    args.out.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(args.out)
+    # The fused tanh GELU is the same function as gelu_new, only faster here.
+    return GPT2LMHeadModel(GPT2Config(**shape, activation_function="gelu_pytorch_tanh", use_cache=False))
 
+
+def rate_scale(step: int, progress: float) -> float:
+    """Linear warm-up over 100 steps, cosine decay to 2 % over the time budget."""
+    return min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def train(args: argparse.Namespace) -> None:
+    """Time-boxed training: short windows first (more steps), whole contexts in the second half."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    data, heldout = load_bytes(args.corpus / "train.bin"), load_bytes(args.corpus / "heldout.bin")
+    model = new_model(args)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".h." in name)]
     optimizers: list[torch.optim.Optimizer] = [
@@ -125,6 +139,7 @@ def train(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "minutes": args.minutes,
         "batch": args.batch,
+        "short_window": SHORT_WINDOW,
         "lr": args.lr,
         "matrix_lr": args.matrix_lr,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -163,10 +178,8 @@ def train(args: argparse.Namespace) -> None:
             recent, next_eval = [], seconds + 60
             if progress >= 1:
                 break
-        length = 256 if progress < 0.5 else CONTEXT
-        scale = min(1.0, (step + 1) / 100) * (
-            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-        )
+        length = SHORT_WINDOW if progress < 0.5 else CONTEXT
+        scale = rate_scale(step, progress)
         for optimizer, rate in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * scale
         starts = torch.randint(len(data) - length - 1, (args.batch, 1))
@@ -195,28 +208,26 @@ def evaluate(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     model = GPT2LMHeadModel.from_pretrained(args.out, dtype=torch.float32).eval()
     log = json.loads((args.out / "training_log.json").read_text())
-    log["exported_bits_per_byte"] = round(
-        heldout_bits(model, load_bytes(args.corpus / "heldout.bin"), 256), 4
-    )
-    log["file_bytes"] = (args.out / "model.safetensors").stat().st_size
+    bits = heldout_bits(model, load_bytes(args.corpus / "heldout.bin"), STRIDE)
+    # The yardstick: what a general compressor needs for the held-out text once it has read the training text.
     train_text, text = (args.corpus / "train.bin").read_bytes(), (args.corpus / "heldout.bin").read_bytes()
     extra = len(lzma.compress(train_text + text, preset=9)) - len(lzma.compress(train_text, preset=9))
-    log["xz_bits_per_byte"] = round(
-        8 * extra / len(text), 4
-    )  # what a general compressor needs, given the same text
+    log |= {
+        "exported_bits_per_byte": round(bits, 4),
+        "stride": STRIDE,
+        "xz_bits_per_byte": round(8 * extra / len(text), 4),
+        "file_bytes": (args.out / "model.safetensors").stat().st_size,
+        "sample_bytes": SAMPLE_BYTES,
+    }
     log["samples"] = []
     for prompt in PROMPTS:
         for options in ({"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_k": 40}):
             torch.manual_seed(args.seed)
             ids = torch.tensor([list(prompt.encode())])
-            tokens = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=240, pad_token_id=0, **options
-            )
-            text = bytes(t for t in tokens[0].tolist() if t).decode("utf-8", "replace")
-            ended = bool((tokens[0] == 0).any())
-            log["samples"].append(
-                {"prompt": prompt, "seed": args.seed, **options, "ended": ended, "text": text}
-            )
+            limits = {"max_new_tokens": SAMPLE_BYTES, "pad_token_id": 0}
+            tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **limits, **options)[0].tolist()
+            sample = {"text": bytes(t for t in tokens if t).decode("utf-8", "replace"), "ended": 0 in tokens}
+            log["samples"].append({"prompt": prompt, "seed": args.seed, **options, **sample})
     write_json(args.out / "training_log.json", log)
     print(f"exported weights: {log['exported_bits_per_byte']} bits per byte held out")
 

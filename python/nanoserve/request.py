@@ -17,7 +17,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanoserve.sampling import SamplingParams
 
@@ -60,6 +60,7 @@ class Request:
         "output_tokens",
         "page_table",
         "params",
+        "prefix_counted",
         "prefix_hit_len",
         "priority",
         "prompt_tokens",
@@ -84,7 +85,7 @@ class Request:
         priority: int = 0,
     ) -> None:
         if params is None:
-            given = {"max_tokens": max_tokens, "temperature": temperature, "ignore_eos": ignore_eos}
+            given: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "ignore_eos": ignore_eos}
             params = SamplingParams(**{name: value for name, value in given.items() if value is not None})
         self.req_id = req_id
         self.prompt_tokens = _checked_tokens(prompt_tokens)
@@ -98,6 +99,7 @@ class Request:
         self.priority = priority
         self.cached_len = cached_len
         self.prefix_hit_len = 0  # tokens the prefix cache gave at the latest admission
+        self.prefix_counted = False  # its first admission is in the cache statistics
         self.validated_len = 0  # leading tokens known to have led to finite logits: only these may enter the tree
         self.output_tokens: list[int] = []
         self.token_ids = array("i", self.prompt_tokens)  # prompt + output, the copy that is sliced and hashed

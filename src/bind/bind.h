@@ -1,6 +1,8 @@
-// What the binding files share: one populate function per concept, and the conversions from Python's integers.
+// What the binding files share: one populate function per concept, and the conversions from Python's
+// integers.
 //
-// Rule of this folder: everything from Python is checked here (type, shape, range), and again by the class that uses it.
+// Rule of this folder: everything from Python is checked here (type, shape, range), and again by the class
+// that uses it.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -8,7 +10,11 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <limits>
+#include <memory>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "checked.h"
@@ -26,8 +32,8 @@ void populate_attention(py::module_& m);
 using FloatArray = py::array_t<float, py::array::c_style>;
 using Int32Array = py::array_t<std::int32_t, py::array::c_style>;
 
-// Page ids, layers and the like. Accepts any sequence of integers, NumPy's too; says which entry is out of range.
-[[nodiscard]] std::vector<std::int32_t> to_int32(const char* name, const std::vector<std::int64_t>& values);
+// Page ids. What does not fit in 32 bits cannot be a page either, so it is the same IndexError.
+[[nodiscard]] std::vector<std::int32_t> page_ids(const std::vector<std::int64_t>& values);
 
 // A one-dimensional integer array or sequence as int64; floats and booleans are refused, not truncated.
 [[nodiscard]] std::vector<std::int64_t> int_vector(const char* name, const py::handle& values);

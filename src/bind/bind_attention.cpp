@@ -1,6 +1,64 @@
 #include "bind/bind.h"
+#include "paged_attention.h"
+
 namespace nanoserve::bind {
-void populate_attention(py::module_& m) {
-    m.def("paged_attention", [](const py::args&, const py::kwargs&) { throw std::runtime_error("paged_attention is not built yet"); });
+
+namespace {
+
+void paged_attention(const KVCachePool& pool, std::int64_t layer, const py::array& q, const py::array& out,
+                     const py::array& block_tables, const py::object& starts, const py::object& counts,
+                     std::uintptr_t small_address, std::int64_t small_rows, std::uintptr_t large_address,
+                     std::int64_t large_rows, ThreadPool& threads) {
+    const std::int64_t dim = pool.shape().head_dim;
+    for (const auto& [name, array] : {std::pair{"q", &q}, std::pair{"out", &out}}) {
+        if (!py::isinstance<FloatArray>(*array)) {
+            throw py::type_error(std::string(name) + " must be a C-contiguous float32 array");
+        }
+        if (array->ndim() != 3 || array->shape(2) != dim) {
+            throw std::invalid_argument(std::string(name) + " has shape " + shape_text(*array) +
+                                        ", must be [tokens, heads, " + std::to_string(dim) + "]");
+        }
+    }
+    if (q.shape(0) != out.shape(0) || q.shape(1) != out.shape(1)) {
+        throw std::invalid_argument("q has shape " + shape_text(q) + " but out has " + shape_text(out));
+    }
+    if (!py::isinstance<Int32Array>(block_tables) || block_tables.ndim() != 2) {
+        throw py::type_error("block_tables must be a C-contiguous int32 array [sequences, max_pages]");
+    }
+    const std::vector<std::int32_t> start_list = int32_vector("starts", starts);
+    const std::vector<std::int32_t> count_list = int32_vector("counts", counts);
+    if (block_tables.shape(0) != std::ssize(start_list)) {
+        throw std::invalid_argument("block_tables has shape " + shape_text(block_tables) + " but there are " +
+                                    std::to_string(start_list.size()) + " starts");
+    }
+    py::array out_array = out;
+    PagedAttention attention(
+        pool, layer,
+        {.q = static_cast<const float*>(q.data()),
+         .out = static_cast<float*>(out_array.mutable_data()),  // throws when out is read-only
+         .num_tokens = q.shape(0),
+         .num_heads = q.shape(1),
+         .block_tables = {static_cast<const std::int32_t*>(block_tables.data()), at(block_tables.size())},
+         .max_pages = block_tables.shape(1),
+         .starts = start_list,
+         .counts = count_list},
+        {.small = reinterpret_cast<Kernel>(small_address),
+         .small_rows = small_rows,
+         .large = reinterpret_cast<Kernel>(large_address),
+         .large_rows = large_rows});
+    const py::gil_scoped_release unlocked;
+    attention.run(threads);
 }
+
+}  // namespace
+
+void populate_attention(py::module_& m) {
+    m.def(
+        "paged_attention", &paged_attention, py::arg("pool"), py::arg("layer"), py::arg("q"), py::arg("out"),
+        py::arg("block_tables"), py::arg("starts"), py::arg("counts"), py::arg("small_address"),
+        py::arg("small_rows"), py::arg("large_address"), py::arg("large_rows"), py::arg("threads"),
+        "Causal attention of q [tokens, heads, head_dim] over the pool's pages, written to out. Runs without "
+        "Python's lock.");
+}
+
 }  // namespace nanoserve::bind

@@ -1,6 +1,179 @@
 #include "bind/bind.h"
+#include "step_executor.h"
+
 namespace nanoserve::bind {
-void populate_executor(py::module_& m) {
-    m.def("StepExecutor", [](const py::args&, const py::kwargs&) { throw std::runtime_error("StepExecutor is not built yet"); });
+
+namespace {
+
+Kernel kernel_at(std::uintptr_t address) {
+    return reinterpret_cast<Kernel>(address);
 }
+
+// ("buffer", 3) or ("ids",): a name, and a number for the sources that have several.
+Arg parse_arg(const py::tuple& tuple) {
+    if (tuple.empty()) {
+        throw std::invalid_argument(
+            "an argument is a tuple: the name of its source, then its number if it has one");
+    }
+    Arg arg{.source = source_from_name(tuple[0].cast<std::string>())};
+    const std::size_t expected = source_has_index(arg.source) ? 2 : 1;
+    if (tuple.size() != expected) {
+        throw std::invalid_argument("argument " + py::repr(tuple).cast<std::string>() + " must have " +
+                                    std::to_string(expected) + (expected == 1 ? " part" : " parts"));
+    }
+    if (expected == 2) {
+        arg.index = tuple[1].cast<std::int64_t>();
+    }
+    return arg;
+}
+
+std::vector<Arg> parse_args(const std::vector<py::tuple>& tuples) {
+    std::vector<Arg> args;
+    args.reserve(tuples.size());
+    for (const py::tuple& tuple : tuples) {
+        args.push_back(parse_arg(tuple));
+    }
+    return args;
+}
+
+bool parse_over(const std::string& over) {
+    if (over != "rows" && over != "samples") {
+        throw std::invalid_argument("over is '" + over + "', must be rows or samples");
+    }
+    return over == "samples";
+}
+
+void add_op(StepExecutor& executor, const std::string& name, std::uintptr_t address,
+            const std::vector<py::tuple>& args, const std::string& domain, std::int64_t panels,
+            std::int64_t row_block, const std::string& over, std::int64_t cost_per_unit) {
+    executor.op({.name = name,
+                 .kernel = kernel_at(address),
+                 .args = parse_args(args),
+                 .domain = domain_from_name(domain),
+                 .panels = panels,
+                 .row_block = row_block,
+                 .over_samples = parse_over(over),
+                 .cost_per_unit = cost_per_unit});
+}
+
+void add_attention(StepExecutor& executor, const std::string& name, std::uintptr_t small_address,
+                   std::int64_t small_rows, std::uintptr_t large_address, std::int64_t large_rows,
+                   const std::vector<py::tuple>& args, std::int64_t group, std::int64_t kv_heads) {
+    executor.attention({.name = name,
+                        .kernel = kernel_at(small_address),
+                        .large_kernel = kernel_at(large_address),
+                        .args = parse_args(args)},
+                       group, kv_heads, small_rows, large_rows);
+}
+
+std::int64_t add_weight(StepExecutor& executor, const py::array& array) {
+    if ((array.flags() & py::array::c_style) == 0) {
+        throw std::invalid_argument("a weight must be C-contiguous, got strides of a view of shape " +
+                                    shape_text(array));
+    }
+    if (array.size() == 0) {
+        throw std::invalid_argument("a weight of shape " + shape_text(array) + " is empty");
+    }
+    return executor.weight(array.data());
+}
+
+// [rows, vocab] over rows of `row_stride` floats that start on a cache line; uninitialised.
+py::array_t<float> new_logits(std::int64_t rows, std::int64_t vocab, std::int64_t row_stride) {
+    constexpr std::int64_t kLine = 64 / sizeof(float);
+    const py::array_t<float> storage(checked_product("the logits", {{"rows", rows}, {"stride", row_stride}}) +
+                                     kLine);
+    const auto address = reinterpret_cast<std::uintptr_t>(storage.data());
+    const std::int64_t skip = (kLine - static_cast<std::int64_t>(address / sizeof(float) % kLine)) % kLine;
+    const auto item = static_cast<std::int64_t>(sizeof(float));
+    return py::array_t<float>(std::vector<py::ssize_t>{rows, vocab},
+                              std::vector<py::ssize_t>{row_stride * item, item}, storage.data() + skip,
+                              storage);
+}
+
+py::tuple forward(StepExecutor& executor, const py::object& input_ids, const py::sequence& tables,
+                  const py::object& starts, const py::object& counts, const py::object& sample_rows,
+                  std::int64_t vocab) {
+    std::vector<const PageTable*> table_list;
+    table_list.reserve(tables.size());
+    for (const py::handle table : tables) {
+        table_list.push_back(table.cast<const PageTable*>());
+    }
+    const std::vector<std::int32_t> ids = int32_vector("input_ids", input_ids);
+    const std::vector<std::int32_t> start_list = int32_vector("starts", starts);
+    const std::vector<std::int32_t> count_list = int32_vector("counts", counts);
+    const std::vector<std::int32_t> sample_list = int32_vector("sample_rows", sample_rows);
+    const StepExecutor::Step step = executor.prepare({.input_ids = ids,
+                                                      .tables = table_list,
+                                                      .starts = start_list,
+                                                      .counts = count_list,
+                                                      .sample_rows = sample_list,
+                                                      .vocab = vocab});
+    const std::int64_t row_stride = StepExecutor::logits_stride(vocab);
+    py::array_t<float> logits = new_logits(std::ssize(sample_list), vocab, row_stride);
+    py::array_t<bool> finite(std::ssize(sample_list));
+    float* const data = logits.mutable_data();
+    if (!executor.writes_logits()) {
+        std::fill_n(data, std::ssize(sample_list) * row_stride, 0.0F);
+    }
+    const std::span<bool> flags(finite.mutable_data(), sample_list.size());
+    {
+        const py::gil_scoped_release unlocked;
+        executor.run(step, data, flags);
+    }
+    return py::make_tuple(std::move(logits), std::move(finite));
+}
+
+py::array_t<float> buffer_view(const py::object& self, std::int64_t id) {
+    const auto& executor = self.cast<const StepExecutor&>();
+    const std::int64_t row_stride = executor.buffer_stride(id);
+    return py::array_t<float>(std::vector<py::ssize_t>{executor.max_tokens(), row_stride},
+                              executor.buffer_data(id).data(), self);
+}
+
+py::list timing_list(const StepExecutor& executor) {
+    py::list out;
+    for (const OpTiming& timing : executor.timings()) {
+        out.append(py::make_tuple(timing.name, timing.nanoseconds, timing.calls));
+    }
+    return out;
+}
+
+}  // namespace
+
+void populate_executor(py::module_& m) {
+    py::class_<StepExecutor>(m, "StepExecutor", "Runs a plan of compiled kernels over a ragged batch.")
+        .def(py::init([](std::shared_ptr<KVCachePool> pool, std::shared_ptr<ThreadPool> threads,
+                         std::int64_t max_tokens, std::optional<std::int64_t> max_positions) {
+                 constexpr std::int64_t kNoLimit = std::numeric_limits<std::int64_t>::max();
+                 return std::make_unique<StepExecutor>(
+                     std::move(pool), std::move(threads),
+                     StepLimits{.max_tokens = max_tokens, .max_positions = max_positions.value_or(kNoLimit)});
+             }),
+             py::arg("pool").none(false), py::arg("threads").none(false), py::arg("max_tokens"),
+             py::arg("max_positions") = py::none(),
+             "max_positions: refuse sequences longer than the model's position tables.")
+        .def_static("stride", &StepExecutor::stride, py::arg("cols"), "Row stride of a buffer, in floats.")
+        .def_static("logits_stride", &StepExecutor::logits_stride, py::arg("vocab"),
+                    "Row stride of the logits.")
+        .def_property_readonly("max_tokens", &StepExecutor::max_tokens)
+        .def("buffer", &StepExecutor::buffer, py::arg("cols"),
+             "Activations [max_tokens, stride(cols)]; returns the id.")
+        .def("buffer_view", &buffer_view, py::arg("id"),
+             "The buffer's memory as an array, for tests and debugging.")
+        .def("weight", &add_weight, py::arg("array"), py::keep_alive<1, 2>(),
+             "Keeps the array alive and hands its memory to kernels; returns the id.")
+        .def("op", &add_op, py::arg("name"), py::arg("address"), py::arg("args"), py::arg("domain"),
+             py::arg("panels") = 0, py::arg("row_block") = 0, py::arg("over") = "rows",
+             py::arg("cost_per_unit") = 0)
+        .def("attention", &add_attention, py::arg("name"), py::arg("small_address"), py::arg("small_rows"),
+             py::arg("large_address"), py::arg("large_rows"), py::arg("args"), py::arg("group"),
+             py::arg("kv_heads"))
+        .def("forward", &forward, py::arg("input_ids"), py::arg("tables"), py::arg("starts"),
+             py::arg("counts"), py::arg("sample_rows"), py::arg("vocab"),
+             "(logits [samples, vocab], finite [samples]). Runs without Python's lock.")
+        .def("profile", &StepExecutor::profile, py::arg("enable"))
+        .def("timings", &timing_list,
+             "[(operation, nanoseconds, calls)] since profile(True), as thread 0 saw it.");
+}
+
 }  // namespace nanoserve::bind

@@ -7,8 +7,8 @@ namespace {
 
 using PageList = std::vector<std::int64_t>;
 
-// K and V of one layer as [num_pages, page_size, num_heads, head_dim] over the pool's own memory. The strides undo the
-// layout (K is transposed inside a page), and the pool lives for as long as any view does.
+// K and V of one layer as [num_pages, page_size, num_heads, head_dim] over the pool's own memory. The strides
+// undo the layout (K is transposed inside a page), and the pool lives for as long as any view does.
 py::tuple layer_views(const py::object& self, std::int64_t layer) {
     const auto& pool = self.cast<const KVCachePool&>();
     const PoolShape& s = pool.shape();
@@ -16,21 +16,26 @@ py::tuple layer_views(const py::object& self, std::int64_t layer) {
     const py::ssize_t head = s.head_dim * s.page_size * item;
     const py::ssize_t page = s.num_heads * head;
     const std::vector<py::ssize_t> shape = {s.num_pages, s.page_size, s.num_heads, s.head_dim};
-    py::array_t<float> k(shape, std::vector<py::ssize_t>{page, item, head, s.page_size * item}, pool.k_layer(layer), self);
-    py::array_t<float> v(shape, std::vector<py::ssize_t>{page, s.head_dim * item, head, item}, pool.v_layer(layer), self);
+    py::array_t<float> k(shape, std::vector<py::ssize_t>{page, item, head, s.page_size * item},
+                         pool.k_layer(layer), self);
+    py::array_t<float> v(shape, std::vector<py::ssize_t>{page, s.head_dim * item, head, item},
+                         pool.v_layer(layer), self);
     return py::make_tuple(std::move(k), std::move(v));
 }
 
-void store_kv(KVCachePool& pool, const py::object& k, const py::object& v, const py::object& slots, std::int64_t layer) {
+void store_kv(KVCachePool& pool, const py::object& k, const py::object& v, const py::object& slots,
+              std::int64_t layer) {
     const FloatArray k_rows = float_array("k", k, 3);
     const FloatArray v_rows = float_array("v", v, 3);
     const std::vector<std::int64_t> slot_ids = int_vector("slots", slots);
     const PoolShape& s = pool.shape();
     for (const auto& [name, rows] : {std::pair{"k", &k_rows}, std::pair{"v", &v_rows}}) {
-        if (rows->shape(0) != std::ssize(slot_ids) || rows->shape(1) != s.num_heads || rows->shape(2) != s.head_dim) {
-            throw std::invalid_argument(std::string(name) + " has shape " + shape_text(*rows) + ", must be [" +
-                                        std::to_string(slot_ids.size()) + ", " + std::to_string(s.num_heads) + ", " +
-                                        std::to_string(s.head_dim) + "] (slots, num_heads, head_dim)");
+        if (rows->shape(0) != std::ssize(slot_ids) || rows->shape(1) != s.num_heads ||
+            rows->shape(2) != s.head_dim) {
+            throw std::invalid_argument(std::string(name) + " has shape " + shape_text(*rows) +
+                                        ", must be [" + std::to_string(slot_ids.size()) + ", " +
+                                        std::to_string(s.num_heads) + ", " + std::to_string(s.head_dim) +
+                                        "] (slots, num_heads, head_dim)");
         }
     }
     pool.store_kv({k_rows.data(), static_cast<std::size_t>(k_rows.size())},
@@ -56,7 +61,7 @@ std::vector<std::string> audit(const KVCachePool& pool, const std::vector<PageLi
     std::vector<std::vector<std::int32_t>> narrowed;
     narrowed.reserve(holders.size());
     for (const PageList& holder : holders) {
-        narrowed.push_back(to_int32("holder", holder));
+        narrowed.push_back(page_ids(holder));
     }
     return pool.audit(narrowed);
 }
@@ -66,16 +71,16 @@ std::vector<std::string> audit(const KVCachePool& pool, const std::vector<PageLi
 void populate_pool(py::module_& m) {
     py::class_<KVCachePool, std::shared_ptr<KVCachePool>>(m, "KVCachePool",
                                                           "Pages of keys and values, and who holds which.")
-        .def(py::init([](std::int64_t num_pages, std::int64_t page_size, std::int64_t num_layers, std::int64_t num_heads,
-                         std::int64_t head_dim) {
+        .def(py::init([](std::int64_t num_pages, std::int64_t page_size, std::int64_t num_layers,
+                         std::int64_t num_heads, std::int64_t head_dim) {
                  return std::make_shared<KVCachePool>(PoolShape{.num_pages = num_pages,
                                                                 .page_size = page_size,
                                                                 .num_layers = num_layers,
                                                                 .num_heads = num_heads,
                                                                 .head_dim = head_dim});
              }),
-             py::arg("num_pages"), py::arg("page_size") = 16, py::arg("num_layers") = 1, py::arg("num_heads") = 1,
-             py::arg("head_dim") = 16)
+             py::arg("num_pages"), py::arg("page_size") = 16, py::arg("num_layers") = 1,
+             py::arg("num_heads") = 1, py::arg("head_dim") = 16)
         .def_property_readonly("num_pages", [](const KVCachePool& p) { return p.shape().num_pages; })
         .def_property_readonly("page_size", [](const KVCachePool& p) { return p.shape().page_size; })
         .def_property_readonly("num_layers", [](const KVCachePool& p) { return p.shape().num_layers; })
@@ -89,13 +94,13 @@ void populate_pool(py::module_& m) {
              "The lowest free pages that hold num_tokens; PoolExhausted when there are too few.")
         .def("allocate_pages", &KVCachePool::allocate_pages, py::arg("num_pages"))
         .def(
-            "ref", [](KVCachePool& p, const PageList& pages) { p.ref(to_int32("pages", pages)); }, py::arg("pages"),
+            "ref", [](KVCachePool& p, const PageList& pages) { p.ref(page_ids(pages)); }, py::arg("pages"),
             "Takes one more reference on each page; every page must be in use.")
         .def(
-            "unref", [](KVCachePool& p, const PageList& pages) { return p.unref(to_int32("pages", pages)); },
+            "unref", [](KVCachePool& p, const PageList& pages) { return p.unref(page_ids(pages)); },
             py::arg("pages"), "Drops one reference on each page; returns the pages that became free.")
         .def(
-            "free", [](KVCachePool& p, const PageList& pages) { return p.unref(to_int32("pages", pages)); },
+            "free", [](KVCachePool& p, const PageList& pages) { return p.unref(page_ids(pages)); },
             py::arg("pages"), "The same as unref. On an error nothing has changed.")
         .def("ref_count", &KVCachePool::ref_count, py::arg("page"))
         .def("pages_needed", &KVCachePool::pages_needed, py::arg("num_tokens"))
@@ -104,9 +109,11 @@ void populate_pool(py::module_& m) {
              "Writes k and v [n, num_heads, head_dim] into slots (page_id * page_size + offset).")
         .def("get_layer_cache", &layer_views, py::arg("layer"),
              "(k, v), both [num_pages, page_size, num_heads, head_dim]: writable views, no copy.")
-        .def("copy_page", &KVCachePool::copy_page, py::arg("page"), "A new page with the same content in all layers.")
+        .def("copy_page", &KVCachePool::copy_page, py::arg("page"),
+             "A new page with the same content in all layers.")
         .def(
-            "scrub", [](KVCachePool& p, const PageList& pages) { p.scrub(to_int32("pages", pages)); }, py::arg("pages"),
+            "scrub", [](KVCachePool& p, const PageList& pages) { p.scrub(page_ids(pages)); },
+            py::arg("pages"),
             "Zeroes the pages in all layers, so that no non-finite value outlives its request.")
         .def("stats", &stats_dict)
         .def("audit", &audit, py::arg("holders") = std::vector<PageList>{},

@@ -37,12 +37,12 @@ void populate_table(py::module_& m) {
         .def("grow_to", &PageTable::grow_to, py::arg("num_tokens"),
              "Adds pages until num_tokens fit; returns them. PoolExhausted takes nothing.")
         .def(
-            "adopt", [](PageTable& t, const std::vector<std::int64_t>& pages) { t.adopt(to_int32("pages", pages)); },
+            "adopt", [](PageTable& t, const std::vector<std::int64_t>& pages) { t.adopt(page_ids(pages)); },
             py::arg("pages"), "Appends pages that others hold too, taking one reference on each.")
         .def(
             "make_writable",
-            [](PageTable& t, std::int64_t index) { return t.make_writable(from_the_end(t, index)); }, py::arg("index"),
-            "Replaces the page by a copy when anyone else holds it; True when it did.")
+            [](PageTable& t, std::int64_t index) { return t.make_writable(from_the_end(t, index)); },
+            py::arg("index"), "Replaces the page by a copy when anyone else holds it; True when it did.")
         .def("release", &PageTable::release, "Drops every reference; the table is empty afterwards.")
         .def("slots", &slot_array, py::arg("start"), py::arg("count"),
              "page_id * page_size + offset of positions start to start + count, int32.")

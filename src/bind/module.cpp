@@ -1,5 +1,8 @@
 // The Python module `_ch16`. nanoserve/native.py finds and loads it; nothing else imports it by name.
 #include "bind/bind.h"
+
+#include <algorithm>
+
 #include "errors.h"
 
 namespace nanoserve::bind {
@@ -10,7 +13,8 @@ std::string dtype_text(const py::array& array) {
     return py::str(array.dtype()).cast<std::string>();
 }
 
-// The array behind `values`, or the array NumPy makes of a list. Never a copy of what is int32 or int64 already.
+// The array behind `values`, or the array NumPy makes of a list. Never a copy of what is int32 or int64
+// already.
 py::array as_int_array(const char* name, const py::handle& values) {
     py::array array = py::array::ensure(values);
     if (!array) {
@@ -18,18 +22,14 @@ py::array as_int_array(const char* name, const py::handle& values) {
         throw py::type_error(std::string(name) + " must be a list or an array of integers");
     }
     if (array.ndim() != 1) {
-        throw std::invalid_argument(std::string(name) + " has shape " + shape_text(array) + ", must have 1 dimension");
+        throw std::invalid_argument(std::string(name) + " has shape " + shape_text(array) +
+                                    ", must have 1 dimension");
     }
     const char kind = array.dtype().kind();
     if (array.size() > 0 && kind != 'i' && kind != 'u') {
         throw py::type_error(std::string(name) + " has dtype " + dtype_text(array) + ", must hold integers");
     }
     return array;
-}
-
-[[noreturn]] void throw_out_of_range(const char* name, py::ssize_t index, const std::string& value) {
-    throw std::invalid_argument(std::string(name) + "[" + std::to_string(index) + "] is " + value +
-                                ", does not fit in 32 bits");
 }
 
 }  // namespace
@@ -42,12 +42,13 @@ std::string shape_text(const py::array& array) {
     return text + "]";
 }
 
-std::vector<std::int32_t> to_int32(const char* name, const std::vector<std::int64_t>& values) {
+std::vector<std::int32_t> page_ids(const std::vector<std::int64_t>& values) {
     std::vector<std::int32_t> out;
     out.reserve(values.size());
     for (const std::int64_t value : values) {
         if (!std::in_range<std::int32_t>(value)) {
-            throw_out_of_range(name, std::ssize(out), std::to_string(value));
+            throw std::out_of_range("page " + std::to_string(value) +
+                                    " is out of range: page ids have 32 bits");
         }
         out.push_back(static_cast<std::int32_t>(value));
     }
@@ -71,7 +72,17 @@ std::vector<std::int32_t> int32_vector(const char* name, const py::handle& value
             return {array.data(), array.data() + array.size()};
         }
     }
-    return to_int32(name, int_vector(name, values));
+    const std::vector<std::int64_t> wide = int_vector(name, values);
+    for (std::size_t i = 0; i < wide.size(); ++i) {
+        if (!std::in_range<std::int32_t>(wide[i])) {
+            throw std::invalid_argument(std::string(name) + "[" + std::to_string(i) + "] is " +
+                                        std::to_string(wide[i]) + ", does not fit in 32 bits");
+        }
+    }
+    std::vector<std::int32_t> out(wide.size());
+    std::transform(wide.begin(), wide.end(), out.begin(),
+                   [](std::int64_t value) { return static_cast<std::int32_t>(value); });
+    return out;
 }
 
 FloatArray float_array(const char* name, const py::handle& value, int ndim) {

@@ -8,9 +8,7 @@ Invariants (`audit` checks them):
   - a page is in the tree once, at one place;
   - pin_count of a node counts the holders at it or below, so 0 means that its whole subtree may go;
   - only unpinned leaves are evicted, oldest access first and from their last page backwards: a prefix is never cut
-    out from under its extensions, and a long prefix shrinks instead of vanishing for one page;
-  - an unpinned leaf has exactly one entry in the eviction heap. Entries may be out of date and are renewed when they
-    surface, so an access costs nothing and an eviction O(log n): no call ever scans the leaves.
+    out from under its extensions, and a long prefix shrinks instead of vanishing for one page.
 
 Node ids. A pinned node keeps its id and its end for as long as it is pinned: a split gives the *upper* part a new id,
 so a holder of the lower part still holds its whole path. An unpinned id is good only until the tree next changes.
@@ -20,14 +18,13 @@ The tree knows tokens and page ids. References on pages are RadixCacheManager's,
 
 from __future__ import annotations
 
-import heapq
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from nanoserve.cache.radix_node import INVALID_NODE, RadixNode
-
-TOKEN_BYTES = array("i").itemsize
+from nanoserve.cache.eviction_queue import EvictionQueue
+from nanoserve.cache.radix_audit import audit_tree
+from nanoserve.cache.radix_node import INVALID_NODE, TOKEN_BYTES, RadixNode
 
 
 class MatchResult(NamedTuple):
@@ -64,7 +61,7 @@ class RadixCache:
         self.clock = 0  # logical: one tick per access
         self.arena = [RadixNode(self.ROOT)]
         self.free_ids: list[int] = []
-        self.heap: list[tuple[int, int]] = []  # (last_access when pushed, node_id)
+        self.queue = EvictionQueue(self.arena)
         self._step = page_size * TOKEN_BYTES  # bytes of one page's tokens in a key
 
     @property
@@ -88,19 +85,52 @@ class RadixCache:
 
     def match_prefix(self, tokens: Sequence[int]) -> MatchResult:
         """The longest cached prefix, in whole pages. Splits an edge if need be, so that a node ends at the match."""
-        node, at, below, shared = self._descend(self._raw(tokens, 0, len(tokens) // self.page_size), self.arena[self.ROOT])
+        node, at, below, shared = self._descend(self._raw(tokens, 0, len(tokens)), self.arena[self.ROOT])
         if below is not None:
             node = self._split(below, shared)
             at += shared * self._step
-        parts = []
-        for ancestor in self._touched_path(node):
-            parts.append(ancestor.pages)
+        parts = [step.pages for step in self._touch(node)]
         return MatchResult(node.node_id, at // TOKEN_BYTES, [page for part in reversed(parts) for page in part])
 
     def peek(self, tokens: Sequence[int]) -> int:
         """How many tokens match_prefix would find; changes nothing, not even the LRU order."""
-        _, at, _, shared = self._descend(self._raw(tokens, 0, len(tokens) // self.page_size), self.arena[self.ROOT])
+        _, at, _, shared = self._descend(self._raw(tokens, 0, len(tokens)), self.arena[self.ROOT])
         return at // TOKEN_BYTES + shared * self.page_size
+
+    def _raw(self, tokens: Sequence[int], begin: int, end: int) -> bytes:
+        """The whole pages of tokens[begin:end] as int32 bytes."""
+        part = tokens[begin : end - end % self.page_size]
+        if not (isinstance(part, array) and part.typecode == "i"):
+            part = array("i", part)
+        return part.tobytes()
+
+    def _descend(self, raw: bytes, node: RadixNode) -> tuple[RadixNode, int, RadixNode | None, int]:
+        """Follows `raw` down from `node`.
+
+        Returns the last node matched whole, the bytes matched through it, and, where the match ends inside an edge,
+        the node below and how many of its pages match (at least one: it was found by its first).
+        """
+        arena, step, at = self.arena, self._step, 0
+        while at < len(raw):
+            child_id = node.children.get(raw[at : at + step])
+            if child_id is None:
+                break
+            child = arena[child_id]
+            if not raw.startswith(child.key, at):
+                return node, at, child, child.common_pages(raw[at : at + len(child.key)], step)
+            node = child
+            at += len(child.key)
+        return node, at, None, 0
+
+    def _touch(self, node: RadixNode) -> list[RadixNode]:
+        """Sets the access time of a node and its ancestors to now; returns them, root left out, deepest first."""
+        self.clock += 1
+        path = []
+        while node.node_id != self.ROOT:
+            node.last_access = self.clock
+            path.append(node)
+            node = self.arena[node.parent]
+        return path
 
     # ---- growth
 
@@ -118,17 +148,16 @@ class RadixCache:
         origin = self.node(start)
         if origin.end_page > whole:
             raise ValueError(f"insert: node {start} ends at page {origin.end_page}, the tokens at page {whole}")
-        raw = self._raw(tokens, origin.end_page, whole)
+        raw = self._raw(tokens, origin.end_page * self.page_size, len(tokens))
         node, at, below, shared = self._descend(raw, origin)
         if below is not None:
             node = self._split(below, shared)
             at += shared * self._step
-        num_existing = origin.end_page * self.page_size + at // TOKEN_BYTES
+        self._touch(node)
+        num_existing = node.end_page * self.page_size
         new_pages = list(pages[node.end_page : whole])
         if new_pages:
             node = self._append(node, raw[at:], new_pages, own_pins=1 if node is origin else 0)
-        for _ in self._touched_path(node):
-            pass
         return InsertResult(node.node_id, num_existing, new_pages)
 
     def _append(self, node: RadixNode, key: bytes, pages: list[int], own_pins: int) -> RadixNode:
@@ -142,9 +171,10 @@ class RadixCache:
                 self.num_evictable_pages += len(pages)
             return node
         child = self._new_node(node.node_id, key, pages, node.end_page + len(pages))
+        child.last_access = self.clock
         node.children[key[: self._step]] = child.node_id
         self.num_evictable_pages += len(pages)
-        self._offer(child)
+        self.queue.offer(child)
         return child
 
     def _split(self, lower: RadixNode, num_pages: int) -> RadixNode:
@@ -185,8 +215,14 @@ class RadixCache:
         self.arena[self.ROOT].pin_count -= 1
 
     def move_pin(self, node_id: int, descendant: int) -> None:
-        """Moves one pin down the tree; `descendant` is at or below `node_id`."""
-        self._add_pins(self.node(descendant), node_id, +1)
+        """Moves one pin from a node to one at or below it."""
+        top, bottom = self.node(node_id), self.node(descendant)
+        above = bottom
+        while above.end_page > top.end_page:
+            above = self.arena[above.parent]
+        if above is not top:
+            raise ValueError(f"node {descendant} is not below node {node_id}")
+        self._add_pins(bottom, node_id, +1)
 
     def _add_pins(self, node: RadixNode, stop: int, count: int) -> None:
         """Adds to every node from `node` up to, not including, `stop`; a pin's end is an access too."""
@@ -198,15 +234,7 @@ class RadixCache:
             node.last_access = self.clock
             if node.pin_count == 0:
                 self.num_evictable_pages += len(node.pages)
-                self._offer(node)
-            node = self.arena[node.parent]
-
-    def _touched_path(self, node: RadixNode) -> Iterator[RadixNode]:
-        """From `node` up to the root (left out), setting each one's access time to now."""
-        self.clock += 1
-        while node.node_id != self.ROOT:
-            node.last_access = self.clock
-            yield node
+                self.queue.offer(node)
             node = self.arena[node.parent]
 
     # ---- eviction
@@ -215,22 +243,11 @@ class RadixCache:
         """Removes up to `num_pages` pages, oldest unpinned leaves first, and returns them; fewer if no more may go."""
         evicted: list[int] = []
         while len(evicted) < num_pages:
-            leaf = self._pop_oldest_leaf()
+            leaf = self.queue.pop_oldest()
             if leaf is None:
                 break
             evicted += self._trim(leaf, num_pages - len(evicted))
         return evicted
-
-    def _pop_oldest_leaf(self) -> RadixNode | None:
-        while self.heap:
-            pushed, node_id = heapq.heappop(self.heap)
-            node = self.arena[node_id]
-            node.in_heap = False
-            if pushed < node.last_access:
-                self._offer(node)  # used since: back with its new time
-            elif node.is_leaf and not node.is_pinned:
-                return node
-        return None
 
     def _trim(self, leaf: RadixNode, num_pages: int) -> list[int]:
         """Cuts pages off a popped leaf's end; an emptied leaf leaves the tree, and its parent may be a leaf then."""
@@ -243,20 +260,14 @@ class RadixCache:
             del leaf.pages[keep:]
             leaf.key = leaf.key[: keep * self._step]
             leaf.end_page -= len(tail)
-            self._offer(leaf)
+            self.queue.offer(leaf)
         else:
             parent = self.arena[leaf.parent]
             del parent.children[leaf.key[: self._step]]
             self.arena[leaf.node_id] = RadixNode(leaf.node_id)
             self.free_ids.append(leaf.node_id)
-            self._offer(parent)
+            self.queue.offer(parent)
         return tail
-
-    def _offer(self, node: RadixNode) -> None:
-        """Enters an unpinned leaf into the eviction heap, once."""
-        if not (node.in_heap or node.children or node.pin_count or node.node_id == self.ROOT):
-            node.in_heap = True
-            heapq.heappush(self.heap, (node.last_access, node.node_id))
 
     # ---- the whole tree
 
@@ -278,40 +289,6 @@ class RadixCache:
             node = self.arena[node.parent]
         return b"".join(reversed(parts))
 
-    # ---- keys
-
-    def _raw(self, tokens: Sequence[int], first_page: int, end_page: int) -> bytes:
-        part = tokens[first_page * self.page_size : end_page * self.page_size]
-        if not (isinstance(part, array) and part.typecode == "i"):
-            part = array("i", part)
-        return part.tobytes()
-
-    def _descend(self, raw: bytes, node: RadixNode) -> tuple[RadixNode, int, RadixNode | None, int]:
-        """Follows `raw` down from `node`.
-
-        Returns the last node matched whole, the bytes matched through it, and, where the match ends inside an edge,
-        the node below and how many of its pages match (at least one: it was found by its first).
-        """
-        arena, step, at = self.arena, self._step, 0
-        while at < len(raw):
-            child_id = node.children.get(raw[at : at + step])
-            if child_id is None:
-                break
-            child = arena[child_id]
-            if not raw.startswith(child.key, at):
-                return node, at, child, _common_pages(raw[at : at + len(child.key)], child.key, step)
-            node = child
-            at += len(child.key)
-        return node, at, None, 0
-
-
-def _common_pages(a: bytes, b: bytes, step: int) -> int:
-    """Leading pages that are equal, by bisection: each probe is one memcmp."""
-    low, high = 0, min(len(a), len(b)) // step
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low * step : middle * step] == b[low * step : middle * step]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    def audit(self) -> list[str]:
+        """Problems found, one sentence each; walks the whole tree."""
+        return audit_tree(self)

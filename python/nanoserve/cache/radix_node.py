@@ -14,9 +14,11 @@ keeping anything alive. `key` is the tokens as int32 bytes: an edge of any lengt
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 INVALID_NODE = -1
+TOKEN_BYTES = array("i").itemsize
 
 
 @dataclass(slots=True)
@@ -29,7 +31,7 @@ class RadixNode:
     children: dict[bytes, int] = field(default_factory=dict)  # first page's bytes -> node id
     pin_count: int = 0  # holders at this node or anywhere below: 0 means the whole subtree may be evicted
     last_access: int = 0  # logical time
-    in_heap: bool = False  # an entry of the eviction heap names this node
+    in_queue: bool = False  # an entry of the eviction queue names this node
 
     @property
     def num_pages(self) -> int:
@@ -42,3 +44,19 @@ class RadixNode:
     @property
     def is_pinned(self) -> bool:
         return self.pin_count > 0
+
+    @property
+    def is_evictable(self) -> bool:
+        """An unpinned leaf; the root never is."""
+        return not self.children and self.pin_count == 0 and self.parent != INVALID_NODE
+
+    def common_pages(self, raw: bytes, page_bytes: int) -> int:
+        """Leading pages of the key that `raw` spells too, by bisection: each probe is one memcmp."""
+        low, high = 0, min(len(raw), len(self.key)) // page_bytes
+        while low < high:
+            middle = (low + high + 1) // 2
+            if raw[low * page_bytes : middle * page_bytes] == self.key[low * page_bytes : middle * page_bytes]:
+                low = middle
+            else:
+                high = middle - 1
+        return low

@@ -1,0 +1,90 @@
+"""Puts the numbers of bench/results/engine.json into README.md and draws bench/results/engine.svg.
+
+    python -m bench.report [--check]
+
+The text between `<!-- numbers -->` and `<!-- /numbers -->` belongs to this script; `--check` only compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "engine.json"
+README = ROOT / "README.md"
+FIGURE = ROOT / "bench" / "results" / "engine.svg"
+BLOCK = re.compile(r"(<!-- numbers -->\n).*?(<!-- /numbers -->)", re.DOTALL)
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 2**20:.1f} MB"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The measured table, Markdown."""
+    t, longer, cache = results["throughput"], results["longer_context"], results["prefix_cache"]
+    memory, start = results["kv_memory"], results["start_up"]
+    rows = [
+        ("output tokens/s, 32 running requests", f"{t['output_tokens_per_s']:,.0f}", t["model"]),
+        ("against one request at a time with KV cache", f"{t['speedup_over_one_at_a_time']:.1f}x", "same prompts, same tokens out"),
+        ("against recomputing the whole sequence per token", f"{t['speedup_over_recompute']:.1f}x", "same kernels, same tokens out"),
+        ("the same at 512 prompt tokens", f"{longer['speedup_over_one_at_a_time']:.1f}x and {longer['speedup_over_recompute']:.1f}x", longer["model"]),
+        ("scheduler, per running request per step", f"{t['scheduler_us_per_request_step']:.1f} us", "all Python of a step but the forward"),
+        ("prefix cache, prompt tokens found", f"{100 * cache['cache_hit_rate']:.1f}%", f"{cache['requests']} requests of {cache['workload']}"),
+        ("prefix cache, time to serve them all", f"{cache['speedup']:.2f}x faster", "identical answers"),
+        ("KV memory at the peak", megabytes(memory["peak_kv_bytes"]), f"{memory['peak_running']} running requests"),
+        ("contiguous maximum-length caches would take", megabytes(memory["contiguous_bytes"]), f"{memory['ratio']:.1f}x as much"),
+        ("start of the demo's model, cold", f"{start['cold_start_s']:.2f} s", f"{start['kernels_compiled_cold']} kernels compiled"),
+        ("start of the demo's model, warm", f"{start['warm_start_s']:.2f} s", "nothing compiled; after imports"),
+    ]  # fmt: skip
+    lines = ["| measured | result | with |", "|---|---|---|"]
+    lines += [f"| {name} | {value} | {note} |" for name, value, note in rows]
+    where = results["machine"]
+    isa = ", ".join(where["isa"])
+    lines.append("")
+    lines.append(f"{where['cores']} cores of {where['cpu']} ({isa}), Python {where['python']}; `make bench` measures it anew.")
+    return "\n".join(lines) + "\n"
+
+
+def figure(results: dict[str, Any]) -> str:
+    """Bars of tokens per second for the three ways of decoding, SVG."""
+    t = results["throughput"]
+    bars = [
+        ("32 requests together", t["output_tokens_per_s"]),
+        ("one at a time, KV cache", t["one_at_a_time_tokens_per_s"]),
+        ("one at a time, recomputing", t["recompute_tokens_per_s"]),
+    ]
+    top = max(value for _, value in bars)
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 150" font-family="sans-serif" font-size="14">',
+        '<rect width="640" height="150" fill="white"/>',
+        f'<text x="10" y="22" font-weight="bold">Output tokens per second: {t["model"]}</text>',
+    ]
+    for i, (label, value) in enumerate(bars):
+        y, width = 40 + 36 * i, max(2.0, 340 * value / top)
+        parts.append(f'<text x="10" y="{y + 17}">{label}</text>')
+        parts.append(f'<rect x="210" y="{y}" width="{width:.1f}" height="24" fill="#2f6f9f"/>')
+        parts.append(f'<text x="{218 + width:.1f}" y="{y + 17}">{value:,.0f}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="fail when README.md differs from the results file")
+    check = parser.parse_args().check
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    text = README.read_text(encoding="utf-8")
+    updated = BLOCK.sub(lambda match: match.group(1) + table(results) + match.group(2), text)
+    if check:
+        sys.exit(0 if updated == text else "README.md does not show bench/results/engine.json: run python -m bench.report")
+    README.write_text(updated, encoding="utf-8")
+    FIGURE.write_text(figure(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Authoring layer, part two: kernels, loops and memory.
+
+A kernel is a function of pointers and index values. Pointers are memrefs of static strides passed as bare pointers; the
+first extent of an array is never needed (UNBOUNDED), because every loop gets its bounds as arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nanoserve.compiler.bindings import mlir
+from nanoserve.compiler.builder import LANES, Operand, Value, chunks, index, ir, type_of, vector_of
+
+_mlir = mlir()
+func, memref, scf, vector = _mlir.func, _mlir.memref, _mlir.scf, _mlir.vector
+
+UNBOUNDED = 1 << 31  # stands for "as many rows as the caller says"
+
+
+def array(*shape: int, element: str = "f32") -> str:
+    """The type of a pointer argument: row-major, shape[0] usually UNBOUNDED."""
+    return f"memref<{'x'.join(map(str, shape))}x{element}>"
+
+
+class Buffer:
+    """Memory with static strides: b[i, j] is one element, b.load(i, j, width=16) a run of the last dimension."""
+
+    __slots__ = ("element", "ir")
+
+    def __init__(self, value: Any) -> None:
+        self.ir = value
+        self.element = str(ir.MemRefType(value.type).element_type)
+
+    @staticmethod
+    def _at(at: Sequence[Operand]) -> list[Any]:
+        return [index(i).ir for i in at]
+
+    def __getitem__(self, at: Operand | tuple[Operand, ...]) -> Value:
+        return Value(memref.load(self.ir, self._at(at if isinstance(at, tuple) else (at,))))
+
+    def __setitem__(self, at: Operand | tuple[Operand, ...], value: Value) -> None:
+        memref.store(value.ir, self.ir, self._at(at if isinstance(at, tuple) else (at,)))
+
+    def load(self, *at: Operand, width: int = 16) -> Value:
+        return Value(vector.load(vector_of(width, self.element), self.ir, self._at(at)))
+
+    def store(self, value: Value, *at: Operand) -> None:
+        vector.store(value.ir, self.ir, self._at(at))
+
+    def prefetch(self, *at: Operand, locality: int = 3) -> None:
+        """Ask for a cache line; locality 3 is L1, 2 is L2. The address may lie past the end."""
+        memref.prefetch(self.ir, self._at(at), False, locality, True)
+
+
+def scratch(*shape: int, element: str = "f32") -> Buffer:
+    """Stack memory of this call, 64-byte aligned, not initialised. Use outside of loops only: it is freed on return."""
+    return Buffer(memref.alloca(type_of(array(*shape, element=element)), [], [], alignment=64))
+
+
+def kernel(symbol: str, **arguments: str) -> Callable[[Callable[..., None]], None]:
+    """@kernel("name", x=array(...), m="index") def _(x, m): ... - a function in the module being built.
+
+    Pointer arguments arrive as Buffer, the others as Value. Pointers must not overlap.
+    """
+
+    def define(body: Callable[..., None]) -> None:
+        types = [type_of(text) for text in arguments.values()]
+        f = func.FuncOp(symbol, ir.FunctionType.get(types, []))
+        f.attributes["arg_attrs"] = ir.ArrayAttr.get(
+            [ir.DictAttr.parse("{llvm.noalias}" if text.startswith("memref") else "{}") for text in arguments.values()]
+        )
+        with ir.InsertionPoint(f.add_entry_block()):
+            body(
+                *(
+                    Buffer(value) if text.startswith("memref") else Value(value)
+                    for value, text in zip(f.arguments, arguments.values(), strict=True)
+                )
+            )
+            func.return_([])
+
+    return define
+
+
+def loop(low: Operand, high: Operand, step: int = 1, carry: Sequence[Value] | None = None) -> Callable[[Any], Any]:
+    """A loop in the generated code: @loop(lo, hi) def _(i): ...
+
+    With `carry`, a list of values that each iteration takes and returns, the decorated name becomes the final list:
+    @loop(0, n, carry=[zeros()]) def total(i, total): return [total[0] + x.load(i)]
+    """
+
+    def define(body: Callable[..., Any]) -> Any:
+        op = scf.ForOp(index(low).ir, index(high).ir, index(step).ir, [value.ir for value in carry or ()])
+        with ir.InsertionPoint(op.body):
+            i = Value(op.induction_variable)
+            if carry is None:
+                body(i)
+                scf.yield_([])
+            else:
+                scf.yield_([value.ir for value in body(i, [Value(v) for v in op.inner_iter_args])])
+        return None if carry is None else [Value(v) for v in op.results]
+
+    return define
+
+
+def when(condition: Value) -> Callable[[Callable[[], None]], None]:
+    """@when(a < b) def _(): ... - runs where the condition holds."""
+
+    def define(body: Callable[[], None]) -> None:
+        op = scf.IfOp(condition.ir)
+        with ir.InsertionPoint(op.then_block):
+            body()
+            scf.yield_([])
+
+    return define
+
+
+def over(size: int, unit: int = LANES) -> Callable[[Callable[[Operand, int], None]], None]:
+    """@over(cols) def _(at, width): ... - every element of a row once: a loop of whole vectors, then the rest unrolled."""
+
+    def define(body: Callable[[Operand, int], None]) -> None:
+        whole = size // unit * unit
+        if whole:
+
+            @loop(0, whole, unit)
+            def _(at: Value) -> None:
+                body(at, unit)
+
+        for at, width in chunks(size - whole):
+            body(whole + at, width)
+
+    return define

@@ -1,0 +1,207 @@
+"""Causal attention of ragged rows over paged keys and values: decode and prompt chunks are the same kernel.
+
+    q, out  [.][ldq], [.][ldo]            query head h at column h * head_dim
+    k       [page][kv_head][dim][slot]    keys transposed: a run of 16 tokens is one vector of scores
+    v       [page][kv_head][slot][dim]
+    table   the sequences' pages, each padded with its last page to (blocks + 1) * 64 tokens
+    items   int32[8]: table_off, kv_head, q0, r0, num_rows, pos0, 0, 0
+
+An item is up to `rows` rows that share one KV head, so its K and V are loaded once for all of them (GQA). Row r of an
+item is flattened row r0 + r = token * G + g: batch row q0 + token, position pos0 + token, query head kv_head * G + g.
+
+Numerics: the keys of a row go by in blocks of 64 from token 0, whatever chunk or batch the row is in; within a block,
+scores are one fused chain over the dims, the maximum and the sum are kept per row (online softmax), and values are added
+token by token. A masked token contributes an exact zero, and a block wholly masked multiplies by exactly 1. So a row's
+bits depend on the tokens up to its own position only, not on `rows`, the item, the batch, or the chunking. Page memory
+must be finite, because 0 * inf is not 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from nanoserve.compiler.target import Target, host
+from nanoserve.kernels.library import KernelSpec
+
+BLOCK = 64  # tokens
+_GROUPS = BLOCK // 16
+_MASKED = -3.0e38  # below every score, and finite: the difference of two of them is 0, not NaN
+_MAX_ROWS = 16  # one vector holds a number per row
+
+
+def row_tiles(group: int, target: Target | None = None) -> tuple[int, int]:
+    """(small, large): rows per item for one token's `group` heads, and for prompt chunks."""
+    budget = (host() if target is None else target).budget
+    large = 6 if 7 + 1 <= budget else 2
+    return min(group, 8 if budget >= 32 else large), large
+
+
+def attention_spec(
+    heads: int, kv_heads: int, head_dim: int, page_size: int, ldq: int, ldo: int, rows: int, *,
+    scale: float | None = None, dtype: str = "f32",
+) -> KernelSpec:  # fmt: skip
+    """Args: q[.][ldq], k, v of the layer, table, items, out[.][ldo], begin, end over items.
+
+    `scale` multiplies the scores, 1 / sqrt(head_dim) by default; `rows` is the most rows an item has.
+    """
+    if min(heads, kv_heads, head_dim) < 1 or heads % kv_heads or min(ldq, ldo) < heads * head_dim:
+        raise ValueError(f"attention: {heads} heads over {kv_heads} of {head_dim} do not fit in rows of {ldq} and {ldo}")
+    if page_size < 16 or page_size % 16:
+        raise ValueError(f"attention: page_size={page_size} must be a multiple of 16, the width of a vector of scores")
+    if not 1 <= rows <= _MAX_ROWS:
+        raise ValueError(f"attention: rows={rows} must be in [1, {_MAX_ROWS}]")
+    if dtype != "f32":
+        raise ValueError(f"attention: dtype {dtype!r} is not supported, only 'f32'")
+    factor = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+    return KernelSpec.make(
+        "attention", h=heads, kv=kv_heads, d=head_dim, page_size=page_size, ldq=ldq, ldo=ldo, r=rows, scale=factor, dtype=dtype
+    )  # fmt: skip
+
+
+def _at_a_time(rows: int, budget: int, most: int) -> int:
+    """How many vectors beside one another, so that rows * n accumulators, n operands and a broadcast fit in registers."""
+    return max(1, min(most, (budget - 1) // (rows + 1)))
+
+
+def build(
+    symbol: str, target: Target, *, h: int, kv: int, d: int, page_size: int, ldq: int, ldo: int, r: int, scale: float,
+    dtype: str,
+) -> None:  # fmt: skip
+    from nanoserve.compiler.builder import (
+        Value, add, ceildiv, chunks, const, fma, fmax, htree, i32, imin, index, lane_numbers, select, splat, zeros,
+    )  # fmt: skip
+    from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop, scratch
+    from nanoserve.compiler.vector_math import exp
+
+    group = h // kv
+    columns = chunks(d)
+    key_groups = _at_a_time(r, target.budget, _GROUPS)
+    passes = -(-len(columns) // _at_a_time(r, target.budget, len(columns)))
+    per_pass = -(-len(columns) // passes)
+
+    @kernel(
+        symbol, q=array(UNBOUNDED, ldq), k=array(UNBOUNDED, kv, d, page_size), v=array(UNBOUNDED, kv, page_size, d),
+        table=array(UNBOUNDED, element="i32"), items=array(UNBOUNDED, 8, element="i32"), out=array(UNBOUNDED, ldo),
+        begin="index", end="index",
+    )  # fmt: skip
+    def _(q: Any, k: Any, v: Any, table: Any, items: Any, out: Any, begin: Value, end: Value) -> None:
+        query, score, result = scratch(r, d), scratch(r, BLOCK), scratch(r, d)
+        position = scratch(r, element="i32")
+        top, scaled, total = scratch(16), scratch(16), scratch(r, 16)  # per row: maximum, exp(old - new maximum), sum
+        lanes = lane_numbers()
+
+        def block_scores(page_of: Any, kv_head: Value) -> None:
+            """score[row] = query[row] . keys of the block."""
+            for start in range(0, _GROUPS, key_groups):
+                groups = range(start, min(start + key_groups, _GROUPS))
+                pages = [page_of(j) for j in groups]
+
+                @loop(0, d, carry=[zeros() for _ in range(r) for _ in groups])
+                def dots(dim: Value, acc: list[Value]) -> list[Value]:
+                    keys = [k.load(page, kv_head, dim, offset) for page, offset in pages]
+                    new = []
+                    for row in range(r):
+                        a = splat(query[row, dim])
+                        new += [fma(a, key, acc[row * len(keys) + j]) for j, key in enumerate(keys)]
+                    return new
+
+                for row in range(r):
+                    for j, at in enumerate(groups):
+                        score.store(dots[row * len(groups) + j], row, 16 * at)
+
+        def block_softmax(first: Value) -> None:
+            """score[row] = exp(score - maximum so far); top, scaled and total follow."""
+
+            def valid(row: Value, j: int) -> Value:
+                return lanes + i32(first + 16 * j) <= splat(position[row])
+
+            before = top.load(0)
+
+            @loop(0, r)
+            def _(row: Value) -> None:
+                seen = [select(valid(row, j), score.load(row, 16 * j), _MASKED) for j in range(_GROUPS)]
+                top[row] = fmax(htree(fmax(fmax(seen[0], seen[1]), fmax(seen[2], seen[3])), fmax), top[row])
+
+            scaled.store(exp(before - top.load(0), at_most_zero=True), 0)
+
+            @loop(0, r)
+            def _(row: Value) -> None:
+                highest, weights = splat(top[row]), []
+                for j in range(_GROUPS):
+                    weight = select(valid(row, j), exp(score.load(row, 16 * j) - highest, at_most_zero=True), 0.0)
+                    score.store(weight, row, 16 * j)
+                    weights.append(weight)
+                block_total = (weights[0] + weights[1]) + (weights[2] + weights[3])
+                total.store(fma(total.load(row, 0), scaled[row], block_total), row, 0)
+
+        def block_values(page_of: Any, kv_head: Value, groups: Value) -> None:
+            """result[row] = result[row] * scaled[row] + sum over the block of score * value."""
+            for start in range(0, len(columns), per_pass):
+                part = columns[start : start + per_pass]
+                acc = [
+                    result.load(row, at, width=width) * scaled[row] for row in map(index, range(r)) for at, width in part
+                ]
+
+                @loop(0, groups, carry=acc)
+                def sums(j: Value, acc: list[Value]) -> list[Value]:
+                    page, offset = page_of(j)
+
+                    @loop(0, 16, carry=acc)
+                    def inner(t: Value, acc: list[Value]) -> list[Value]:
+                        values = [v.load(page, kv_head, offset + t, at, width=width) for at, width in part]
+                        new = []
+                        for row in range(r):
+                            a = score[row, j * 16 + t]
+                            new += [fma(value, a, acc[row * len(part) + c]) for c, value in enumerate(values)]
+                        return new
+
+                    return inner
+
+                for row in range(r):
+                    for c, (at, _) in enumerate(part):
+                        result.store(sums[row * len(part) + c], row, at)
+
+        @loop(begin, end)
+        def _(item: Value) -> None:
+            table_off, kv_head, q0, r0, num_rows, pos0 = (index(items[item, field]) for field in range(6))
+
+            def place(row: Value) -> tuple[Value, Value, Value]:
+                """(batch row, position, first column) of a row of the item; rows it lacks repeat the last it has."""
+                flat = r0 + imin(row, num_rows - 1)
+                token = flat // group
+                return q0 + token, pos0 + token, (kv_head * group + flat % group) * d
+
+            @loop(0, r)
+            def _(row: Value) -> None:
+                batch_row, pos, column = place(row)
+                position[row] = i32(pos)
+                for at, width in columns:
+                    query.store(q.load(batch_row, column + at, width=width) * scale, row, at)
+                    result.store(zeros(width), row, at)
+                total.store(zeros(), row, 0)
+
+            top.store(const(_MASKED, "vector<16xf32>"), 0)
+            visible = place(num_rows - 1)[1] + 1  # tokens the last row sees
+
+            @loop(0, ceildiv(visible, BLOCK))
+            def _(block: Value) -> None:
+                first = block * BLOCK
+
+                def page_of(group_number: Any) -> tuple[Value, Value]:
+                    """Page id and offset of 16 tokens of the block, which never straddle pages."""
+                    token = first + group_number * 16
+                    return index(table[table_off + token // page_size]), token % page_size
+
+                block_scores(page_of, kv_head)
+                block_softmax(first)
+                block_values(page_of, kv_head, imin(ceildiv(visible - first, 16), _GROUPS))
+
+            @loop(0, num_rows)
+            def _(row: Value) -> None:
+                batch_row, _, column = place(row)
+                inverse = 1.0 / htree(total.load(row, 0), add)
+                for at, width in columns:
+                    # Adding 0 makes a zero positive: its sign could tell which masked tokens were multiplied with 0.
+                    value = fma(result.load(row, at, width=width), inverse, 0.0)
+                    out.store(value, batch_row, column + at)

@@ -1,0 +1,191 @@
+"""y[m, n] = act(sum_k x[m, k] * w[n, k] + bias[n]) (+ y[m, n]): every matrix product of the decoder.
+
+The weight is packed once at load into panels [N/NR][K][NR], so that the inner loop streams it: per k one row of a panel,
+multiplied with a broadcast element of each of up to 8 rows of x, accumulated in registers. x is read where it lies.
+
+Numerics: one accumulator per output, k ascending, fused multiply-add; then + bias, activation, + residual (y itself). No
+part of that depends on m, on the row tile, or on how units are split, so an output's bits depend on its own row only.
+
+Work units are (panel, block of ROW_BLOCK rows), panel-major: unit t is panel t // RB, row block t % RB, RB = ceil(m /
+ROW_BLOCK). In a block rows go by full tiles, then by one smaller tile; rows beyond m are neither read nor written: the
+last tile may compute a row twice but stores it once.
+
+Columns n >= N of y, up to the padded N, are written with what the zero padding gives (act(0) + 0, or y + that).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoserve.compiler.target import Target, host
+from nanoserve.kernels.library import KernelSpec
+
+if TYPE_CHECKING:
+    from nanoserve.compiler.builder import Value
+
+ROW_BLOCK = 64
+ACTIVATIONS = (None, "gelu_tanh", "gelu_erf", "silu")
+_K_BLOCK_BYTES = 512 * 1024  # of a panel: what stays in a core's L2 beside x
+
+
+def panel_width(n: int, target: Target | None = None) -> int:
+    """Columns of a packed panel.
+
+    As many as the registers allow, but at least two panels where there are two vectors' worth, so that threads share the
+    work, and never so many that padding exceeds round_up(n, 64), the room every row has.
+    """
+    budget = (host() if target is None else target).budget
+    for width in (48, 32):
+        if 8 * width // 16 + width // 16 + 1 <= budget and n > width and _round_up(n, width) <= _round_up(n, 64):
+            return width
+    return 16
+
+
+def row_tiles(width: int, target: Target) -> tuple[int, ...]:
+    """Rows of a register tile, largest first: rows * vectors accumulators, the vectors of weights, one broadcast."""
+    vectors = width // 16
+    largest = 8 if 9 * vectors + 1 <= target.budget else 6 if 7 * vectors + 1 <= target.budget else 4
+    return tuple(rows for rows in (8, 6, 4, 2, 1) if rows <= largest and (rows != 6 or largest == 6))
+
+
+def pack(weight: NDArray[Any], target: Target | None = None) -> NDArray[np.float32]:
+    """weight[N, K] -> panels[N/NR][K][NR], zero beyond N."""
+    n, k = weight.shape
+    width = panel_width(n, target)
+    panels = -(-n // width)
+    packed = np.zeros((panels, k, width), dtype=np.float32)
+    whole = n // width
+    packed[:whole] = weight[: whole * width].reshape(whole, width, k).transpose(0, 2, 1)
+    if whole < panels:
+        packed[whole, :, : n - whole * width] = weight[whole * width :].T
+    return packed
+
+
+def pack_bias(bias: NDArray[Any], target: Target | None = None) -> NDArray[np.float32]:
+    """bias[N] -> float32[N rounded up to whole panels], zero beyond N."""
+    (n,) = bias.shape
+    packed = np.zeros(_round_up(n, panel_width(n, target)), dtype=np.float32)
+    packed[:n] = bias
+    return packed
+
+
+def gemm_spec(
+    n_in: int, n_out: int, ldx: int, ldy: int, *, bias: bool = False, activation: str | None = None,
+    residual: bool = False, dtype: str = "f32",
+) -> KernelSpec:  # fmt: skip
+    """Args: x[.][ldx], pack(w), (pack_bias(b)), y[.][ldy], m, begin, end over panels * ceil(m / ROW_BLOCK) units.
+
+    Raises:
+        ValueError: sizes that do not fit, or an option that is not known.
+    """
+    padded = _round_up(n_out, panel_width(n_out)) if n_out > 0 else 0
+    if n_in < 1 or n_out < 1 or ldx < n_in or ldy < padded:
+        raise ValueError(f"gemm: n_in={n_in} in rows of {ldx}, n_out={n_out} (padded {padded}) in rows of {ldy} do not fit")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"gemm: activation {activation!r} must be one of {ACTIVATIONS}")
+    if dtype != "f32":
+        raise ValueError(f"gemm: dtype {dtype!r} is not supported, only 'f32'")
+    return KernelSpec.make(
+        "gemm", k=n_in, n=n_out, ldx=ldx, ldy=ldy, bias=bias, activation=activation, residual=residual, dtype=dtype
+    )
+
+
+def build(
+    symbol: str, target: Target, *, k: int, n: int, ldx: int, ldy: int, bias: bool, activation: str | None,
+    residual: bool, dtype: str,
+) -> None:  # fmt: skip
+    from nanoserve.compiler.builder import ceildiv, fma, imin, index, select, splat, zeros
+    from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop, scratch, when
+    from nanoserve.compiler.vector_math import activate
+
+    width = panel_width(n, target)
+    vectors = range(0, width, 16)
+    tiles = row_tiles(width, target)
+    k_block = max(64, _K_BLOCK_BYTES // (4 * width) // 64 * 64)
+    arguments = {"x": array(UNBOUNDED, ldx), "w": array(-(-n // width), k, width)}
+    if bias:
+        arguments["b"] = array(_round_up(n, width))
+    arguments["y"] = array(UNBOUNDED, ldy)
+
+    @kernel(symbol, **arguments, m="index", begin="index", end="index")
+    def _(x: Any, w: Any, *rest: Any) -> None:
+        b = rest[0] if bias else None
+        y, m, begin, end = rest[-4:]
+        row_blocks = ceildiv(m, ROW_BLOCK)
+        acc_rows = scratch(ROW_BLOCK, width)  # accumulators on their way to the epilogue, or to the next block of k
+
+        def tile(rows: int, panel: Value, first: Value, start: Value, last: Value, k_begin: Value, k_end: Value) -> None:
+            """acc_rows[start - first ...] = (or +=, from the second k block on) x[start : start + rows] @ panel."""
+            row = [imin(start + i, last) for i in range(rows)]
+            if k > k_block:
+                acc = [acc_rows.load(start - first + i, j) for i in range(rows) for j in vectors]
+            else:
+                acc = [zeros() for _ in range(rows) for _ in vectors]
+
+            @loop(k_begin, k_end, carry=acc)
+            def total(kk: Value, acc: list[Value]) -> list[Value]:
+                weights = [w.load(panel, kk, j) for j in vectors]
+                result = []
+                for i in range(rows):
+                    a = splat(x[row[i], kk])
+                    result += [fma(a, weights[j], acc[i * len(vectors) + j]) for j in range(len(vectors))]
+                return result
+
+            for i in range(rows):
+                for j, at in enumerate(vectors):
+                    acc_rows.store(total[i * len(vectors) + j], start - first + i, at)
+
+        @loop(begin, end)
+        def _(unit: Value) -> None:
+            panel = unit // row_blocks
+            first = unit % row_blocks * ROW_BLOCK
+            stop = imin(first + ROW_BLOCK, m)
+            last = stop - 1
+
+            def all_tiles(k_begin: Value, k_end: Value) -> None:
+                # A full tile also takes what is more than the next smaller one can.
+                full = (stop - first + (tiles[0] - tiles[1] - 1)) // tiles[0]
+                after = first + full * tiles[0]
+
+                @loop(first, after, tiles[0])
+                def _(start: Value) -> None:
+                    tile(tiles[0], panel, first, start, last, k_begin, k_end)
+
+                for rows, smaller in zip(tiles[1:], (*tiles[2:], 0), strict=True):
+                    left = stop - after
+
+                    @when((left > smaller) & (left <= rows))
+                    def _(rows: int = rows) -> None:
+                        tile(rows, panel, first, after, last, k_begin, k_end)
+
+            if k > k_block:
+
+                @loop(0, ROW_BLOCK)
+                def _(i: Value) -> None:
+                    for j in vectors:
+                        acc_rows.store(zeros(), i, j)
+
+                @loop(0, k, k_block)
+                def _(k_begin: Value) -> None:
+                    all_tiles(k_begin, imin(k_begin + k_block, k))
+            else:
+                all_tiles(index(0), index(k))
+
+            @loop(first, stop)
+            def _(row: Value) -> None:
+                for j in vectors:
+                    column = panel * width + j
+                    value = acc_rows.load(row - first, j)
+                    if b is not None:
+                        value = value + b.load(column)
+                    value = activate(activation, value)
+                    if residual:
+                        value = value + y.load(row, column)
+                    y.store(value, row, column)
+
+
+def _round_up(value: int, to: int) -> int:
+    return -(-value // to) * to

@@ -1,0 +1,163 @@
+"""GEMM against float64 over odd shapes; the same bits for any m, split and instruction set; no row beyond m touched."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from packed_call import call, call_address, padded
+from test_row_kernels import act64
+
+from nanoserve.compiler.target import AVX2, Target, host
+from nanoserve.kernels import gemm
+from nanoserve.kernels.library import load_kernels
+
+SHAPES = [(1, 1), (3, 31), (70, 100), (64, 64), (128, 384), (96, 48), (33, 193), (20, 16), (60, 33)]
+
+
+class Problem:
+    """y = act(x w^T + b) (+ y) with its operands in the kernel's layout."""
+
+    def __init__(self, m: int, k: int, n: int, seed: int = 0, target: Target | None = None, **options: object) -> None:
+        rng = np.random.default_rng(seed)
+        self.m, self.k, self.n, self.options, self.target = m, k, n, options, target
+        self.weight = (rng.standard_normal((n, k)) / np.sqrt(k)).astype(np.float32)
+        self.bias = rng.standard_normal(n).astype(np.float32)
+        self.x = np.full((m, padded(k)), np.nan, dtype=np.float32)  # padding columns must not be read
+        self.x[:, :k] = rng.standard_normal((m, k))  # after the weight: the same rows whatever m is
+        self.y0 = rng.standard_normal((m + 2, padded(n))).astype(np.float32)
+        self.width = gemm.panel_width(n, target)
+        self.blocks = -(-m // gemm.ROW_BLOCK)
+        self.units = -(-n // self.width) * self.blocks
+
+    def run(self, *edges: int) -> np.ndarray:
+        """y after the units between successive edges; all of them by default."""
+        spec = gemm.gemm_spec(self.k, self.n, padded(self.k), padded(self.n), **self.options)  # type: ignore[arg-type]
+        address = load_kernels([spec], target=self.target)[spec]
+        y = self.y0.copy()
+        args = [self.x, gemm.pack(self.weight, self.target)]
+        if self.options.get("bias"):
+            args.append(gemm.pack_bias(self.bias, self.target))
+        bounds = edges or (0, self.units)
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            call_address(address, *args, y, self.m, begin, end)
+        return y
+
+    def exact(self) -> np.ndarray:
+        y = self.x[:, : self.k].astype(np.float64) @ self.weight.T.astype(np.float64)
+        if self.options.get("bias"):
+            y += self.bias
+        y = act64(self.options.get("activation"), y)  # type: ignore[arg-type]
+        return y + self.y0[: self.m, : self.n] if self.options.get("residual") else y
+
+    def check(self, y: np.ndarray) -> None:
+        np.testing.assert_allclose(y[: self.m, : self.n], self.exact(), atol=2e-5, rtol=2e-5)
+        assert y[self.m :].tobytes() == self.y0[self.m :].tobytes(), "a row beyond m was written"
+        room = -(-self.n // self.width) * self.width
+        assert y[:, room:].tobytes() == self.y0[:, room:].tobytes(), "a column beyond the padding was written"
+
+
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def test_every_m_matches_float64_and_its_own_row_alone(k: int, n: int) -> None:
+    """m from 1 to beyond two row blocks; each row has the bits it has with m = 1."""
+    whole = Problem(140, k, n)
+    alone = np.empty((140, n), dtype=np.float32)
+    for row in range(140):
+        one = Problem(1, k, n)
+        one.x = whole.x[row : row + 1].copy()
+        alone[row] = one.run()[0, :n]
+    for m in (*range(1, 20), 31, 63, 64, 65, 66, 71, 100, 128, 129, 135, 140):
+        problem = Problem(m, k, n)
+        problem.x = whole.x[:m].copy()
+        y = problem.run()
+        problem.check(y)
+        assert y[:m, :n].tobytes() == alone[:m].tobytes(), f"m={m}"
+
+
+@pytest.mark.parametrize("activation", gemm.ACTIVATIONS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_epilogues(activation: str | None, bias: bool, residual: bool) -> None:
+    problem = Problem(13, 40, 70, activation=activation, bias=bias, residual=residual)
+    problem.check(problem.run())
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(m=st.integers(1, 150), cuts=st.sets(st.integers(1, 40), max_size=5), residual=st.booleans())
+def test_any_split_gives_the_same_bits(m: int, cuts: set[int], residual: bool) -> None:
+    problem = Problem(m, 70, 193, residual=residual, bias=True, activation="gelu_tanh")
+    edges = sorted({0, problem.units} | {cut for cut in cuts if cut < problem.units})
+    assert problem.run(*edges).tobytes() == problem.run().tobytes()
+
+
+def test_blocks_of_k_give_the_bits_of_one_chain() -> None:
+    """K beyond a panel's share of L2 goes in blocks; the accumulator is carried, so the chain is the same."""
+    k, n = 9000, 40
+    assert gemm._K_BLOCK_BYTES // (4 * gemm.panel_width(n)) < k
+    problem = Problem(3, k, n)
+    y = problem.run()
+    problem.check(y)
+    chain = np.zeros((3, n), dtype=np.float32)
+    x, w = problem.x.astype(np.float64), problem.weight.astype(np.float64)
+    for kk in range(k):  # float64 holds the product exactly; the sum is rounded twice, which is once but for rare ties
+        chain = (x[:, kk : kk + 1] * w[:, kk] + chain).astype(np.float32)
+    assert (chain == y[:3, :n]).mean() > 0.999
+
+
+@pytest.mark.skipif(host().name not in ("avx512", "avx2"), reason="the second x86 target needs an x86 CPU with AVX2")
+@pytest.mark.parametrize(("k", "n"), [(70, 100), (96, 48), (9000, 20)])
+def test_the_smaller_instruction_set_gives_the_same_bits(k: int, n: int) -> None:
+    for m in (1, 2, 3, 4, 5, 6, 7, 13, 61, 62, 63, 64, 67):
+        options = {"bias": True, "activation": "gelu_erf"}
+        wide, narrow = Problem(m, k, n, **options), Problem(m, k, n, target=AVX2, **options)  # type: ignore[arg-type]
+        assert narrow.width == 16
+        y = narrow.run()
+        narrow.check(y)
+        assert y[:m, :n].tobytes() == wide.run()[:m, :n].tobytes(), f"m={m}"
+
+
+@given(st.integers(1, 200_000))
+def test_panels_fit_their_rows_and_share_the_work(n: int) -> None:
+    for target in (AVX2, Target("avx512", 16, 32, "")):
+        width = gemm.panel_width(n, target)
+        assert -(-n // width) * width <= -(-n // 64) * 64
+        assert n < 32 or -(-n // width) >= 2
+        assert (max(gemm.row_tiles(width, target)) + 1) * (width // 16) + 1 <= target.budget
+
+
+def test_pack_puts_every_weight_where_the_kernel_looks() -> None:
+    weight = np.arange(100 * 7, dtype=np.float32).reshape(100, 7) + 1
+    packed, width = gemm.pack(weight), gemm.panel_width(100)
+    for n in range(100):
+        assert (packed[n // width, :, n % width] == weight[n]).all()
+    assert np.count_nonzero(packed) == weight.size
+    assert gemm.pack_bias(weight[:, 0]).shape == (packed.shape[0] * width,)
+
+
+def test_nan_stays_in_its_row() -> None:
+    problem = Problem(10, 40, 70, activation="gelu_tanh", bias=True)
+    problem.x[3, 7] = np.nan
+    bad = ~np.isfinite(problem.run()[:10, :70])
+    assert bad[3].all()
+    assert not np.delete(bad, 3, axis=0).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"ldx": 69}, "rows of 69"), ({"ldy": 99}, "rows of 99"), ({"n_in": 0}, "n_in=0"), ({"activation": "relu"}, "relu")],
+)
+def test_refusals(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        gemm.gemm_spec(**{"n_in": 70, "n_out": 100, "ldx": 80, "ldy": 144, **options})  # type: ignore[arg-type]
+
+
+def test_units_beyond_the_range_are_left_alone() -> None:
+    problem = Problem(70, 20, 100)
+    y = problem.run(1, 2)
+    assert y[:64].tobytes() == problem.y0[:64].tobytes()
+    assert y[64:70, : problem.width].tobytes() != problem.y0[64:70, : problem.width].tobytes()
+    spec = gemm.gemm_spec(20, 100, padded(20), padded(100))
+    before = y.copy()
+    call(spec, problem.x, gemm.pack(problem.weight), y, 70, 2, 2)
+    assert y.tobytes() == before.tobytes()

@@ -1,0 +1,282 @@
+"""Phase 0: the sampler against exact distributions and a plain reference, and its independence of the batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanoserve.request import Request
+from nanoserve.sampling import Sampler, SamplingParams, derive_seed, mix64, uniform
+
+VOCAB = 40
+
+
+def request(seed: int = 0, position: int = 1, **fields: Any) -> Request:
+    """A request whose next token has index `position`."""
+    return Request(seed, [0] * position, params=SamplingParams(seed=seed, **fields))
+
+
+def rows(count: int, vocab: int = VOCAB, seed: int = 0, scale: float = 3.0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal((count, vocab)) * scale).astype(np.float32)
+
+
+def reference_distribution(row: np.ndarray, params: SamplingParams) -> list[float]:
+    """The meaning of the filters, token by token, in the order of transformers: temperature, top_k, top_p, min_p."""
+    logits = [float(x) / params.temperature for x in row]
+    alive = list(range(len(logits)))
+    if params.top_k:
+        kth = sorted((logits[i] for i in alive), reverse=True)[: params.top_k][-1]
+        alive = [i for i in alive if logits[i] >= kth]
+
+    def probabilities() -> dict[int, float]:
+        top = max(logits[i] for i in alive)
+        total = math.fsum(math.exp(logits[i] - top) for i in alive)
+        return {i: math.exp(logits[i] - top) / total for i in alive}
+
+    if params.top_p < 1:
+        chances, mass, kept = probabilities(), 0.0, []
+        for i in sorted(alive, key=lambda i: (-logits[i], i)):
+            if mass >= params.top_p:
+                break
+            kept.append(i)
+            mass += chances[i]
+        alive = sorted(kept)
+    if params.min_p:
+        chances = probabilities()
+        alive = [i for i in alive if chances[i] >= params.min_p * max(chances.values())]
+    chances = probabilities()
+    return [chances.get(i, 0.0) for i in range(len(logits))]
+
+
+def chi_square_z(counts: np.ndarray, expected: np.ndarray) -> float:
+    """Pearson's statistic as standard deviations above its mean (Wilson-Hilferty); cells expected below 5 are merged."""
+    small = expected < 5
+    observed = np.append(counts[~small], counts[small].sum())
+    wanted = np.append(expected[~small], expected[small].sum())
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    freedom = len(wanted) - 1
+    ratio = float(((observed - wanted) ** 2 / wanted).sum()) / freedom
+    return (ratio ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+
+
+def draws(row: np.ndarray, params: SamplingParams, count: int) -> np.ndarray:
+    """How often each token comes out over `count` seeds."""
+    logits = np.broadcast_to(row, (500, len(row)))
+    counts = np.zeros(len(row))
+    for start in range(0, count, 500):
+        batch = [Request(i, [1], params=params) for i in range(500)]
+        for i, each in enumerate(batch):
+            each.seed = derive_seed(7, start + i)
+        counts += np.bincount(Sampler().sample(logits, batch, ()), minlength=len(row))
+    return counts
+
+
+def test_temperature_zero_takes_the_largest_logit_and_the_lowest_id_among_equals() -> None:
+    """Greedy must be one answer on every machine, so ties need a rule."""
+    logits = np.array([[1, 5, 2, 5], [7, 7, 7, 7], [-1, -3, -2, -1]], dtype=np.float32)
+    batch = [request(i, temperature=0) for i in range(3)]
+    assert Sampler().sample(logits, batch, ()) == [1, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_draws_follow_the_softmax_at_each_temperature(temperature: float) -> None:
+    """20,000 draws against exact probabilities by chi-square: a biased sampler looks fine to the eye."""
+    row, params = rows(1)[0], SamplingParams(temperature=temperature)
+    exact = np.array(reference_distribution(row, params))
+    assert chi_square_z(draws(row, params, 20_000), exact * 20_000) < 4
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 12, "top_p": 0.7, "min_p": 0.02, "temperature": 1.7}],
+    ids=["top_k", "top_p", "min_p", "all"],
+)
+def test_draws_follow_the_filtered_distribution(fields: dict[str, Any]) -> None:
+    """The filters cut exactly the tokens of the reference, and what is left keeps its proportions."""
+    row, params = rows(1, seed=3, scale=1.5)[0], SamplingParams(**fields)
+    exact = np.array(reference_distribution(row, params))
+    counts = draws(row, params, 10_000)
+    assert not counts[exact == 0].any()
+    assert (counts[exact > 1e-2] > 0).all()
+    assert chi_square_z(counts, exact * 10_000) < 4
+
+
+def test_the_chi_square_check_can_fail() -> None:
+    """Draws at temperature 1 are told apart from those of temperature 1.1: the statistic has the power it needs."""
+    row = rows(1)[0]
+    exact = np.array(reference_distribution(row, SamplingParams(temperature=1.1)))
+    assert chi_square_z(draws(row, SamplingParams(), 20_000), exact * 20_000) > 6
+
+
+@given(
+    st.lists(st.integers(-6, 6), min_size=1, max_size=12),
+    st.integers(0, 13),
+    st.sampled_from([1e-12, 0.1, 0.5, 0.9, 0.999999, 1.0]),
+    st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    st.sampled_from([1e-3, 0.5, 1.0, 30.0]),
+)
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_filters_keep_the_tokens_of_the_reference(
+    logits: list[int], top_k: int, top_p: float, min_p: float, temperature: float
+) -> None:
+    """Many equal logits and extreme limits: a drawn token is always one the reference keeps, and one always is."""
+    row = np.array(logits, dtype=np.float32)
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    exact = reference_distribution(row, params)
+    batch = [request(seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p) for seed in range(20)]
+    tokens = Sampler().sample(np.broadcast_to(row, (20, len(row))), batch, ())
+    assert all(exact[token] > 0 for token in tokens)
+
+
+def test_filters_on_equal_logits_follow_the_documented_rule() -> None:
+    """top_k keeps everything equal to the k-th; top_p takes equal tokens lowest id first."""
+    row = np.zeros((1, 4), dtype=np.float32)
+    everything = {Sampler().sample(row, [request(seed, top_k=2)], ())[0] for seed in range(100)}
+    half = {Sampler().sample(row, [request(seed, top_p=0.5)], ())[0] for seed in range(100)}
+    assert (everything, half) == ({0, 1, 2, 3}, {0, 1})
+
+
+field_sets = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.2, 0.7, 1.0, 3.0]),
+        "top_k": st.sampled_from([0, 0, 1, 5]),
+        "top_p": st.sampled_from([1.0, 1.0, 0.3, 0.9]),
+        "min_p": st.sampled_from([0.0, 0.0, 0.2]),
+        "min_tokens": st.sampled_from([0, 0, 3]),
+        "seed": st.integers(0, 2**64 - 1),
+        "position": st.integers(1, 5),
+    }
+)
+
+
+@given(st.lists(field_sets, min_size=1, max_size=9), st.integers(1, 70), st.randoms(use_true_random=False))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_a_token_is_the_same_alone_and_in_any_batch(cases: list[dict[str, Any]], vocab: int, random: Any) -> None:
+    """Contract 2: batch mates and their order change nothing, whatever mix of paths the rows take."""
+    logits = rows(len(cases), vocab, seed=vocab)
+    alone = [Sampler().sample(logits[i : i + 1], [request(**case)], (0,))[0] for i, case in enumerate(cases)]
+    order = list(range(len(cases)))
+    random.shuffle(order)
+    together = Sampler().sample(logits[order], [request(**cases[i]) for i in order], (0,))
+    assert together == [alone[i] for i in order]
+
+
+def test_a_non_finite_row_does_not_disturb_the_others() -> None:
+    """One poisoned request must not change, or crash, the sampling of its neighbours; the caller fails that request."""
+    fields: list[dict[str, Any]] = [{"temperature": 0}, {}, {"top_p": 0.5}, {"top_k": 3, "min_p": 0.1}]
+    batch = [request(i, **fields[i % 4]) for i in range(12)]
+    clean = rows(12)
+    expected = Sampler().sample(clean, batch, ())
+    for poison in (np.nan, np.inf, -np.inf):
+        dirty = clean.copy()
+        dirty[4:8] = poison
+        tokens = Sampler().sample(dirty, batch, ())
+        assert tokens[:4] + tokens[8:] == expected[:4] + expected[8:]
+        assert all(0 <= token < VOCAB for token in tokens)
+
+
+def test_logits_are_left_as_they_were() -> None:
+    """The rows belong to the executor's buffer; masking for min_tokens works on a copy."""
+    logits = rows(3)
+    before = logits.copy()
+    logits.flags.writeable = False
+    fields: list[dict[str, Any]] = [{"temperature": 0}, {}, {"top_k": 3}]
+    batch = [request(i, min_tokens=2, **each) for i, each in enumerate(fields)]
+    assert len(Sampler().sample(logits, batch, (0,))) == 3
+    assert np.array_equal(logits, before)
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {"temperature": 1.0}, {"top_p": 0.9}], ids=str)
+def test_min_tokens_holds_back_eos_and_stop_ids(fields: dict[str, Any]) -> None:
+    """The likeliest tokens are EOS and a stop id: neither comes out before min_tokens, both may after."""
+    logits = np.full((1, VOCAB), -4.0, dtype=np.float32)
+    logits[0, [3, 9]] = 20.0
+    each = request(5, min_tokens=2, stop_token_ids=[9, VOCAB + 100], **fields)
+    for _ in range(2):
+        (token,) = Sampler().sample(logits, [each], (3,))
+        assert token not in (3, 9)
+        each.append_output(token)
+    assert Sampler().sample(logits, [each], (3,))[0] in (3, 9)
+
+
+def test_min_tokens_does_not_hold_back_an_ignored_eos() -> None:
+    """With ignore_eos EOS is an ordinary token: forbidding it would change the distribution for no reason."""
+    logits = np.zeros((1, VOCAB), dtype=np.float32)
+    logits[0, 3] = 50.0
+    assert Sampler().sample(logits, [request(min_tokens=5, ignore_eos=True)], (3,)) == [3]
+
+
+def test_the_same_seed_repeats_and_others_differ() -> None:
+    """A user's seed must reproduce a run, and neighbouring seeds must not share streams."""
+    logits = np.zeros((1, 1000), dtype=np.float32)
+
+    def stream(seed: int) -> list[int]:
+        return [Sampler().sample(logits, [request(seed, position)], ())[0] for position in range(1, 40)]
+
+    streams = [stream(seed) for seed in range(8)]
+    assert streams == [stream(seed) for seed in range(8)]
+    for i, one in enumerate(streams):
+        for other in streams[:i]:
+            assert sum(a == b for a, b in zip(one, other, strict=True)) < 4
+            assert one[1:] != other[:-1]
+
+
+def test_the_draw_depends_on_the_position_and_not_on_history() -> None:
+    """A preempted request resumes with the same token, whatever happened in between: prompt or output, position counts."""
+    logits = rows(1, 500)
+    resumed = request(3, position=2)
+    resumed.append_output(0)
+    assert Sampler().sample(logits, [resumed], ()) == Sampler().sample(logits, [request(3, position=3)], ())
+
+
+def test_the_generator_matches_published_splitmix64_values() -> None:
+    """The mixing function is the one the statistics in the literature are about: first outputs for seed 1234567."""
+    gamma = np.uint64(0x9E3779B97F4A7C15)
+    states = np.uint64(1234567) + gamma * np.arange(1, 6, dtype=np.uint64)
+    assert mix64(states).tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+
+
+def test_uniforms_are_even_and_uncorrelated_along_seeds_and_positions() -> None:
+    """Small seeds and consecutive positions are what users really have: the grid of both must look random."""
+    seeds, positions = np.meshgrid(np.arange(300, dtype=np.uint64), np.arange(300, dtype=np.uint64))
+    grid = uniform(seeds, positions)
+    assert grid.min() >= 0.0
+    assert grid.max() < 1.0
+    assert chi_square_z(np.histogram(grid, 100, (0, 1))[0], np.full(100, grid.size / 100)) < 4
+    centred = grid - 0.5
+    for neighbour in (centred[1:, :] * centred[:-1, :], centred[:, 1:] * centred[:, :-1]):
+        assert abs(neighbour.mean()) * 12 * math.sqrt(neighbour.size) < 4
+    assert len(np.unique(grid)) == grid.size
+
+
+def test_derived_seeds_are_stable_and_distinct() -> None:
+    """Requests without a seed get one from the engine's seed and their arrival: replays agree, requests differ."""
+    assert derive_seed(0, 0) == derive_seed(0, 0)
+    assert len({derive_seed(engine, arrival) for engine in range(20) for arrival in range(50)}) == 1000
+    assert all(0 <= derive_seed(2**64 - 1, arrival) < 2**64 for arrival in range(10))
+
+
+def test_a_request_without_a_seed_is_refused_by_name() -> None:
+    """The engine fills seeds in; a hole there must not become a shared stream."""
+    each = request()
+    each.seed = None
+    with pytest.raises(ValueError, match="request 0 has no seed"):
+        Sampler().sample(rows(1), [each], ())
+    with pytest.raises(ValueError, match="2 rows of logits for 1 requests"):
+        Sampler().sample(rows(2), [each], ())
+
+
+def test_sampling_nothing_gives_nothing() -> None:
+    """A step whose chunks all stop short samples no row."""
+    assert Sampler().sample(np.zeros((0, VOCAB), dtype=np.float32), [], ()) == []

@@ -1,0 +1,151 @@
+"""Phase 0: the limits of sampling parameters. A field works, or is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanoserve.sampling import UNSUPPORTED, SamplingParams
+
+DEFAULTS = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "max_tokens": 128,
+    "min_tokens": 0,
+    "stop": (),
+    "stop_token_ids": (),
+    "ignore_eos": False,
+    "seed": None,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1.0,
+    "logit_bias": None,
+    "logprobs": None,
+    "n": 1,
+}
+NAN, INF = float("nan"), float("inf")
+BAD: dict[str, list[Any]] = {
+    "temperature": [-0.1, 100.1, NAN, INF, -INF, "1", None, True],
+    "top_k": [-1, 2**31, 1.0, True, None, NAN],
+    "top_p": [0, 0.0, -0.5, 1.0001, NAN, INF, True, "0.9"],
+    "min_p": [-0.1, 1.1, NAN, False],
+    "max_tokens": [0, -5, 2**31, 1.5, True, None],
+    "min_tokens": [-1, 129, 0.0, True],
+    "stop": [5, [""], [None]],
+    "stop_token_ids": [[-1], [2**31], [1.0], [True], 5, "5", None, list(range(257))],
+    "ignore_eos": [0, 1, None, "yes"],
+    "seed": [-1, 2**64, 1.0, True, "0"],
+    "presence_penalty": [-2.5, 2.5, NAN, True, None],
+    "frequency_penalty": [-2.5, 2.5, NAN],
+    "repetition_penalty": [0, -1, NAN, INF],
+    "logit_bias": [[1, 2], 3],
+    "logprobs": [-1, 21, 1.0, True],
+    "n": [0, -1, 129, 1.0, True],
+}
+
+
+def test_the_fields_and_defaults_are_the_published_ones() -> None:
+    """Constructor keywords are a contract with the course and with users of other engines."""
+    fields = dataclasses.fields(SamplingParams)
+    assert {field.name: getattr(SamplingParams(), field.name) for field in fields} == DEFAULTS
+    assert list(DEFAULTS) == [field.name for field in fields]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_values_are_refused_by_name_and_value(name: str) -> None:
+    """Type and range of each field: the message starts with the field's name and shows the value or its count."""
+    for value in BAD[name]:
+        with pytest.raises(ValueError, match=f"^{name}") as caught:
+            SamplingParams(**{name: value})
+        element = value[0] if isinstance(value, list) and name == "stop_token_ids" else value
+        shown = "257 ids" if element == 0 and isinstance(value, list) else repr(element)
+        assert shown in str(caught.value)
+
+
+def test_every_field_has_bad_values_in_this_test() -> None:
+    """A field that is added without limits fails here."""
+    assert list(BAD) == list(DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("temperature", "[0, 100]"), ("top_p", "(0, 1]"), ("top_k", "[0, 2147483647]"), ("max_tokens", "[1, 2147483647]")],
+)
+def test_the_message_has_the_limit(name: str, limit: str) -> None:
+    """A refusal must say what would have been accepted."""
+    with pytest.raises(ValueError) as caught:
+        SamplingParams(**{name: -1})
+    assert str(caught.value) == f"{name}: -1 must be in {limit}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", 0), ("temperature", 100), ("top_k", 1), ("top_p", 1e-9), ("top_p", 1), ("min_p", 0), ("min_p", 1),
+     ("max_tokens", 1), ("max_tokens", 2**31 - 1), ("min_tokens", 128), ("seed", 0), ("seed", 2**64 - 1),
+     ("stop_token_ids", [0, 2**31 - 1]), ("stop", []), ("ignore_eos", True)],
+)  # fmt: skip
+def test_the_limits_themselves_are_accepted(name: str, value: Any) -> None:
+    """Both ends of every closed range work."""
+    stored = getattr(SamplingParams(**{name: value}), name)
+    assert stored == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("stop", "\n"), ("stop", ["END"]), ("presence_penalty", 0.5), ("frequency_penalty", -0.5), ("n", 2),
+     ("repetition_penalty", 1.1), ("logit_bias", {5: 1.0}), ("logprobs", 0)],
+)  # fmt: skip
+def test_what_is_not_implemented_is_refused_by_name(name: str, value: Any) -> None:
+    """Other engines parse such fields and drop them, and users find out from the text: refuse instead."""
+    assert name in UNSUPPORTED
+    with pytest.raises(ValueError, match=f"^{name}: .* is not supported yet"):
+        SamplingParams(**{name: value})
+
+
+def test_min_tokens_is_limited_by_max_tokens() -> None:
+    """The two contradict each other when min_tokens is larger, and the message shows both."""
+    with pytest.raises(ValueError, match=r"min_tokens: 5 must be in \[0, max_tokens = 4\]"):
+        SamplingParams(max_tokens=4, min_tokens=5)
+    assert SamplingParams(max_tokens=4, min_tokens=4).min_tokens == 4
+
+
+def test_numpy_numbers_become_python_numbers() -> None:
+    """Values from arrays are accepted and stored as plain int and float, so that they print and compare as such."""
+    params = SamplingParams(
+        temperature=np.float32(0.5),  # type: ignore[arg-type]
+        top_k=np.int64(3),  # type: ignore[arg-type]
+        stop_token_ids=[np.int32(7)],  # type: ignore[list-item]
+    )
+    assert (params.temperature, params.top_k, params.stop_token_ids) == (0.5, 3, (7,))
+    assert [type(params.temperature), type(params.top_k), type(params.stop_token_ids[0])] == [float, int, int]
+
+
+@pytest.mark.parametrize("value", [10**5000, -(10**5000), "x" * 10**6], ids=["huge", "huge-negative", "long"])
+def test_a_huge_value_gives_a_short_message(value: Any) -> None:
+    """Error text reaches clients and logs: its length must not be the caller's choice."""
+    with pytest.raises(ValueError, match="^seed: ") as caught:
+        SamplingParams(seed=value)
+    assert len(str(caught.value)) < 200
+
+
+def test_parameters_are_frozen_and_comparable() -> None:
+    """One object may serve many requests, so nobody may change it under them."""
+    params = SamplingParams(stop_token_ids=[1, 2], top_k=5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.top_k = 6  # type: ignore[misc]
+    assert params == SamplingParams(stop_token_ids=(1, 2), top_k=5)
+    assert dataclasses.replace(params, top_k=6).stop_token_ids == (1, 2)
+    assert hash(params) == hash(SamplingParams(stop_token_ids=(1, 2), top_k=5))
+
+
+def test_temperature_zero_is_greedy_and_filters_are_known() -> None:
+    """Which path a row takes through the sampler is decided by the parameters alone."""
+    assert SamplingParams(temperature=0).is_greedy
+    assert not SamplingParams(temperature=1e-9).is_greedy
+    assert not SamplingParams().has_filters
+    assert all(SamplingParams(**field).has_filters for field in ({"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.1}))
