@@ -72,9 +72,9 @@ void PageTable::slots(std::int64_t start, std::span<std::int32_t> out) const {
     const std::int64_t page_size = pool_->shape().page_size;
     require_at_least("start", start, 0);
     if (start > capacity() - std::ssize(out)) {
-        throw std::out_of_range(
-            "positions " + std::to_string(start) + " to " + std::to_string(start + std::ssize(out)) +
-            " do not fit: the table has room for " + std::to_string(capacity()) + " tokens");
+        throw std::out_of_range(std::to_string(out.size()) + " positions from " + std::to_string(start) +
+                                " do not fit: the table has room for " + std::to_string(capacity()) +
+                                " tokens");
     }
     std::int64_t written = 0;
     while (written < std::ssize(out)) {  // page by page: one division per page, not per token

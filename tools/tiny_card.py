@@ -27,15 +27,15 @@ to say. One token is one byte of UTF-8; byte 0 stands between texts and is both 
 bytes), the output head is the embedding matrix.
 
 **{bits:.3f} bits per byte** on held-out text (float16 weights computed in float32; all but the
-first bytes have at least {warm} bytes of context). For scale: `xz -9` needs {xz_bits:.3f} bits per byte for the
-same text after reading the training text.
+first bytes have at least {warm} bytes of context). For scale: `xz -9` needs {xz_bits:.3f} bits per byte for
+the same text after reading the training text.
 
 ## Data
 
 {documentation} documentation as installed by `rustup component add rust-docs`: the prose of the books'
 pages and, as `std`, of the standard library reference; repeated paragraphs and most code are dropped.
-The last {share:.0%} of each source is held out. The licences are those of the COPYRIGHT files that come with the
-documentation; the embedded book is not used (its prose is CC-BY-SA-4.0). The text is not part of this
+The last {share:.0%} of each source is held out. The licences are those of the COPYRIGHT files that come with
+the documentation; the embedded book is not used (its prose is CC-BY-SA-4.0). The text is not part of this
 repository.
 
 | source | licence | training bytes | held-out bytes |
@@ -54,7 +54,7 @@ python tools/train_tiny.py corpus
 {steps:,} steps, {seen:.1f} MB seen ({epochs:.1f} times the training text). Batches of {batch} windows,
 {short} bytes long in the first half and {context} in the second; Muon (peak rate {matrix_lr}) for the block
 matrices, AdamW (peak rate {lr}) for the rest, cosine decay over wall time, gradient norm clipped at 1,
-no dropout, seed {seed}. The schedule follows the clock, so another machine gives other weights.
+no dropout, seed {seed}. The schedule follows the clock, so another machine gives other weights.{resumed}
 
 ![loss curve](loss.svg)
 
@@ -69,7 +69,7 @@ written from it by `tools/train_tiny.py card`.
 
 ## Samples
 
-As they came out; temperature {temperature}, top-k {top_k}, seed {sample_seed}, at most {sample_bytes} new bytes:
+As they came out: temperature {temperature}, top-k {top_k}, seed {sample_seed}, {sample_bytes} bytes at most.
 
 {samples}
 
@@ -119,6 +119,7 @@ def write_card(out: Path) -> None:
     )
     greedy = next(sample for sample in log["samples"] if not sample["do_sample"])
     drawn = next(sample for sample in log["samples"] if sample["do_sample"])
+    resumed = " and ".join(f"{step:,}" for step in log.get("resumed_at_steps", []))
     precision = "float32" if "--float32" in log["command"] else "bfloat16 autocast over float32 weights"
     text = CARD.format(
         parameters=log["parameters"],
@@ -132,6 +133,7 @@ def write_card(out: Path) -> None:
         warm=config["n_positions"] - log["stride"],
         share=heldout_bytes / (train_bytes + heldout_bytes),
         short=log["short_window"],
+        resumed=f" Resumed at step {resumed} with fresh optimizer state." if resumed else "",
         sample_bytes=log["sample_bytes"],
         documentation=log["corpus"]["documentation"],
         data=data,

@@ -120,6 +120,7 @@ def rate_scale(step: int, progress: float) -> float:
 def train(args: argparse.Namespace) -> None:
     """Time-boxed training: short windows first (more steps), whole contexts in the second half."""
     import torch
+    from safetensors.torch import load_model
     from torch.nn.functional import cross_entropy
 
     torch.set_num_threads(args.threads)
@@ -146,8 +147,18 @@ def train(args: argparse.Namespace) -> None:
         "corpus": json.loads((args.corpus / "sources.json").read_text()),
         "steps": [],
     }
+    seconds_before, step, seen, recent, best = 0.0, 0, 0, [], math.inf
+    if args.resume:
+        before = json.loads((args.out / "training_log.json").read_text())
+        log |= {"command": f"{before['command']}\n{log['command']}", "steps": before["steps"]}
+        log["resumed_at_steps"] = [*before.get("resumed_at_steps", []), before["steps"][-1]["step"]]
+        load_model(model, args.out / "model.safetensors", strict=False)  # the tied head is not in the file
+        last = log["steps"][-1]
+        seconds_before, step, seen = last["seconds"], last["step"], last["bytes_seen"]
+        best = min(row["bits_per_byte"] for row in log["steps"])
+        torch.manual_seed(args.seed + step)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    start, step, seen, recent, best, next_eval = time.monotonic(), 0, 0, [], math.inf, 60.0
+    start, next_eval, warm_from = time.monotonic() - seconds_before, seconds_before + 60, step
     while True:
         seconds = time.monotonic() - start
         progress = seconds / (60 * args.minutes)
@@ -179,7 +190,7 @@ def train(args: argparse.Namespace) -> None:
             if progress >= 1:
                 break
         length = SHORT_WINDOW if progress < 0.5 else CONTEXT
-        scale = rate_scale(step, progress)
+        scale = rate_scale(step - warm_from, progress)
         for optimizer, rate in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * scale
         starts = torch.randint(len(data) - length - 1, (args.batch, 1))
@@ -269,6 +280,9 @@ def main() -> None:
             )
             command.add_argument(
                 "--matrix-lr", type=float, default=5e-3, help="peak rate of Muon: the block matrices"
+            )
+            command.add_argument(
+                "--resume", action="store_true", help="go on from --out; the clock goes on too"
             )
             command.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     args = parser.parse_args()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,19 +27,9 @@ from nanoserve.models.decoder import Attention, Embedding, Gated, Gemm, KvWrite,
 from nanoserve.models.weights import bind_weights, load_weights, random_weights
 from nanoserve.native import KVCachePool, StepExecutor, ThreadPool
 
-__all__ = ["Executor", "ModelConfig", "ModelExecutor", "load_weights", "random_weights"]
+__all__ = ["ModelConfig", "ModelExecutor", "load_weights", "random_weights"]
 
 Arg = tuple[str, int] | tuple[str]
-
-
-class Executor(Protocol):
-    """What the batcher needs of a model."""
-
-    last_finite: NDArray[np.bool_]  # per row of the latest logits: every value is finite
-
-    def forward(self, batch: Batch) -> NDArray[np.float32]:
-        """float32[number of sampling requests, vocab]: logits in the order of `batch.sampling_requests`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -241,7 +241,7 @@ TEST(table_slots_cross_pages) {
     table.slots(3, slots);
     CHECK_EQ(slots, (std::vector<std::int32_t>{7, 12, 13, 14, 15, 16, 17}));
     CHECK_THROWS(std::out_of_range, "room for 12 tokens", table.slots(6, slots));
-    CHECK_THROWS(std::out_of_range, "room for", table.slots(std::numeric_limits<std::int64_t>::max(), {}));
+    CHECK_THROWS(std::out_of_range, "room for", table.slots(std::numeric_limits<std::int64_t>::max(), slots));
     CHECK_THROWS(std::invalid_argument, "start is -1", table.slots(-1, slots));
     table.slots(12, {});
 }

@@ -65,21 +65,45 @@ def kernel(symbol: str, **arguments: str) -> Callable[[Callable[..., None]], Non
     """
 
     def define(body: Callable[..., None]) -> None:
-        types = [type_of(text) for text in arguments.values()]
-        f = func.FuncOp(symbol, ir.FunctionType.get(types, []))
-        f.attributes["arg_attrs"] = ir.ArrayAttr.get(
-            [ir.DictAttr.parse("{llvm.noalias}" if text.startswith("memref") else "{}") for text in arguments.values()]
-        )
-        with ir.InsertionPoint(f.add_entry_block()):
-            body(
-                *(
-                    Buffer(value) if text.startswith("memref") else Value(value)
-                    for value, text in zip(f.arguments, arguments.values(), strict=True)
-                )
-            )
-            func.return_([])
+        _function(symbol, arguments, body)
 
     return define
+
+
+def helper(symbol: str, **arguments: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A function for a kernel of the same module to call: @helper(...) def scores(q, k): ... then scores(q, k).
+
+    Never inlined. A hot loop in a function of its own has all registers to itself; among the rest of a long kernel, LLVM
+    spills its accumulators.
+    """
+
+    def define(body: Callable[..., None]) -> Callable[..., None]:
+        f = _function(symbol, arguments, body)
+        f.attributes["llvm.linkage"] = ir.Attribute.parse("#llvm.linkage<internal>")
+
+        def call(*values: Buffer | Operand) -> None:
+            func.call([], symbol, [value.ir if isinstance(value, Buffer) else index(value).ir for value in values])
+
+        return call
+
+    return define
+
+
+def _function(symbol: str, arguments: dict[str, str], body: Callable[..., None]) -> Any:
+    types = [type_of(text) for text in arguments.values()]
+    f = func.FuncOp(symbol, ir.FunctionType.get(types, []))
+    f.attributes["arg_attrs"] = ir.ArrayAttr.get(
+        [ir.DictAttr.parse("{llvm.noalias}" if text.startswith("memref") else "{}") for text in arguments.values()]
+    )
+    with ir.InsertionPoint(f.add_entry_block()):
+        body(
+            *(
+                Buffer(value) if text.startswith("memref") else Value(value)
+                for value, text in zip(f.arguments, arguments.values(), strict=True)
+            )
+        )
+        func.return_([])
+    return f
 
 
 def loop(low: Operand, high: Operand, step: int = 1, carry: Sequence[Value] | None = None) -> Callable[[Any], Any]:

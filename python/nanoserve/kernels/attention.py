@@ -61,7 +61,7 @@ def attention_spec(
 
 def _at_a_time(rows: int, budget: int, most: int) -> int:
     """How many vectors beside one another, so that rows * n accumulators, n operands and a broadcast fit in registers."""
-    return max(1, min(most, (budget - 1) // (rows + 1)))
+    import os; return max(1, min(most, int(os.environ.get("AT", "9")), (budget - 1) // (rows + 1)))
 
 
 def build(
@@ -71,7 +71,7 @@ def build(
     from nanoserve.compiler.builder import (
         Value, add, ceildiv, chunks, const, fma, fmax, htree, i32, imin, index, lane_numbers, select, splat, zeros,
     )  # fmt: skip
-    from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop, scratch
+    from nanoserve.compiler.control import UNBOUNDED, array, helper, kernel, loop, scratch
     from nanoserve.compiler.vector_math import exp
 
     group = h // kv
@@ -80,87 +80,105 @@ def build(
     passes = -(-len(columns) // _at_a_time(r, target.budget, len(columns)))
     per_pass = -(-len(columns) // passes)
 
+    queries, weights = array(r, d), array(r, BLOCK)
+    k_type, v_type = array(UNBOUNDED, kv, d, page_size), array(UNBOUNDED, kv, page_size, d)
+    table_type = array(UNBOUNDED, element="i32")
+
+    def page_of(table: Any, table_off: Value, token: Value) -> tuple[Value, Value]:
+        """Page id and offset of 16 tokens from `token`, a multiple of 16: they never straddle pages."""
+        return index(table[table_off + token // page_size]), token % page_size
+
+    @helper(
+        f"{symbol}_scores", query=queries, k=k_type, table=table_type, score=weights, table_off="index", kv_head="index",
+        first="index",
+    )  # fmt: skip
+    def scores(query: Any, k: Any, table: Any, score: Any, table_off: Value, kv_head: Value, first: Value) -> None:
+        """score[row] = query[row] . keys of the block that begins at token `first`."""
+        for start in range(0, _GROUPS, key_groups):
+            groups = range(start, min(start + key_groups, _GROUPS))
+            pages = [page_of(table, table_off, first + 16 * j) for j in groups]
+
+            @loop(0, d, carry=[zeros() for _ in range(r) for _ in groups])
+            def dots(dim: Value, acc: list[Value]) -> list[Value]:
+                keys = [k.load(page, kv_head, dim, offset) for page, offset in pages]
+                new = []
+                for row in range(r):
+                    a = splat(query[row, dim])
+                    new += [fma(a, key, acc[row * len(keys) + j]) for j, key in enumerate(keys)]
+                return new
+
+            for row in range(r):
+                for j, at in enumerate(groups):
+                    score.store(dots[row * len(groups) + j], row, 16 * at)
+
+    @helper(
+        f"{symbol}_softmax", score=weights, position=array(r, element="i32"), top=array(16), scaled=array(16),
+        total=array(r, 16), first="index", num_rows="index",
+    )  # fmt: skip
+    def softmax(score: Any, position: Any, top: Any, scaled: Any, total: Any, first: Value, num_rows: Value) -> None:
+        """score[row] = exp(score - maximum so far), 0 where masked; top, scaled and total follow."""
+        lanes = lane_numbers()
+        before = top.load(0)
+
+        def visible(row: Value, j: int) -> Value:
+            return lanes + i32(first + 16 * j) <= splat(position[row])
+
+        @loop(0, num_rows)
+        def _(row: Value) -> None:
+            seen = [select(visible(row, j), score.load(row, 16 * j), _MASKED) for j in range(_GROUPS)]
+            top[row] = fmax(htree(fmax(fmax(seen[0], seen[1]), fmax(seen[2], seen[3])), fmax), top[row])
+
+        scaled.store(exp(before - top.load(0), at_most_zero=True), 0)
+
+        @loop(0, num_rows)
+        def _(row: Value) -> None:
+            highest, parts = splat(top[row]), []
+            for j in range(_GROUPS):
+                weight = exp(score.load(row, 16 * j) - highest, at_most_zero=True)
+                parts.append(select(visible(row, j), weight, 0.0))
+                score.store(parts[j], row, 16 * j)
+            block_total = (parts[0] + parts[1]) + (parts[2] + parts[3])
+            total.store(fma(total.load(row, 0), scaled[row], block_total), row, 0)
+
+    @helper(
+        f"{symbol}_values", score=weights, scaled=array(16), v=v_type, table=table_type, result=queries, table_off="index",
+        kv_head="index", first="index", groups="index",
+    )  # fmt: skip
+    def values(
+        score: Any, scaled: Any, v: Any, table: Any, result: Any, table_off: Value, kv_head: Value, first: Value, groups: Value
+    ) -> None:
+        """result[row] = result[row] * scaled[row] + the block's first `groups` * 16 values, each times its weight."""
+        for start in range(0, len(columns), per_pass):
+            part = columns[start : start + per_pass]
+            acc = [result.load(row, at, width=width) * scaled[row] for row in range(r) for at, width in part]
+
+            @loop(0, groups, carry=acc)
+            def sums(j: Value, acc: list[Value]) -> list[Value]:
+                page, offset = page_of(table, table_off, first + j * 16)
+
+                @loop(0, 16, carry=acc)
+                def inner(t: Value, acc: list[Value]) -> list[Value]:
+                    loaded = [v.load(page, kv_head, offset + t, at, width=width) for at, width in part]
+                    new = []
+                    for row in range(r):
+                        a = score[row, j * 16 + t]
+                        new += [fma(value, a, acc[row * len(part) + c]) for c, value in enumerate(loaded)]
+                    return new
+
+                return inner
+
+            for row in range(r):
+                for c, (at, _) in enumerate(part):
+                    result.store(sums[row * len(part) + c], row, at)
+
     @kernel(
-        symbol, q=array(UNBOUNDED, ldq), k=array(UNBOUNDED, kv, d, page_size), v=array(UNBOUNDED, kv, page_size, d),
-        table=array(UNBOUNDED, element="i32"), items=array(UNBOUNDED, 8, element="i32"), out=array(UNBOUNDED, ldo),
-        begin="index", end="index",
+        symbol, q=array(UNBOUNDED, ldq), k=k_type, v=v_type, table=table_type, items=array(UNBOUNDED, 8, element="i32"),
+        out=array(UNBOUNDED, ldo), begin="index", end="index",
     )  # fmt: skip
     def _(q: Any, k: Any, v: Any, table: Any, items: Any, out: Any, begin: Value, end: Value) -> None:
         query, score, result = scratch(r, d), scratch(r, BLOCK), scratch(r, d)
         position = scratch(r, element="i32")
         top, scaled, total = scratch(16), scratch(16), scratch(r, 16)  # per row: maximum, exp(old - new maximum), sum
-        lanes = lane_numbers()
-
-        def block_scores(page_of: Any, kv_head: Value) -> None:
-            """score[row] = query[row] . keys of the block."""
-            for start in range(0, _GROUPS, key_groups):
-                groups = range(start, min(start + key_groups, _GROUPS))
-                pages = [page_of(j) for j in groups]
-
-                @loop(0, d, carry=[zeros() for _ in range(r) for _ in groups])
-                def dots(dim: Value, acc: list[Value]) -> list[Value]:
-                    keys = [k.load(page, kv_head, dim, offset) for page, offset in pages]
-                    new = []
-                    for row in range(r):
-                        a = splat(query[row, dim])
-                        new += [fma(a, key, acc[row * len(keys) + j]) for j, key in enumerate(keys)]
-                    return new
-
-                for row in range(r):
-                    for j, at in enumerate(groups):
-                        score.store(dots[row * len(groups) + j], row, 16 * at)
-
-        def block_softmax(first: Value) -> None:
-            """score[row] = exp(score - maximum so far); top, scaled and total follow."""
-
-            def valid(row: Value, j: int) -> Value:
-                return lanes + i32(first + 16 * j) <= splat(position[row])
-
-            before = top.load(0)
-
-            @loop(0, r)
-            def _(row: Value) -> None:
-                seen = [select(valid(row, j), score.load(row, 16 * j), _MASKED) for j in range(_GROUPS)]
-                top[row] = fmax(htree(fmax(fmax(seen[0], seen[1]), fmax(seen[2], seen[3])), fmax), top[row])
-
-            scaled.store(exp(before - top.load(0), at_most_zero=True), 0)
-
-            @loop(0, r)
-            def _(row: Value) -> None:
-                highest, weights = splat(top[row]), []
-                for j in range(_GROUPS):
-                    weight = select(valid(row, j), exp(score.load(row, 16 * j) - highest, at_most_zero=True), 0.0)
-                    score.store(weight, row, 16 * j)
-                    weights.append(weight)
-                block_total = (weights[0] + weights[1]) + (weights[2] + weights[3])
-                total.store(fma(total.load(row, 0), scaled[row], block_total), row, 0)
-
-        def block_values(page_of: Any, kv_head: Value, groups: Value) -> None:
-            """result[row] = result[row] * scaled[row] + sum over the block of score * value."""
-            for start in range(0, len(columns), per_pass):
-                part = columns[start : start + per_pass]
-                acc = [
-                    result.load(row, at, width=width) * scaled[row] for row in map(index, range(r)) for at, width in part
-                ]
-
-                @loop(0, groups, carry=acc)
-                def sums(j: Value, acc: list[Value]) -> list[Value]:
-                    page, offset = page_of(j)
-
-                    @loop(0, 16, carry=acc)
-                    def inner(t: Value, acc: list[Value]) -> list[Value]:
-                        values = [v.load(page, kv_head, offset + t, at, width=width) for at, width in part]
-                        new = []
-                        for row in range(r):
-                            a = score[row, j * 16 + t]
-                            new += [fma(value, a, acc[row * len(part) + c]) for c, value in enumerate(values)]
-                        return new
-
-                    return inner
-
-                for row in range(r):
-                    for c, (at, _) in enumerate(part):
-                        result.store(sums[row * len(part) + c], row, at)
 
         @loop(begin, end)
         def _(item: Value) -> None:
@@ -184,18 +202,14 @@ def build(
             top.store(const(_MASKED, "vector<16xf32>"), 0)
             visible = place(num_rows - 1)[1] + 1  # tokens the last row sees
 
-            @loop(0, ceildiv(visible, BLOCK))
-            def _(block: Value) -> None:
-                first = block * BLOCK
-
-                def page_of(group_number: Any) -> tuple[Value, Value]:
-                    """Page id and offset of 16 tokens of the block, which never straddle pages."""
-                    token = first + group_number * 16
-                    return index(table[table_off + token // page_size]), token % page_size
-
-                block_scores(page_of, kv_head)
-                block_softmax(first)
-                block_values(page_of, kv_head, imin(ceildiv(visible - first, 16), _GROUPS))
+            @loop(0, visible, BLOCK)
+            def _(first: Value) -> None:
+                scores(query, k, table, score, table_off, kv_head, first)
+                softmax(score, position, top, scaled, total, first, num_rows)
+                values(
+                    score, scaled, v, table, result, table_off, kv_head, first,
+                    imin(ceildiv(visible - first, 16), _GROUPS),
+                )  # fmt: skip
 
             @loop(0, num_rows)
             def _(row: Value) -> None:

@@ -115,6 +115,9 @@ def build(
         b = rest[0] if bias else None
         y, m, begin, end = rest[-4:]
         row_blocks = ceildiv(m, ROW_BLOCK)
+        # What full tiles ask into L2 (smaller ones outrun nothing: they wait for memory either way). One tile: the panel
+        # itself, 8 KiB ahead; several: the next panel, while this one is used again.
+        ahead = select(m <= tiles[0], index(8192 // (4 * width)), k)
         acc_rows = scratch(ROW_BLOCK, width)  # accumulators on their way to the epilogue, or to the next block of k
 
         def tile(rows: int, panel: Value, first: Value, start: Value, last: Value, k_begin: Value, k_end: Value) -> None:
@@ -128,6 +131,8 @@ def build(
             @loop(k_begin, k_end, carry=acc)
             def total(kk: Value, acc: list[Value]) -> list[Value]:
                 weights = [w.load(panel, kk, j) for j in vectors]
+                for j in vectors if rows == tiles[0] else ():
+                    w.prefetch(panel, kk + ahead, j, locality=2)
                 result = []
                 for i in range(rows):
                     a = splat(x[row[i], kk])

@@ -1,0 +1,1 @@
+"""Records of what the engine did. Written to by all, imports nothing."""

@@ -1,0 +1,1 @@
+"""Who computes what in each step: queues, budgets, pages, preemption."""
