@@ -162,7 +162,7 @@ def train(args: argparse.Namespace) -> None:
     while True:
         seconds = time.monotonic() - start
         progress = seconds / (60 * args.minutes)
-        if seconds >= next_eval or progress >= 1:
+        if recent and (seconds >= next_eval or progress >= 1):
             model.eval()
             bits = heldout_bits(model, heldout, stride=CONTEXT, limit=64)
             model.train()
