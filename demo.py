@@ -270,9 +270,10 @@ def budget_chart(engine: NanoServingEngine, names: list[str], budget: int, steps
         for index, name in enumerate(names):
             line.append("█" * scheduled.get(name, 0), style=COLOURS[index])
         line.append("·" * (budget - sum(scheduled.values())), style="dim")
-        line.append("  " + ", ".join(f"{name} {scheduled[name]}" for name in names if name in scheduled))
+        line.append("  " + " + ".join(str(scheduled[name]) for name in names if name in scheduled))
         lines.append(line)
-    return Panel(Group(*lines), title=f"who got which of the {budget} tokens of each step")
+    legend = Text("  ").join(Text(f"█ {name}", style=COLOURS[index]) for index, name in enumerate(names))
+    return Panel(Group(*lines, legend), title=f"who got which of the {budget} tokens of each step")
 
 
 def draw_tree(tree: RadixCache) -> Tree:

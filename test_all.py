@@ -121,7 +121,9 @@ def main() -> int:
     chosen = range(len(PHASES)) if options.phase is None else [options.phase]
     report = Report(options.verbose)
     begin = time.perf_counter()
-    code = pytest.main(["-p", "no:terminal", *(f"tests/phase{phase}" for phase in chosen)], plugins=[report])
+    # The report below replaces pytest's own, so options that shape that one must not be set.
+    own = ["-p", "no:terminal", "-o", "addopts=--import-mode=importlib --strict-markers"]
+    code = pytest.main([*own, *(f"tests/phase{phase}" for phase in chosen)], plugins=[report])
     for nodeid, detail in report.failures:
         print(f"\n--- {nodeid}\n{detail}")
     for phase in chosen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 
 import numpy as np
 
@@ -14,7 +15,9 @@ Argument = np.ndarray | int
 
 
 def call_address(address: int, *args: Argument) -> None:
-    values = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else ctypes.c_int64(a) for a in args]
+    values = [
+        ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else ctypes.c_int64(a) for a in args
+    ]
     packed = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(ctypes.addressof(packed))
 
@@ -40,15 +43,30 @@ def elementwise(name: str, function, x: np.ndarray) -> np.ndarray:  # type: igno
     x = np.ascontiguousarray(x, dtype=np.float32)
     y = np.empty_like(x)
     assert x.size % 16 == 0
-    call_address(jit.Compilation(name, build, host()).address_in_memory(), x, y, x.size)
+    engine = jit.compile_kernel(build, host())
+    call_address(jit.address_in_memory(engine, name), x, y, x.size)
     return y
 
 
 def ulp_error(got: np.ndarray, exact: np.ndarray) -> np.ndarray:
     """Distance from the exact value (float64) in units of float32's last place there."""
-    return np.abs(got.astype(np.float64) - exact) / np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
+    return np.abs(got.astype(np.float64) - exact) / np.spacing(np.abs(exact).astype(np.float32)).astype(
+        np.float64
+    )
 
 
 def padded(cols: int) -> int:
     """The native executor's row stride for activations."""
     return -(-cols // 64) * 64 + 16
+
+
+def act64(name: str | None, x: np.ndarray) -> np.ndarray:
+    """An activation in float64."""
+    x = x.astype(np.float64)
+    if name == "silu":
+        return x / (1 + np.exp(-x))
+    if name == "gelu_tanh":
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    if name == "gelu_erf":
+        return 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
+    return x

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packed_call import call
 
+from compiler.packed_call import call
 from nanoserve.kernels import attention
 
 JUNK = np.float32(1e30)  # finite, and ruinous if a masked token had any weight
@@ -57,7 +58,9 @@ def run(pages: Pages, queries: list[np.ndarray], heads: int, rows: int, splits: 
         entries = -(-tokens // pages.page_size)
         for head in range(kv):
             for r0 in range(0, len(q) * group, rows):
-                items.append([len(table), head, q0, r0, min(rows, len(q) * group - r0), len(keys) - len(q), 0, 0])
+                items.append(
+                    [len(table), head, q0, r0, min(rows, len(q) * group - r0), len(keys) - len(q), 0, 0]
+                )
         table += own + [own[-1]] * (entries - len(own))
         q0 += len(q)
     ldq, ldo = row + 5, row + 3
@@ -67,7 +70,7 @@ def run(pages: Pages, queries: list[np.ndarray], heads: int, rows: int, splits: 
     spec = attention.attention_spec(heads, kv, d, pages.page_size, ldq, ldo, rows)
     flat_table, flat_items = np.array(table, dtype=np.int32), np.array(items, dtype=np.int32)
     edges = np.linspace(0, len(items), splits + 1).astype(int).tolist()
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         call(spec, q_rows, pages.k, pages.v, flat_table, flat_items, out, begin, end)
     assert (out[:, row:] == 7).all(), "padding columns were written"
     result = np.split(out[:, :row].reshape(q0, heads, d), np.cumsum([len(q) for q in queries])[:-1])
@@ -104,7 +107,9 @@ def test_matches_float64(heads: int, kv: int, d: int, page_size: int, rows: int)
     pages = make_pages(lengths, kv, d, page_size)
     queries = make_queries(counts, heads, d)
     for s, got in enumerate(run(pages, queries, heads, rows)):
-        np.testing.assert_allclose(got, exact(pages.keys[s], pages.values[s], queries[s]), atol=2e-5, rtol=2e-5)
+        np.testing.assert_allclose(
+            got, exact(pages.keys[s], pages.values[s], queries[s]), atol=2e-5, rtol=2e-5
+        )
 
 
 def test_same_bits_for_every_tile_and_split() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packed_call import call, call_address, padded
-from test_row_kernels import act64
 
+from compiler.packed_call import act64, call, call_address, padded
 from nanoserve.compiler.target import AVX2, Target, host
 from nanoserve.kernels import gemm
 from nanoserve.kernels.library import load_kernels
@@ -19,7 +20,9 @@ SHAPES = [(1, 1), (3, 31), (70, 100), (64, 64), (128, 384), (96, 48), (33, 193),
 class Problem:
     """y = act(x w^T + b) (+ y) with its operands in the kernel's layout."""
 
-    def __init__(self, m: int, k: int, n: int, seed: int = 0, target: Target | None = None, **options: object) -> None:
+    def __init__(
+        self, m: int, k: int, n: int, seed: int = 0, target: Target | None = None, **options: object
+    ) -> None:
         rng = np.random.default_rng(seed)
         self.m, self.k, self.n, self.options, self.target = m, k, n, options, target
         self.weight = (rng.standard_normal((n, k)) / np.sqrt(k)).astype(np.float32)
@@ -40,7 +43,7 @@ class Problem:
         if self.options.get("bias"):
             args.append(gemm.pack_bias(self.bias, self.target))
         bounds = edges or (0, self.units)
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in pairwise(bounds):
             call_address(address, *args, y, self.m, begin, end)
         return y
 
@@ -100,12 +103,16 @@ def test_blocks_of_k_give_the_bits_of_one_chain() -> None:
     problem.check(y)
     chain = np.zeros((3, n), dtype=np.float32)
     x, w = problem.x.astype(np.float64), problem.weight.astype(np.float64)
-    for kk in range(k):  # float64 holds the product exactly; the sum is rounded twice, which is once but for rare ties
+    for kk in range(
+        k
+    ):  # float64 holds the product exactly; the sum is rounded twice, which is once but for rare ties
         chain = (x[:, kk : kk + 1] * w[:, kk] + chain).astype(np.float32)
     assert (chain == y[:3, :n]).mean() > 0.999
 
 
-@pytest.mark.skipif(host().name not in ("avx512", "avx2"), reason="the second x86 target needs an x86 CPU with AVX2")
+@pytest.mark.skipif(
+    host().name not in ("avx512", "avx2"), reason="the second x86 target needs an x86 CPU with AVX2"
+)
 @pytest.mark.parametrize(("k", "n"), [(70, 100), (96, 48), (9000, 20)])
 def test_the_smaller_instruction_set_gives_the_same_bits(k: int, n: int) -> None:
     for m in (1, 2, 3, 4, 5, 6, 7, 13, 61, 62, 63, 64, 67):
@@ -145,7 +152,12 @@ def test_nan_stays_in_its_row() -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"ldx": 69}, "rows of 69"), ({"ldy": 99}, "rows of 99"), ({"n_in": 0}, "n_in=0"), ({"activation": "relu"}, "relu")],
+    [
+        ({"ldx": 69}, "rows of 69"),
+        ({"ldy": 99}, "rows of 99"),
+        ({"n_in": 0}, "n_in=0"),
+        ({"activation": "relu"}, "relu"),
+    ],
 )
 def test_refusals(options: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):

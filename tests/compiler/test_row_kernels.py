@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from packed_call import call, padded
 
+from compiler.packed_call import act64, call, padded
 from nanoserve.kernels import embedding, gated, kv_write, norm
 
 COLS = [1, 2, 3, 15, 16, 17, 31, 60, 64, 65, 72, 100, 127, 128, 191, 259]
@@ -18,23 +18,6 @@ def random(*shape: int) -> np.ndarray:
 
 def outside_is(out: np.ndarray, rows: int, cols: int, value: float) -> bool:
     return bool((out[rows:] == value).all() and (out[:rows, cols:] == value).all())
-
-
-def erf(x: np.ndarray) -> np.ndarray:
-    from math import erf as exact
-
-    return np.vectorize(exact)(x)
-
-
-def act64(name: str | None, x: np.ndarray) -> np.ndarray:
-    x = x.astype(np.float64)
-    if name == "silu":
-        return x / (1 + np.exp(-x))
-    if name == "gelu_tanh":
-        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    if name == "gelu_erf":
-        return 0.5 * x * (1 + erf(x / np.sqrt(2)))
-    return x
 
 
 @pytest.mark.parametrize("cols", COLS)
@@ -71,7 +54,9 @@ def test_norm(cols: int, kind: str, gather: bool) -> None:
     source = x[rows, :cols].astype(np.float64) if gather else x[:, :cols].astype(np.float64)
     centred = source - source.mean(axis=1, keepdims=True) if kind == "layernorm" else source
     expected = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + eps) * weight
-    np.testing.assert_allclose(out[:count, :cols], expected + shift if bias else expected, atol=3e-5, rtol=3e-5)
+    np.testing.assert_allclose(
+        out[:count, :cols], expected + shift if bias else expected, atol=3e-5, rtol=3e-5
+    )
     assert outside_is(out, count, cols, 7)
     whole = np.full_like(out, 7)
     call(spec, *args[:-1], whole, 0, count)
@@ -104,7 +89,14 @@ def test_gated(cols: int, activation: str) -> None:
 
 @pytest.mark.parametrize(
     ("heads", "kv", "d", "page_size", "rotary"),
-    [(4, 4, 16, 16, 0), (6, 2, 20, 16, 20), (4, 1, 8, 32, 8), (3, 3, 80, 16, 32), (2, 1, 64, 48, 64), (2, 2, 6, 16, 2)],
+    [
+        (4, 4, 16, 16, 0),
+        (6, 2, 20, 16, 20),
+        (4, 1, 8, 32, 8),
+        (3, 3, 80, 16, 32),
+        (2, 1, 64, 48, 64),
+        (2, 2, 6, 16, 2),
+    ],
 )
 def test_kv_write(heads: int, kv: int, d: int, page_size: int, rotary: int) -> None:
     row = (heads + 2 * kv) * d

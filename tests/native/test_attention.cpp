@@ -101,7 +101,8 @@ namespace {
 
 constexpr int kGroup = 2, kHeads = 2, kDim = 4, kPage = 5;
 constexpr int kRow = kGroup * kHeads * kDim;
-constexpr Kernel kAttend = test::attention<kGroup, kHeads, kDim, kPage, kRow, kRow>;
+constexpr Kernel kSmall = test::attention<kGroup, kHeads, kDim, kPage, kRow, kRow, 1, 2>;
+constexpr Kernel kLarge = test::attention<kGroup, kHeads, kDim, kPage, kRow, kRow, 3, 5>;
 
 struct Layer {  // random keys and values in scattered pages, and the same without pages
     std::shared_ptr<KVCachePool> pool = std::make_shared<KVCachePool>(PoolShape{
@@ -184,7 +185,7 @@ TEST(paged_attention_matches_the_definition) {
                                   .max_pages = kMaxPages,
                                   .starts = starts,
                                   .counts = counts},
-                                 {.small = kAttend, .small_rows = 2, .large = kAttend, .large_rows = 5});
+                                 {.small = kSmall, .small_rows = 2, .large = kLarge, .large_rows = 5});
         attention.run(pool);
         double worst = 0.0;
         std::size_t row = 0;
@@ -212,7 +213,7 @@ TEST(paged_attention_checks_its_input) {
                          .max_pages = 2,
                          .starts = starts,
                          .counts = counts};
-    const AttentionKernels kernels{.small = kAttend, .small_rows = 2, .large = kAttend, .large_rows = 4};
+    const AttentionKernels kernels{.small = kSmall, .small_rows = 2, .large = kLarge, .large_rows = 4};
     const auto make = [&](const AttentionBatch& b, std::int64_t layer_id = 0) {
         PagedAttention attention(*layer.pool, layer_id, b, kernels);
     };
@@ -242,5 +243,5 @@ TEST(paged_attention_checks_its_input) {
     CHECK_THROWS(std::invalid_argument, "one row for each sequence", make(batch));
     batch.max_pages = 2;
     CHECK_THROWS(std::invalid_argument, "address is 0",
-                 PagedAttention(*layer.pool, 0, batch, {.small = kAttend, .small_rows = 1, .large_rows = 1}));
+                 PagedAttention(*layer.pool, 0, batch, {.small = kSmall, .small_rows = 1, .large_rows = 1}));
 }

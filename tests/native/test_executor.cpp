@@ -44,7 +44,8 @@ void count_units(void** args) {
     }
 }
 
-// out[r] = 1 + the sum of in over all rows: reads what every other thread wrote in the operation before.
+// out[r] = r + the sum of in over all rows, modulo a prime so that a long chain stays exact and forgets
+// nothing: reads what every other thread wrote in the operation before.
 void sum_all(void** args) {
     const auto* in = arg<const float*>(args, 0);
     auto* out = arg<float*>(args, 1);
@@ -54,7 +55,7 @@ void sum_all(void** args) {
         for (std::int64_t i = 0; i < num_rows; ++i) {
             sum += in[i * kStride];
         }
-        out[r * kStride] = std::fmod(sum, 64.0F) + 1.0F;
+        out[r * kStride] = std::fmod(sum + static_cast<float>(r), 61.0F);
     }
 }
 
@@ -81,7 +82,7 @@ void block(void**) {
 
 struct Fixture {
     std::shared_ptr<KVCachePool> pool = std::make_shared<KVCachePool>(
-        PoolShape{.num_pages = 40, .page_size = 4, .num_layers = 2, .num_heads = 2, .head_dim = 4});
+        PoolShape{.num_pages = 200, .page_size = 4, .num_layers = 2, .num_heads = 2, .head_dim = 4});
     std::shared_ptr<ThreadPool> threads;
     StepExecutor executor;
     std::vector<std::unique_ptr<PageTable>> tables;
@@ -188,7 +189,7 @@ TEST(rows_samples_and_batch_arrays) {
 
 TEST(every_unit_is_done_once) {
     for (const int threads : {1, 2, 3, 8}) {
-        for (const std::int64_t cost : {0, 1, 40'000, 1'000'000}) {
+        for (const std::int64_t cost : {0, 1, 10'000, 1'000'000}) {
             Fixture f(threads);
             f.sequence(0, 21);
             f.sample_rows = {1, 2, 3};
@@ -223,7 +224,9 @@ TEST(every_unit_is_done_once) {
 // Chains of operations that read all rows of the one before, some shared by all threads, some on thread 0
 // alone: every missing barrier shows as a wrong sum. The reference is one thread.
 TEST(operations_wait_for_each_other) {
-    std::vector<float> want;
+    constexpr std::size_t kSteps = 60;
+    std::vector<std::vector<float>> want(
+        kSteps);  // each step has its own: what is left of the last one must not do
     for (const int threads : {1, 2, 3, 7}) {
         Fixture f(threads);
         f.sequence(0, 24);
@@ -238,69 +241,71 @@ TEST(operations_wait_for_each_other) {
             op.cost_per_unit = i % 3 == 0 ? 1 : (i % 3 == 1 ? 0 : 10'000);  // one thread, all, two
             f.executor.op(op);
         }
-        for (int repeat = 0; repeat < 60; ++repeat) {
+        for (std::size_t step = 0; step < kSteps; ++step) {
+            f.ids[step % 24] = static_cast<std::int32_t>(step);
             f.forward();
             const auto data = f.executor.buffer_data(x);
             const std::vector<float> got(data.begin(), data.begin() + 24 * kStride);
-            if (want.empty()) {
-                want = got;
-            }
-            CHECK(got == want);
+            want[step] = threads == 1 ? got : want[step];
+            CHECK(got == want[step]);
         }
     }
+    CHECK(want[0] != want[1]);
 }
 
+// Once too little work to share, once enough for five threads; twice each, because items are handed out anew.
 TEST(attention_runs_over_pages) {
     constexpr int kRow = 2 * 2 * 4;
     constexpr int kLd = 64 + 16;
-    constexpr Kernel attend = test::attention<2, 2, 4, 4, kLd, kLd>;
-    std::vector<float> want;
-    for (const int threads : {1, 2, 5}) {
-        Fixture f(threads);
-        f.sequence(0, 13);
-        f.sequence(17, 1);
-        f.sequence(2, 3);
-        const std::int64_t q = f.executor.buffer(kRow), out = f.executor.buffer(kRow);
-        for (std::int64_t i = 0; i < 17 * kLd; ++i) {
-            f.executor.buffer_data(q)[static_cast<std::size_t>(i)] =
-                static_cast<float>(i % 13) / 13.0F - 0.5F;
-        }
-        for (std::int64_t i = 0; i < 40 * 2 * 4 * 4; ++i) {
-            f.pool->k_layer(1)[i] = static_cast<float>(i % 17) / 17.0F - 0.5F;
-            f.pool->v_layer(1)[i] = static_cast<float>(i % 19) / 19.0F - 0.5F;
-        }
-        Op op = make_op("attention", attend,
-                        {{Source::buffer, q},
-                         {Source::k, 1},
-                         {Source::v, 1},
-                         {Source::table},
-                         {Source::items},
-                         {Source::buffer, out}});
-        op.large_kernel = attend;
-        f.executor.attention(op, 2, 2, 2, 6);
-        f.forward();
-        std::fill(f.executor.buffer_data(out).begin(), f.executor.buffer_data(out).end(), 0.0F);
-        f.forward();  // the second step starts from the first item again
-        const auto data = f.executor.buffer_data(out);
-        const std::vector<float> got(data.begin(), data.begin() + 17 * kLd);
-        if (want.empty()) {
-            want = got;
-            CHECK(std::abs(got[0]) > 0.0F);
-            // Against the definition for one row: sequence 1, position 17, query head 3 (KV head 1).
+    constexpr Kernel small = test::attention<2, 2, 4, 4, kLd, kLd, 1, 2>;
+    constexpr Kernel large = test::attention<2, 2, 4, 4, kLd, kLd, 3, 6>;
+    for (const std::int32_t context : {0, 400}) {
+        std::vector<float> want;
+        for (const int threads : {1, 2, 5}) {
+            Fixture f(threads);
+            f.sequence(context, 40);
+            f.sequence(17, 1);
+            f.sequence(2, 3);
+            const std::int64_t q = f.executor.buffer(kRow), out = f.executor.buffer(kRow);
+            for (std::size_t i = 0; i < 44 * kLd; ++i) {
+                f.executor.buffer_data(q)[i] = static_cast<float>(i % 13) / 13.0F - 0.5F;
+            }
+            for (std::int64_t i = 0; i < f.pool->num_slots() * 2 * 4; ++i) {
+                f.pool->k_layer(1)[i] = static_cast<float>(i % 17) / 17.0F - 0.5F;
+                f.pool->v_layer(1)[i] = static_cast<float>(i % 19) / 19.0F - 0.5F;
+            }
+            Op op = make_op("attention", small,
+                            {{Source::buffer, q},
+                             {Source::k, 1},
+                             {Source::v, 1},
+                             {Source::table},
+                             {Source::items},
+                             {Source::buffer, out}});
+            op.large_kernel = large;
+            f.executor.attention(op, 2, 2, 2, 6);
+            const auto data = f.executor.buffer_data(out);
+            for (int repeat = 0; repeat < 2; ++repeat) {
+                std::fill(data.begin(), data.end(), 0.0F);
+                f.forward();
+                const std::vector<float> got(data.begin(), data.begin() + 44 * kLd);
+                want = want.empty() ? got : want;
+                CHECK(got == want);
+            }
+            // Against the definition for one row: sequence 1, position 17, query head 3 (KV head 1),
+            // number 2.
             double total = 0.0, sum = 0.0;
             for (int p = 0; p <= 17; ++p) {
                 const std::int64_t start = (f.tables[1]->page(p / 4) * 2 + 1) * 16;
                 double score = 0.0;
                 for (int d = 0; d < 4; ++d) {
-                    score += double{f.executor.buffer_data(q)[static_cast<std::size_t>(13 * kLd + 12 + d)]} *
+                    score += double{f.executor.buffer_data(q)[static_cast<std::size_t>(40 * kLd + 12 + d)]} *
                              double{f.pool->k_layer(1)[start + d * 4 + p % 4]};
                 }
                 total += std::exp(score);
                 sum += std::exp(score) * double{f.pool->v_layer(1)[start + p % 4 * 4 + 2]};
             }
-            CHECK(std::abs(double{got[13 * kLd + 12 + 2]} - sum / total) < 1e-6);
+            CHECK(std::abs(double{data[40 * kLd + 12 + 2]} - sum / total) < 1e-6);
         }
-        CHECK(got == want);
     }
 }
 

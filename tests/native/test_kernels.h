@@ -15,8 +15,10 @@ T arg(void** args, int index) {
 }
 
 // Causal attention of one item after the other, in double precision. The sizes a compiled kernel has built in
-// are template parameters here.
-template <int kGroup, int kHeads, int kDim, int kPageSize, int kQStride, int kOutStride>
+// are template parameters here. An item with fewer than kMinRows or more than kMaxRows rows came to the wrong
+// kernel: NaN.
+template <int kGroup, int kHeads, int kDim, int kPageSize, int kQStride, int kOutStride, int kMinRows,
+          int kMaxRows>
 void attention(void** args) {
     const auto* q = arg<const float*>(args, 0);
     const auto* k = arg<const float*>(args, 1);
@@ -33,7 +35,7 @@ void attention(void** args) {
             const float* query = q + (item.q0 + token) * kQStride + head * kDim;
             float* result = out + (item.q0 + token) * kOutStride + head * kDim;
             std::vector<double> sum(kDim, 0.0);
-            double total = 0.0;
+            double total = item.num_rows < kMinRows || item.num_rows > kMaxRows ? std::nan("") : 0.0;
             for (int p = 0; p <= position; ++p) {
                 const int page = table[item.table_off + p / kPageSize];
                 const std::int64_t block = (std::int64_t{page} * kHeads + item.kv_head) * kDim * kPageSize;

@@ -195,6 +195,8 @@ TEST(table_grows_and_gives_back) {
         CHECK_THROWS(std::invalid_argument, "num_tokens is -1", table.grow_to(-1));
     }
     CHECK_EQ(pool->num_free_pages(), 8);
+    CHECK_EQ(pool->stats().tokens_capacity_used, 0);  // the pool has forgotten the table
+    CHECK_EQ(pool->audit({}), std::vector<std::string>{});
     PageTable again(pool);
     static_cast<void>(again.grow_to(4));
     again.release();

@@ -33,7 +33,7 @@ def vector_of(width: int, element: str = "f32") -> Any:
 
 
 def _is_vector(t: Any) -> bool:
-    return bool(ir.VectorType.isinstance(t)) if hasattr(ir.VectorType, "isinstance") else isinstance(t, ir.VectorType)
+    return isinstance(t, ir.VectorType)
 
 
 def _element(t: Any) -> Any:
@@ -159,7 +159,9 @@ def _pair(a: Operand, b: Operand) -> tuple[Value, Value]:
     return a, b
 
 
-def _binary(on_int: Callable[..., Any] | None, on_float: Callable[..., Any] | None, a: Operand, b: Operand) -> Value:
+def _binary(
+    on_int: Callable[..., Any] | None, on_float: Callable[..., Any] | None, a: Operand, b: Operand
+) -> Value:
     a, b = _pair(a, b)
     op = on_float if _is_float(a.type) else on_int
     if op is None:
@@ -232,7 +234,9 @@ def lane(value: Value, i: int) -> Value:
 def lane_numbers() -> Value:
     """vector<16xi32>: 0, 1, ... 15."""
     text = ", ".join(str(i) for i in range(LANES))
-    return Value(arith.constant(vector_of(LANES, "i32"), ir.Attribute.parse(f"dense<[{text}]> : vector<{LANES}xi32>")))
+    return Value(
+        arith.constant(vector_of(LANES, "i32"), ir.Attribute.parse(f"dense<[{text}]> : vector<{LANES}xi32>"))
+    )
 
 
 def htree(value: Value, op: Callable[[Value, Value], Value]) -> Value:
@@ -240,7 +244,8 @@ def htree(value: Value, op: Callable[[Value, Value], Value]) -> Value:
     while value.width > 1:
         half = value.width // 2
         low, high = (
-            Value(vector.extract_strided_slice(vector_of(half), value.ir, [at], [half], [1])) for at in (0, half)
+            Value(vector.extract_strided_slice(vector_of(half), value.ir, [at], [half], [1]))
+            for at in (0, half)
         )
         value = op(low, high)
     return lane(value, 0)

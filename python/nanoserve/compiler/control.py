@@ -82,7 +82,9 @@ def helper(symbol: str, **arguments: str) -> Callable[[Callable[..., None]], Cal
         f.attributes["llvm.linkage"] = ir.Attribute.parse("#llvm.linkage<internal>")
 
         def call(*values: Buffer | Operand) -> None:
-            func.call([], symbol, [value.ir if isinstance(value, Buffer) else index(value).ir for value in values])
+            func.call(
+                [], symbol, [value.ir if isinstance(value, Buffer) else index(value).ir for value in values]
+            )
 
         return call
 
@@ -93,7 +95,10 @@ def _function(symbol: str, arguments: dict[str, str], body: Callable[..., None])
     types = [type_of(text) for text in arguments.values()]
     f = func.FuncOp(symbol, ir.FunctionType.get(types, []))
     f.attributes["arg_attrs"] = ir.ArrayAttr.get(
-        [ir.DictAttr.parse("{llvm.noalias}" if text.startswith("memref") else "{}") for text in arguments.values()]
+        [
+            ir.DictAttr.parse("{llvm.noalias}" if text.startswith("memref") else "{}")
+            for text in arguments.values()
+        ]
     )
     with ir.InsertionPoint(f.add_entry_block()):
         body(
@@ -106,7 +111,9 @@ def _function(symbol: str, arguments: dict[str, str], body: Callable[..., None])
     return f
 
 
-def loop(low: Operand, high: Operand, step: int = 1, carry: Sequence[Value] | None = None) -> Callable[[Any], Any]:
+def loop(
+    low: Operand, high: Operand, step: int = 1, carry: Sequence[Value] | None = None
+) -> Callable[[Any], Any]:
     """A loop in the generated code: @loop(lo, hi) def _(i): ...
 
     With `carry`, a list of values that each iteration takes and returns, the decorated name becomes the final list:

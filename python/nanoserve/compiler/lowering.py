@@ -69,7 +69,9 @@ def lower(module: Any, target: Target, after_stage: Callable[[Stage, str], None]
     ir, pass_manager = mlir().ir, mlir().PassManager
     module.operation.verify()
     if after_stage is None:
-        pass_manager.parse(f"builtin.module({','.join(stage.passes for stage in STAGES)})").run(module.operation)
+        pass_manager.parse(f"builtin.module({','.join(stage.passes for stage in STAGES)})").run(
+            module.operation
+        )
     else:
         for stage in STAGES:
             pass_manager.parse(f"builtin.module({stage.passes})").run(module.operation)
@@ -80,4 +82,6 @@ def lower(module: Any, target: Target, after_stage: Callable[[Stage, str], None]
         # The execution engine adds a wrapper per function; inlined into it, every kernel would be compiled twice.
         operation.attributes["no_inline"] = ir.UnitAttr.get()
         if target.cpu is not None:
-            operation.attributes["passthrough"] = ir.Attribute.parse(f'[["target-cpu", "{target.cpu}"], ["target-features", ""]]')
+            operation.attributes["passthrough"] = ir.Attribute.parse(
+                f'[["target-cpu", "{target.cpu}"], ["target-features", ""]]'
+            )

@@ -1,8 +1,9 @@
 """Compiled kernels on disk: shared objects that are code this process will run, so nothing is loaded unverified.
 
-    <directory>/<key>.json        manifest: symbol, toolchain, the object's name, size and sha256
-    <directory>/<sha256>.so       the object, named by its content
-    <directory>/lock              taken to write or remove an entry, never to read one
+    <directory>/<key>.json      manifest: symbol, toolchain, the object's size and sha256
+    <directory>/<sha256>.so     the object, named by its content
+    <directory>/toolchain       what compiled last; names the keys where no compiler is installed
+    <directory>/lock            taken to write or remove an entry, never to read one
 
 The invariant: a manifest names an object that was complete before the manifest appeared. Objects are named by content and
 both files arrive by rename, so a reader sees an entry whole or not at all, whichever process writes it, and two processes
@@ -14,18 +15,21 @@ would be executed; so are symbolic links in place of entries. Refusal is an erro
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_log = logging.getLogger("nanoserve.compiler")
 _MAX_MANIFEST_BYTES = 64 * 1024
 _MAX_OBJECT_BYTES = 64 * 1024 * 1024
 
@@ -48,16 +52,6 @@ def default_directory() -> Path:
     return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "nanoserve"
 
 
-@dataclass(slots=True)
-class Counters:
-    """What happened since the cache was opened."""
-
-    hits: int = 0
-    misses: int = 0
-    damaged: int = 0  # entries removed because they did not verify; counted as misses too
-    stored: int = 0
-
-
 class ObjectCache:
     """Shared objects by key.
 
@@ -68,11 +62,11 @@ class ObjectCache:
 
     def __init__(self, directory: str | Path | None = None) -> None:
         self.directory = (default_directory() if directory is None else Path(directory)).absolute()
-        self.counters = Counters()
+        self.damaged = 0  # entries removed because they did not verify
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        info = os.stat(self.directory)
+        info = os.lstat(self.directory)
         if not stat.S_ISDIR(info.st_mode):
-            raise CacheRefused(f"kernel cache {self.directory}: not a directory")
+            raise CacheRefused(f"kernel cache {self.directory}: a link or a file, not a directory")
         if info.st_uid != os.geteuid():
             raise CacheRefused(
                 f"kernel cache {self.directory}: owned by user {info.st_uid}, not by user {os.geteuid()} who would run "
@@ -91,33 +85,26 @@ class ObjectCache:
             CacheRefused: a symbolic link or a file of another user sits in the entry's place.
         """
         try:
-            found = self._verified(key)
+            return self._verified(key)
         except _Damaged:
-            # Look again under the lock: a writer may have just replaced what was damaged.
-            with self._lock():
-                try:
-                    found = self._verified(key)
-                except _Damaged:
-                    self._remove(key)
-                    self.counters.damaged += 1
-                    found = None
-        if found is None:
-            self.counters.misses += 1
-        else:
-            self.counters.hits += 1
-        return found
+            return self._recheck(key)
+
+    def discard(self, key: str) -> None:
+        """Remove an entry, if there is one."""
+        with self._lock():
+            self._remove(key)
 
     def store(self, key: str, symbol: str, toolchain: str, obj: bytes) -> Path:
         """Write an entry; the path of its object."""
         digest = hashlib.sha256(obj).hexdigest()
         path = self.directory / f"{digest}.so"
-        manifest = {"symbol": symbol, "toolchain": toolchain, "object": path.name, "size": len(obj), "sha256": digest}
+        manifest = {"symbol": symbol, "toolchain": toolchain, "size": len(obj), "sha256": digest}
         with self._lock():
             self._write(path, obj, 0o700)
             self._write(self._manifest(key), (json.dumps(manifest, indent=1) + "\n").encode(), 0o600)
-            self._write(self.directory / "toolchain", toolchain.encode(), 0o600)
+            if self.last_toolchain() != toolchain:
+                self._write(self.directory / "toolchain", toolchain.encode(), 0o600)
             _sync_directory(self.directory)
-        self.counters.stored += 1
         return path
 
     def last_toolchain(self) -> str | None:
@@ -130,41 +117,45 @@ class ObjectCache:
     def _manifest(self, key: str) -> Path:
         return self.directory / f"{key}.json"
 
+    def _recheck(self, key: str) -> Path | None:
+        """Look again under the lock, for a writer may have just replaced what was damaged; else remove it."""
+        with self._lock():
+            try:
+                return self._verified(key)
+            except _Damaged as damage:
+                _log.warning("kernel cache: entry %s: %s; compiling it again", key, damage)
+                self._remove(key)
+                self.damaged += 1
+                return None
+
     def _verified(self, key: str) -> Path | None:
         try:
             text = self._read(self._manifest(key), _MAX_MANIFEST_BYTES)
         except FileNotFoundError:
             return None
-        try:
-            manifest: Any = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise _Damaged("manifest is not JSON") from error
-        if not isinstance(manifest, dict):
-            raise _Damaged("manifest is not an object")
-        digest, size = manifest.get("sha256"), manifest.get("size")
-        # The name is derived from the checked digest, never taken from the file: a manifest cannot point elsewhere.
-        if not isinstance(digest, str) or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-            raise _Damaged("manifest has no digest")
+        digest, size = _object_of(text)
         path = self.directory / f"{digest}.so"
         try:
-            data = self._read(path, _MAX_OBJECT_BYTES)
+            data = self._read(path, size)
         except FileNotFoundError as error:
-            raise _Damaged("object is gone") from error
+            raise _Damaged("its object is gone") from error
         if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
-            raise _Damaged("object does not match its manifest")
+            raise _Damaged("its object is not the one that was written")
         return path
 
     def _read(self, path: Path, limit: int) -> bytes:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
-            raise
         except OSError as error:
-            raise CacheRefused(f"kernel cache: {path} cannot be read without following a link ({error.strerror})") from error
+            if error.errno == errno.ELOOP:
+                raise CacheRefused(f"kernel cache: {path} is a symbolic link, an entry never is") from error
+            raise
         with os.fdopen(fd, "rb") as file:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
-                raise CacheRefused(f"kernel cache: {path} is not a file that only user {os.geteuid()} can write")
+                raise CacheRefused(
+                    f"kernel cache: {path} is not a file that only user {os.geteuid()} can write"
+                )
             data = file.read(limit + 1)
         if len(data) > limit:
             raise _Damaged(f"{path.name} is larger than {limit} bytes")
@@ -187,11 +178,11 @@ class ObjectCache:
     def _remove(self, key: str) -> None:
         manifest = self._manifest(key)
         try:
-            digest = json.loads(self._read(manifest, _MAX_MANIFEST_BYTES))["sha256"]
-            if isinstance(digest, str) and digest.isalnum():
-                (self.directory / f"{digest}.so").unlink(missing_ok=True)
-        except (ValueError, LookupError, TypeError, FileNotFoundError, _Damaged):
+            digest, _ = _object_of(self._read(manifest, _MAX_MANIFEST_BYTES))
+        except (FileNotFoundError, _Damaged):
             pass  # the manifest does not say which object was its; it goes alone
+        else:
+            (self.directory / f"{digest}.so").unlink(missing_ok=True)
         manifest.unlink(missing_ok=True)
 
     @contextmanager
@@ -202,6 +193,20 @@ class ObjectCache:
             yield
         finally:
             os.close(fd)  # releases the lock
+
+
+def _object_of(manifest: bytes) -> tuple[str, int]:
+    """sha256 and size of an entry's object. The digest is its name: a path is never taken from the file."""
+    try:
+        fields: Any = json.loads(manifest)
+        digest, size = fields["sha256"], fields["size"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise _Damaged("its manifest is not what was written") from error
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise _Damaged("its manifest names no object")
+    if not isinstance(size, int) or not 0 < size <= _MAX_OBJECT_BYTES:
+        raise _Damaged(f"its manifest gives an impossible size, {size!r}")
+    return digest, size
 
 
 def _sync_directory(directory: Path) -> None:

@@ -58,7 +58,9 @@ def _cpu_description() -> tuple[str, frozenset[str]]:
     try:
         names = ("machdep.cpu.brand_string", "machdep.cpu.features", "machdep.cpu.leaf7_features")
         answer = [
-            subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=5).stdout.strip()
+            subprocess.run(
+                ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=5
+            ).stdout.strip()
             for name in names
         ]
     except (OSError, subprocess.SubprocessError):

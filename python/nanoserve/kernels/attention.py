@@ -19,6 +19,7 @@ must be finite, because 0 * inf is not 0.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from nanoserve.compiler.target import Target, host
@@ -33,8 +34,8 @@ _MAX_ROWS = 16  # one vector holds a number per row
 def row_tiles(group: int, target: Target | None = None) -> tuple[int, int]:
     """(small, large): rows per item for one token's `group` heads, and for prompt chunks."""
     budget = (host() if target is None else target).budget
-    large = 6 if 7 + 1 <= budget else 2
-    return min(group, 8 if budget >= 32 else large), large
+    large = max(1, min(8, budget - 2))
+    return min(group, large), large
 
 
 def attention_spec(
@@ -46,9 +47,13 @@ def attention_spec(
     `scale` multiplies the scores, 1 / sqrt(head_dim) by default; `rows` is the most rows an item has.
     """
     if min(heads, kv_heads, head_dim) < 1 or heads % kv_heads or min(ldq, ldo) < heads * head_dim:
-        raise ValueError(f"attention: {heads} heads over {kv_heads} of {head_dim} do not fit in rows of {ldq} and {ldo}")
+        raise ValueError(
+            f"attention: {heads} heads over {kv_heads} of {head_dim} do not fit in rows of {ldq} and {ldo}"
+        )
     if page_size < 16 or page_size % 16:
-        raise ValueError(f"attention: page_size={page_size} must be a multiple of 16, the width of a vector of scores")
+        raise ValueError(
+            f"attention: page_size={page_size} must be a multiple of 16, the width of a vector of scores"
+        )
     if not 1 <= rows <= _MAX_ROWS:
         raise ValueError(f"attention: rows={rows} must be in [1, {_MAX_ROWS}]")
     if dtype != "f32":
@@ -59,9 +64,12 @@ def attention_spec(
     )  # fmt: skip
 
 
-def _at_a_time(rows: int, budget: int, most: int) -> int:
-    """How many vectors beside one another, so that rows * n accumulators, n operands and a broadcast fit in registers."""
-    import os; return max(1, min(most, int(os.environ.get("AT", "9")), (budget - 1) // (rows + 1)))
+def _passes(vectors: int, rows: int, budget: int) -> list[range]:
+    """Split `vectors` evenly so that rows * n accumulators, n operands and a broadcast fit in the registers."""
+    most = max(1, (budget - 1) // (rows + 1))
+    count = -(-vectors // most)
+    edges = [vectors * i // count for i in range(count + 1)]
+    return [range(*edge) for edge in pairwise(edges)]
 
 
 def build(
@@ -69,17 +77,27 @@ def build(
     dtype: str,
 ) -> None:  # fmt: skip
     from nanoserve.compiler.builder import (
-        Value, add, ceildiv, chunks, const, fma, fmax, htree, i32, imin, index, lane_numbers, select, splat, zeros,
+        Value,
+        add,
+        ceildiv,
+        chunks,
+        const,
+        fma,
+        fmax,
+        htree,
+        i32,
+        imin,
+        index,
+        lane_numbers,
+        select,
+        splat,
+        zeros,
     )  # fmt: skip
     from nanoserve.compiler.control import UNBOUNDED, array, helper, kernel, loop, scratch
     from nanoserve.compiler.vector_math import exp
 
     group = h // kv
     columns = chunks(d)
-    key_groups = _at_a_time(r, target.budget, _GROUPS)
-    passes = -(-len(columns) // _at_a_time(r, target.budget, len(columns)))
-    per_pass = -(-len(columns) // passes)
-
     queries, weights = array(r, d), array(r, BLOCK)
     k_type, v_type = array(UNBOUNDED, kv, d, page_size), array(UNBOUNDED, kv, page_size, d)
     table_type = array(UNBOUNDED, element="i32")
@@ -92,10 +110,12 @@ def build(
         f"{symbol}_scores", query=queries, k=k_type, table=table_type, score=weights, table_off="index", kv_head="index",
         first="index",
     )  # fmt: skip
-    def scores(query: Any, k: Any, table: Any, score: Any, table_off: Value, kv_head: Value, first: Value) -> None:
+    def scores(
+        query: Any, k: Any, table: Any, score: Any, table_off: Value, kv_head: Value, first: Value
+    ) -> None:
         """score[row] = query[row] . keys of the block that begins at token `first`."""
-        for start in range(0, _GROUPS, key_groups):
-            groups = range(start, min(start + key_groups, _GROUPS))
+
+        def some(groups: range) -> None:
             pages = [page_of(table, table_off, first + 16 * j) for j in groups]
 
             @loop(0, d, carry=[zeros() for _ in range(r) for _ in groups])
@@ -111,11 +131,16 @@ def build(
                 for j, at in enumerate(groups):
                     score.store(dots[row * len(groups) + j], row, 16 * at)
 
+        for groups in _passes(_GROUPS, r, target.budget):
+            some(groups)
+
     @helper(
         f"{symbol}_softmax", score=weights, position=array(r, element="i32"), top=array(16), scaled=array(16),
         total=array(r, 16), first="index", num_rows="index",
     )  # fmt: skip
-    def softmax(score: Any, position: Any, top: Any, scaled: Any, total: Any, first: Value, num_rows: Value) -> None:
+    def softmax(
+        score: Any, position: Any, top: Any, scaled: Any, total: Any, first: Value, num_rows: Value
+    ) -> None:
         """score[row] = exp(score - maximum so far), 0 where masked; top, scaled and total follow."""
         lanes = lane_numbers()
         before = top.load(0)
@@ -145,15 +170,23 @@ def build(
         kv_head="index", first="index", groups="index",
     )  # fmt: skip
     def values(
-        score: Any, scaled: Any, v: Any, table: Any, result: Any, table_off: Value, kv_head: Value, first: Value, groups: Value
+        score: Any,
+        scaled: Any,
+        v: Any,
+        table: Any,
+        result: Any,
+        table_off: Value,
+        kv_head: Value,
+        first: Value,
+        groups: Value,
     ) -> None:
         """result[row] = result[row] * scaled[row] + the block's first `groups` * 16 values, each times its weight."""
-        for start in range(0, len(columns), per_pass):
-            part = columns[start : start + per_pass]
+
+        def some(part: list[tuple[int, int]]) -> None:
             acc = [result.load(row, at, width=width) * scaled[row] for row in range(r) for at, width in part]
 
             @loop(0, groups, carry=acc)
-            def sums(j: Value, acc: list[Value]) -> list[Value]:
+            def sums(j: Value, acc: list[Value]) -> Any:
                 page, offset = page_of(table, table_off, first + j * 16)
 
                 @loop(0, 16, carry=acc)
@@ -171,6 +204,9 @@ def build(
                 for c, (at, _) in enumerate(part):
                     result.store(sums[row * len(part) + c], row, at)
 
+        for numbers in _passes(len(columns), r, target.budget):
+            some([columns[number] for number in numbers])
+
     @kernel(
         symbol, q=array(UNBOUNDED, ldq), k=k_type, v=v_type, table=table_type, items=array(UNBOUNDED, 8, element="i32"),
         out=array(UNBOUNDED, ldo), begin="index", end="index",
@@ -178,7 +214,11 @@ def build(
     def _(q: Any, k: Any, v: Any, table: Any, items: Any, out: Any, begin: Value, end: Value) -> None:
         query, score, result = scratch(r, d), scratch(r, BLOCK), scratch(r, d)
         position = scratch(r, element="i32")
-        top, scaled, total = scratch(16), scratch(16), scratch(r, 16)  # per row: maximum, exp(old - new maximum), sum
+        top, scaled, total = (
+            scratch(16),
+            scratch(16),
+            scratch(r, 16),
+        )  # per row: maximum, exp(old - new maximum), sum
 
         @loop(begin, end)
         def _(item: Value) -> None:

@@ -16,7 +16,9 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf")
 def gated_spec(cols: int, activation: str, ldx: int, ldo: int, *, dtype: str = "f32") -> KernelSpec:
     """Args: gate_up[.][ldx], out[.][ldo], begin, end over rows."""
     if cols < 1 or ldx < 2 * cols or ldo < cols:
-        raise ValueError(f"gated: [gate | up] of {cols} columns each in rows of {ldx}, out in rows of {ldo} do not fit")
+        raise ValueError(
+            f"gated: [gate | up] of {cols} columns each in rows of {ldx}, out in rows of {ldo} do not fit"
+        )
     if activation not in ACTIVATIONS:
         raise ValueError(f"gated: activation {activation!r} must be one of {ACTIVATIONS}")
     if dtype != "f32":

@@ -39,7 +39,11 @@ def panel_width(n: int, target: Target | None = None) -> int:
     """
     budget = (host() if target is None else target).budget
     for width in (48, 32):
-        if 8 * width // 16 + width // 16 + 1 <= budget and n > width and _round_up(n, width) <= _round_up(n, 64):
+        if (
+            8 * width // 16 + width // 16 + 1 <= budget
+            and n > width
+            and _round_up(n, width) <= _round_up(n, 64)
+        ):
             return width
     return 16
 
@@ -83,13 +87,23 @@ def gemm_spec(
     """
     padded = _round_up(n_out, panel_width(n_out)) if n_out > 0 else 0
     if n_in < 1 or n_out < 1 or ldx < n_in or ldy < padded:
-        raise ValueError(f"gemm: n_in={n_in} in rows of {ldx}, n_out={n_out} (padded {padded}) in rows of {ldy} do not fit")
+        raise ValueError(
+            f"gemm: n_in={n_in} in rows of {ldx}, n_out={n_out} (padded {padded}) in rows of {ldy} do not fit"
+        )
     if activation not in ACTIVATIONS:
         raise ValueError(f"gemm: activation {activation!r} must be one of {ACTIVATIONS}")
     if dtype != "f32":
         raise ValueError(f"gemm: dtype {dtype!r} is not supported, only 'f32'")
     return KernelSpec.make(
-        "gemm", k=n_in, n=n_out, ldx=ldx, ldy=ldy, bias=bias, activation=activation, residual=residual, dtype=dtype
+        "gemm",
+        k=n_in,
+        n=n_out,
+        ldx=ldx,
+        ldy=ldy,
+        bias=bias,
+        activation=activation,
+        residual=residual,
+        dtype=dtype,
     )
 
 
@@ -118,9 +132,13 @@ def build(
         # What full tiles ask into L2 (smaller ones outrun nothing: they wait for memory either way). One tile: the panel
         # itself, 8 KiB ahead; several: the next panel, while this one is used again.
         ahead = select(m <= tiles[0], index(8192 // (4 * width)), k)
-        acc_rows = scratch(ROW_BLOCK, width)  # accumulators on their way to the epilogue, or to the next block of k
+        acc_rows = scratch(
+            ROW_BLOCK, width
+        )  # accumulators on their way to the epilogue, or to the next block of k
 
-        def tile(rows: int, panel: Value, first: Value, start: Value, last: Value, k_begin: Value, k_end: Value) -> None:
+        def tile(
+            rows: int, panel: Value, first: Value, start: Value, last: Value, k_begin: Value, k_end: Value
+        ) -> None:
             """acc_rows[start - first ...] = (or +=, from the second k block on) x[start : start + rows] @ panel."""
             row = [imin(start + i, last) for i in range(rows)]
             if k > k_block:

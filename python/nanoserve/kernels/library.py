@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import logging
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nanoserve.compiler import bindings, jit
 from nanoserve.compiler.object_cache import ObjectCache
 from nanoserve.compiler.target import Target, host
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 Param = int | float | str | bool | None
 OnProgress = Callable[[int, int, str], None]
+_log = logging.getLogger("nanoserve.kernels")
 
 # Compiler files that decide what code comes out; explain and the cache do not.
 _COMPILER_SOURCES = ("builder.py", "control.py", "vector_math.py", "lowering.py", "jit.py", "target.py")
@@ -43,20 +41,32 @@ class KernelSpec:
     def make(cls, kind: str, /, **params: Param) -> KernelSpec:
         return cls(kind, tuple(sorted(params.items())))
 
-    def __getitem__(self, name: str) -> Param:
-        return dict(self.params)[name]
-
     @property
     def symbol(self) -> str:
         """A readable, deterministic C name: the kind, the sizes, and a digest that tells the rest apart."""
         digest = hashlib.sha256(repr(self.params).encode()).hexdigest()[:8]
-        numbers = "_".join(f"{name}{value}" for name, value in self.params if type(value) is int and len(name) <= 2)
+        numbers = "_".join(
+            f"{name}{value}" for name, value in self.params if type(value) is int and len(name) <= 2
+        )
         return "_".join(part for part in (self.kind, numbers.lower(), digest) if part)
 
     def key(self, target: Target, toolchain: str) -> str:
         """sha256 over everything the compiled code depends on."""
-        parts = (repr(self), _source_digest(self.kind), toolchain, target.name, target.digest, str(target.cpu))
+        parts = (
+            repr(self),
+            _source_digest(self.kind),
+            toolchain,
+            target.name,
+            target.digest,
+            str(target.cpu),
+        )
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def build(self, target: Target) -> None:
+        """Emit the kernel at the insertion point. Imports MLIR."""
+        importlib.import_module(f"nanoserve.kernels.{self.kind}").build(
+            self.symbol, target, **dict(self.params)
+        )
 
 
 @cache
@@ -71,21 +81,23 @@ def _source_digest(kind: str) -> str:
 
 @dataclass(slots=True)
 class Stats:
-    """Counts since the process started."""
+    """Counts since the process started; a warm start has compiled == 0."""
 
     compiled: int = 0
     loaded_from_cache: int = 0
     reused_in_process: int = 0
+    damaged: int = 0  # cache entries that did not verify, removed and compiled again
 
 
 _stats = Stats()
 _loaded: dict[tuple[KernelSpec, Target], int] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()  # re-entrant: on_progress may look at kernels, too
 
 
-def stats() -> Mapping[str, int]:
-    """Kernels compiled, loaded from the disk cache, and found already loaded, since the process started."""
-    return {name: getattr(_stats, name) for name in Stats.__slots__}
+def stats() -> Stats:
+    """A copy of the process's counts."""
+    with _lock:
+        return replace(_stats)
 
 
 def load_kernels(
@@ -95,12 +107,13 @@ def load_kernels(
 
     Args:
         specs: in any order, repeated or not.
-        on_progress: called as (done, total, symbol) after each kernel that was not loaded yet.
+        on_progress: called as (done, total, symbol) after each kernel this process had not loaded yet.
         target: the CPU to compile for, this one by default.
 
     Raises:
         MlirMissing: something must be compiled and no bindings are installed.
         CacheRefused: the cache directory is not safe to execute code from.
+        CompileError: the linker or the loader failed.
     """
     wanted = list(dict.fromkeys(specs))
     cpu = host() if target is None else target
@@ -108,56 +121,40 @@ def load_kernels(
         missing = [spec for spec in wanted if (spec, cpu) not in _loaded]
         _stats.reused_in_process += len(wanted) - len(missing)
         if missing:
-            _load_missing(missing, cpu, on_progress)
+            cache = ObjectCache()
+            toolchain = bindings.toolchain() or cache.last_toolchain() or "none"
+            for done, spec in enumerate(missing, start=1):
+                _loaded[spec, cpu] = _load(spec, cpu, cache, toolchain)
+                if on_progress is not None:
+                    on_progress(done, len(missing), spec.symbol)
+            _stats.damaged += cache.damaged
         return {spec: _loaded[spec, cpu] for spec in wanted}
 
 
-def _load_missing(missing: list[KernelSpec], target: Target, on_progress: OnProgress | None) -> None:
-    cache = ObjectCache()
-    toolchain = bindings.toolchain() or cache.last_toolchain() or "none"
-    done = 0
-
-    def finish(spec: KernelSpec, address: int) -> None:
-        nonlocal done
-        _loaded[spec, target] = address
-        done += 1
-        if on_progress is not None:
-            on_progress(done, len(missing), spec.symbol)
-
-    cold = []
-    for spec in missing:
-        path = cache.find(spec.key(target, toolchain))
-        if path is None:
-            cold.append(spec)
-            continue
-        address = jit.load(path, spec.symbol)
-        _stats.loaded_from_cache += 1
-        finish(spec, address)
-
-    def keep(spec: KernelSpec, compilation: jit.Compilation) -> None:
-        data = compilation.shared_object()
-        if data is None:
-            address = compilation.address_in_memory()
+def _load(spec: KernelSpec, target: Target, cache: ObjectCache, toolchain: str) -> int:
+    key = spec.key(target, toolchain)
+    path = cache.find(key)
+    if path is not None:
+        try:
+            address = jit.load(path, spec.symbol)
+        except jit.CompileError as error:
+            # What was written, but not loadable here (another C library, say): compiling tells whether that helps.
+            _log.warning("%s; compiling it again", error)
+            cache.discard(key)
         else:
-            address = jit.load(cache.store(spec.key(target, toolchain), spec.symbol, toolchain, data), spec.symbol)
-        finish(spec, address)
-
-    previous: tuple[KernelSpec, jit.Compilation] | None = None
-    for spec in cold:
-        compilation = jit.Compilation(spec.symbol, builder_of(spec, target), target)
-        _stats.compiled += 1
-        if previous is not None:
-            keep(*previous)
-        previous = (spec, compilation)
-    if previous is not None:
-        keep(*previous)
-
-
-def builder_of(spec: KernelSpec, target: Target) -> Callable[[], None]:
-    """The function that emits a kernel at the insertion point."""
-
-    def build() -> None:
-        module = importlib.import_module(f"nanoserve.kernels.{spec.kind}")
-        module.build(spec.symbol, target, **dict(spec.params))
-
-    return build
+            _stats.loaded_from_cache += 1
+            return address
+    engine = jit.compile_kernel(lambda: spec.build(target), target)
+    _stats.compiled += 1
+    if jit.linker() is None:
+        _log.warning(
+            "no linker (ld or cc): kernel %s stays in memory and is compiled again next time", spec.symbol
+        )
+        jit.keep_forever(engine)
+        return jit.address_in_memory(engine, spec.symbol)
+    stored = cache.store(key, spec.symbol, toolchain, jit.shared_object(engine, spec.symbol))
+    try:
+        return jit.load(stored, spec.symbol)
+    except jit.CompileError:
+        cache.discard(key)
+        raise

@@ -9,16 +9,28 @@ With `gather`, row i of out is the norm of x[rows[i]]: only rows that sample rea
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from nanoserve.compiler.target import Target
 from nanoserve.kernels.library import KernelSpec
+
+if TYPE_CHECKING:
+    from nanoserve.compiler.builder import Value
 
 KINDS = ("rmsnorm", "layernorm")
 
 
 def norm_spec(
-    kind: str, cols: int, ldx: int, ldo: int, eps: float, *, bias: bool = False, gather: bool = False, dtype: str = "f32"
+    kind: str,
+    cols: int,
+    ldx: int,
+    ldo: int,
+    eps: float,
+    *,
+    bias: bool = False,
+    gather: bool = False,
+    dtype: str = "f32",
 ) -> KernelSpec:
     """Args: x[.][ldx], (rows), weight[cols], (bias[cols]), out[.][ldo], begin, end over rows of out."""
     if kind not in KINDS:
@@ -33,9 +45,19 @@ def norm_spec(
 
 
 def build(
-    symbol: str, target: Target, *, kind: str, c: int, ldx: int, ldo: int, eps: float, bias: bool, gather: bool, dtype: str
+    symbol: str,
+    target: Target,
+    *,
+    kind: str,
+    c: int,
+    ldx: int,
+    ldo: int,
+    eps: float,
+    bias: bool,
+    gather: bool,
+    dtype: str,
 ) -> None:
-    from nanoserve.compiler.builder import Value, add, chunks, const, fma, htree, index, sqrt, zeros
+    from nanoserve.compiler.builder import add, chunks, fma, htree, index, sqrt, zeros
     from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop, over
 
     arguments = {"x": array(UNBOUNDED, ldx)}
@@ -56,7 +78,7 @@ def build(
         def _(row: Value) -> None:
             source = index(rows[row]) if rows is not None else row
 
-            def total(accumulate: Any) -> Value:
+            def total(accumulate: Callable[[Value, Value], Value]) -> Value:
                 """The sum over the row of what accumulate(acc, x chunk) adds, in the fixed order of the module head."""
                 whole = c // 64 * 64
 
@@ -66,11 +88,16 @@ def build(
                 acc = loop(0, whole, 64, carry=[zeros()] * 4)(turn) if whole else [zeros()] * 4
                 result = htree((acc[0] + acc[1]) + (acc[2] + acc[3]), add)
                 for at, width in chunks(c - whole):
-                    result = result + htree(accumulate(zeros(width), x.load(source, whole + at, width=width)), add)
+                    result = result + htree(
+                        accumulate(zeros(width), x.load(source, whole + at, width=width)), add
+                    )
                 return result
 
-            mean = total(lambda acc, v: acc + v) * (1.0 / c) if kind == "layernorm" else const(0.0, "f32")
-            centred = (lambda v: v - mean) if kind == "layernorm" else (lambda v: v)
+            mean = total(add) * (1.0 / c) if kind == "layernorm" else None
+
+            def centred(v: Value) -> Value:
+                return v if mean is None else v - mean
+
             squares = total(lambda acc, v: fma(centred(v), centred(v), acc))
             scale = 1.0 / sqrt(squares * (1.0 / c) + eps)
 

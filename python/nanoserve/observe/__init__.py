@@ -1,1 +1,5 @@
-"""Records of what the engine did. Written to by all, imports nothing."""
+"""What happened, as typed records: written to by every part, depending on none."""
+
+from nanoserve.observe.events import Event, EventLog
+
+__all__ = ["Event", "EventLog"]

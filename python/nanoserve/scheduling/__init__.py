@@ -1,1 +1,1 @@
-"""Who computes what in each step: queues, budgets, pages, preemption."""
+"""Who computes what in which step: the request pool, the managers that pick, the scheduler, the batcher around it."""

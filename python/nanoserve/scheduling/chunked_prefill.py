@@ -1,8 +1,11 @@
-"""ChunkedPrefillManager: prompts advance by chunks, so that a long one never stalls those who decode.
+"""Prompts being computed in chunks, so that a long one never makes the others wait for all of it.
 
-One chunk per request per call, round-robin: who was served goes to the back, so no prompt starves another, and a budget too
-small for all goes to different ones in turn. Pages are granted as the prompt advances, not for its whole length; the price is
-that a prompt may run out of pages halfway, which preemption resolves.
+Per call every active prompt gets at most one chunk, round-robin under one token budget; pages are granted as a prompt
+advances, not when it begins. A step therefore takes bounded time whatever was asked, decode rows can join every one of
+them, and a short prompt behind a long one waits for chunks, not for prompts. The price: a prompt of n chunks takes at
+least n steps.
+
+Used on its own (`add_request`, `schedule`) or by the Scheduler, as PrefillManager is and by the same rules.
 """
 
 from __future__ import annotations
@@ -13,74 +16,57 @@ from nanoserve.batch import Batch
 from nanoserve.cache.kv_pool import KVCachePool
 from nanoserve.request import Request
 from nanoserve.scheduling.chunked_request import ChunkedRequest
-from nanoserve.scheduling.prefill_manager import Grant, Pieces, PrefillManager
+from nanoserve.scheduling.pages import grant, missing_pages
+from nanoserve.scheduling.prefill_manager import PrefillManager, _at_least_one, _computed
 
 
 class ChunkedPrefillManager(PrefillManager):
-    """Prompts in chunks.
+    """Chunks of prompts.
 
     Args:
         kv_pool: where pages come from.
-        max_chunk_size: most tokens of one request per step.
-        max_batch_tokens: most prompt tokens per step, all requests together.
+        max_chunk_size: most tokens of one prompt per call.
+        max_batch_tokens: most tokens of all prompts per call.
     """
 
     def __init__(self, kv_pool: KVCachePool, max_chunk_size: int = 256, max_batch_tokens: int = 2048) -> None:
+        _at_least_one("max_batch_tokens", max_batch_tokens)
         super().__init__(kv_pool, max_batch_tokens)
-        if max_chunk_size < 1:
-            raise ValueError(f"max_chunk_size: {max_chunk_size} must be at least 1")
-        self.max_chunk_size = max_chunk_size
-        self.chunks: dict[int | str, ChunkedRequest] = {}
+        self.max_batch_tokens = max_batch_tokens
+        self.max_chunk_size = _at_least_one("max_chunk_size", max_chunk_size)
+        self.max_prompt_len = None
 
-    @property
-    def longest_prompt(self) -> int | None:
-        return None
+    def piece(self, chunks: ChunkedRequest, budget: int) -> int:
+        """Tokens to compute next with `budget` left: a chunk, or what is left of the budget."""
+        return min(chunks.peek_next_chunk_size(), budget)
 
-    def add_request(self, request: Request) -> None:
-        super().add_request(request)
-        self.chunks[request.req_id] = ChunkedRequest(request, self.max_chunk_size)
+    # ---- on its own
 
-    def remove(self, request: Request) -> None:
-        super().remove(request)
-        self.chunks.pop(request.req_id, None)
-
-    def chunk_len(self, request: Request, budget: int) -> int:
-        return self.chunks[request.req_id].peek_next_chunk_size(budget)
-
-    def take(self, budget: int, grant: Grant | None = None, only: Request | None = None) -> Pieces:
-        pieces = super().take(budget, grant, only)
-        for request, count in pieces:
-            if request.req_id in self.active:  # a later grant may have preempted it
-                self.chunks[request.req_id].get_next_chunk(count)
-                self.active[request.req_id] = self.active.pop(request.req_id)  # to the back
-        return pieces
-
-    def can_schedule(self, request: Request | None = None) -> bool:
-        """The next chunk of `request` (or of any active one) fits in the pages free now."""
-        if request is None:
-            return any(self.can_schedule(one) for one in self.active.values())
-        held = 0 if request.page_table is None else len(request.page_table)
-        size = min(self.max_chunk_size, request.extend_len)
-        return self.kv_pool.pages_needed(request.cached_len + size) - held <= self.kv_pool.num_free_pages
-
-    def complete(self, batch: Batch) -> list[Request]:
-        """For use without a scheduler: the batch was computed. Returns the requests whose prompt is finished."""
-        done = []
-        for request, start, count in zip(batch.requests, batch.starts, batch.counts, strict=True):
-            request.cached_len = start + count
-            if request.extend_len == 0:
-                self.remove(request)
-                done.append(request)
-        return done
-
-    def rollback(self) -> None:
-        """The step in flight did not happen."""
-        for chunked in self.chunks.values():
-            chunked.reset()
+    def can_schedule(self, request: Request) -> bool:
+        """The pages for its next chunk are free now."""
+        end = request.cached_len + min(self.max_chunk_size, self.max_batch_tokens, request.extend_len)
+        free: int = self.kv_pool.num_free_pages
+        return missing_pages(self.kv_pool, request, end) <= free
 
     def schedule(self, waiting: Sequence[Request] = ()) -> Batch | None:
-        """Take `waiting` in, then one chunk of each active prompt that tokens and pages allow."""
+        """The next chunk of each active request, or None if there is none or no page for any.
+
+        A request whose pages are not free sits out and keeps what it has; one whose last chunk is in the batch leaves.
+
+        Args:
+            waiting: more requests to add first, as PrefillManager's.
+        """
         for request in waiting:
-            self.add_request(request)
-        pieces = self.take(self.max_prefill_tokens)
-        return Batch.from_chunks(pieces) if pieces else None
+            if request.extend_len and request not in self.active_requests:
+                self.add_request(request)
+        chosen: list[tuple[Request, int]] = []
+        for chunks, count in self.take(self.max_batch_tokens):
+            request = chunks.request
+            if grant(self.kv_pool, request, request.cached_len + count) is None:
+                continue
+            chosen.append((request, count))
+        batch = _computed(chosen)
+        for request, _ in chosen:
+            if request.extend_len == 0:
+                self.remove(request)
+        return batch

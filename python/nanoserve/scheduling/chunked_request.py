@@ -1,9 +1,11 @@
-"""ChunkedRequest: a prompt cut into chunks.
+"""A prompt being computed piece by piece.
 
-    tokens   [0 ........ request.cached_len) [cached_len ..... position) [position ........ total_len)
-              computed                        handed out, in flight       still to hand out
+    [0 ... cached_len)            computed (or shared from the prefix cache)
+          [cached_len ... end)    still to do, `chunk_size` tokens at a time; the last chunk may be shorter
 
-The cursor runs ahead of `cached_len` only while a step is in flight; `reset` takes it back, for instance when the step failed.
+It keeps no position of its own: `request.cached_len` is the position, so the two cannot disagree. After a preemption the
+"prompt" is everything known, outputs included. A step with little budget left may take less than a chunk; then
+`total_chunks`, the plan made at the beginning, is less than what it took.
 """
 
 from __future__ import annotations
@@ -12,53 +14,51 @@ from nanoserve.request import Request
 
 
 class ChunkedRequest:
-    """Hands out a request's tokens still to compute, at most `chunk_size` at a time.
+    """Chunks of one request's known tokens.
 
-    Raises:
-        ValueError: chunk_size below 1.
+    Args:
+        request: with at least one token to compute.
+        chunk_size: most tokens per chunk.
     """
 
-    __slots__ = ("_begin", "chunk_size", "position", "request")
+    __slots__ = ("_end", "_first", "chunk_size", "request")
 
     def __init__(self, request: Request, chunk_size: int = 256) -> None:
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size: {chunk_size} must be at least 1")
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+            raise ValueError(f"chunk_size: {chunk_size!r} must be a whole number of at least 1")
         self.request = request
         self.chunk_size = chunk_size
-        self.position = self._begin = request.cached_len
+        self._first = request.cached_len
+        self._end = request.total_len
 
     @property
     def total_chunks(self) -> int:
-        """Chunks from where it began, at full size."""
-        return -(-(self.request.total_len - self._begin) // self.chunk_size)
+        """Full-sized chunks it takes from where it began, the last one perhaps shorter."""
+        return -(-(self._end - self._first) // self.chunk_size)
 
     @property
     def has_more_chunks(self) -> bool:
-        return self.position < self.request.total_len
+        return self.request.cached_len < self._end
 
     @property
     def progress(self) -> float:
-        """Share of the tokens handed out, 0 to 1; what the prefix cache gave counts as done."""
-        return self.position / self.request.total_len
+        """Share of the tokens that are computed, 0 to 1; a cached prefix counts as computed."""
+        return self.request.cached_len / self._end
 
-    def peek_next_chunk_size(self, limit: int | None = None) -> int:
-        """Tokens the next chunk would have, 0 when there is none."""
-        size = min(self.chunk_size, self.request.total_len - self.position)
-        return size if limit is None else min(size, limit)
+    def peek_next_chunk_size(self) -> int:
+        """Tokens of the next chunk, 0 when there is none; changes nothing."""
+        return min(self.chunk_size, self._end - self.request.cached_len)
 
-    def get_next_chunk(self, limit: int | None = None) -> list[int]:
-        """The next chunk's tokens, and move past them.
-
-        Raises:
-            IndexError: no tokens are left.
-        """
-        size = self.peek_next_chunk_size(limit)
-        if size < 1:
-            raise IndexError(f"request {self.request.req_id!r} has no more chunks")
-        chunk = self.request.token_ids[self.position : self.position + size]
-        self.position += size
-        return chunk.tolist()
+    def get_next_chunk(self) -> list[int]:
+        """The next chunk's token ids, which count as computed from here on; empty when there is none."""
+        start = self.request.cached_len
+        chunk = self.request.token_ids[start : start + self.peek_next_chunk_size()].tolist()
+        self.request.cached_len += len(chunk)
+        return chunk
 
     def reset(self) -> None:
-        """Back to what is computed."""
-        self.position = self._begin = self.request.cached_len
+        """Back to where it began."""
+        self.request.cached_len = self._first
+
+    def __repr__(self) -> str:
+        return f"ChunkedRequest({self.request.req_id!r}, {self.request.cached_len} of {self._end} tokens)"

@@ -1,14 +1,17 @@
-"""ContinuousBatcher: scheduler, executor and sampler in a loop; requests join and leave at every step.
+"""The loop: schedule, compute, sample, commit. Requests join and leave at every step.
 
-One request cannot hurt another. When a forward pass raises, each request of the batch is computed again alone: those that raise
-alone end with finish_reason "error", the others go on with the very same bits, because answers do not depend on the batch. The
-same holds for sampling. An interrupt (Ctrl-C) rolls the step back, so the engine can go on afterwards.
+One request cannot hurt another. If the forward pass raises, each request of the batch is computed again alone: who raises
+alone ends with finish_reason "error", the others go on with the very same bits, because nothing in a batch changes its
+rows' results. The same holds for sampling. Logits that are not finite end their request alone. An interrupt (Ctrl-C)
+discards the step; the engine can go on after it.
+
+It decides nothing about order or memory (Scheduler) and nothing about values (executor, sampler).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,23 +20,22 @@ from numpy.typing import NDArray
 
 from nanoserve.batch import Batch
 from nanoserve.cache.radix_manager import RadixCacheManager
+from nanoserve.observe.events import EventLog, ReqId
 from nanoserve.request import Request
-from nanoserve.sampling import Sampler
+from nanoserve.sampling import Sampler, derive_seed
 from nanoserve.scheduling.decode_manager import DecodeManager
+from nanoserve.scheduling.policies import Policy
 from nanoserve.scheduling.prefill_manager import PrefillManager
-from nanoserve.scheduling.scheduler import ReqId, Scheduler
-from nanoserve.scheduling.stats import SchedulerStats
+from nanoserve.scheduling.scheduler import Scheduler
 
 Logits = NDArray[np.float32]
 
 
 class Executor(Protocol):
-    """What the batcher needs of a model."""
-
-    last_finite: NDArray[np.bool_]  # per row of the latest logits: every value is finite
+    """What the batcher needs of a model. `last_finite`, if it has one, saves the batcher a look at every logit."""
 
     def forward(self, batch: Batch) -> Logits:
-        """float32[number of sampling requests, vocab]: logits in the order of `batch.sampling_requests`."""
+        """float32[sampling requests, vocab], in the order of `batch.sampling_requests`."""
         ...
 
 
@@ -41,28 +43,32 @@ class Executor(Protocol):
 class StepOutput:
     """What one step did."""
 
-    batch: Batch | None = None  # None: there was nothing to do
+    batch: Batch | None = None  # None: nobody is live
     new_tokens: dict[ReqId, int] = field(default_factory=dict)
-    finished: list[Request] = field(default_factory=list)
-    preempted: list[ReqId] = field(default_factory=list)
+    finished: list[Request] = field(default_factory=list)  # by themselves or by an error; not the aborted
+    preempted: tuple[ReqId, ...] = ()
 
     @property
     def scheduled(self) -> dict[ReqId, int]:
         """Tokens computed, by request."""
         if self.batch is None:
             return {}
-        return {request.req_id: count for request, count in zip(self.batch.requests, self.batch.counts, strict=True)}
+        return {
+            request.req_id: count
+            for request, count in zip(self.batch.requests, self.batch.counts, strict=True)
+        }
 
 
 class ContinuousBatcher:
-    """Runs requests to completion.
+    """Serves requests with one model.
 
     Args:
         executor: computes batches.
-        radix_mgr, prefill_mgr, decode_mgr: as the Scheduler's.
+        radix_mgr, prefill_mgr, decode_mgr: as Scheduler's, over one KV pool. A plain PrefillManager runs prompts whole.
         eos_token_id: token(s) that end a request.
-        clock: seconds, for the scheduler's share of a step.
-        options: further keywords of Scheduler.
+        max_num_batched_tokens, max_model_len, vocab_size, policy, events: as Scheduler's.
+        seed: source of the seeds of requests that bring none.
+        clock: seconds; measures the scheduler's share of a step.
     """
 
     def __init__(
@@ -71,145 +77,185 @@ class ContinuousBatcher:
         radix_mgr: RadixCacheManager,
         prefill_mgr: PrefillManager,
         decode_mgr: DecodeManager,
-        eos_token_id: int | Collection[int] | None = None,
+        eos_token_id: int | Iterable[int] | None = None,
         *,
+        max_num_batched_tokens: int = 2048,
+        max_model_len: int | None = None,
+        vocab_size: int | None = None,
+        policy: str | Policy = "fcfs",
+        seed: int = 0,
+        sampler: Sampler | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        **options: Any,
+        events: EventLog | None = None,
     ) -> None:
         if eos_token_id is None:
             eos_token_id = ()
-        elif isinstance(eos_token_id, int):
+        elif not isinstance(eos_token_id, Iterable):
             eos_token_id = (eos_token_id,)
         self.executor = executor
-        self.sampler = Sampler()
-        self.scheduler = Scheduler(radix_mgr, prefill_mgr, decode_mgr, eos_token_ids=eos_token_id, **options)
+        self.sampler = Sampler() if sampler is None else sampler
         self.radix_mgr = radix_mgr
+        self.seed = seed
+        self.scheduler = Scheduler(
+            radix_mgr.kv_pool,
+            radix_mgr,
+            prefill_mgr,
+            decode_mgr,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            vocab_size=vocab_size,
+            eos_token_ids=frozenset(eos_token_id),
+            policy=policy,
+            events=events,
+        )
         self._clock = clock
-        self._forward_s = self._step_s = 0.0
+        self._scheduler_s = self._forward_s = 0.0
 
-    def add_request(self, request: Request) -> None:
-        self.scheduler.add_request(request)
+    # ---- requests
 
     def check(self, request: Request) -> None:
+        """Raises RequestRefused for a request that can never be served; takes nothing."""
         self.scheduler.check(request)
 
+    def add_request(self, request: Request) -> None:
+        """Queues a request; RequestRefused if it can never be served."""
+        self.scheduler.add_request(request)
+        if request.seed is None:
+            request.seed = derive_seed(self.seed, request.arrival)
+
     def abort(self, req_id: ReqId) -> bool:
+        """Drops a live request, whatever its state; False if there is none by that id."""
         return self.scheduler.abort(req_id)
 
     @property
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished
 
-    def step(self) -> StepOutput:
-        """Schedule, compute, sample, commit."""
-        begin = self._clock()
-        output = self.scheduler.step()
-        if output is None:
-            return StepOutput()
-        batch = output.batch
-        forward_s = 0.0
-        try:
-            before = self._clock()
-            logits, finite, errors = self._forward(batch)
-            forward_s = self._clock() - before
-            sampling = batch.sampling_requests
-            tokens = self._sample(logits, sampling, errors)
-        except BaseException:
-            self.scheduler.rollback(output)
-            raise
-        made = [len(request.output_tokens) for request in sampling]
-        finished = self.scheduler.update(output, tokens, errors, finite)
-        new = {
-            request.req_id: request.output_tokens[-1]
-            for request, before_len in zip(sampling, made, strict=True)
-            if len(request.output_tokens) > before_len
-        }
-        self._forward_s += forward_s
-        self._step_s += self._clock() - begin
-        return StepOutput(batch, new, finished, output.preempted)
-
     def run_until_complete(self, requests: Sequence[Request]) -> list[Request]:
-        """Serve requests to their end; the same requests, finished. When one is refused, none of them stays queued."""
-        added: list[Request] = []
+        """Serves requests to their end; the same requests, in the same order.
+
+        If one is refused, or the run is interrupted, none of them stays behind.
+        """
         try:
             for request in requests:
                 self.add_request(request)
-                added.append(request)
             while not all(request.is_finished for request in requests):
                 self.step()
         except BaseException:
-            for request in added:
-                self.abort(request.req_id)
+            for request in requests:
+                if self.scheduler.pool.live.get(request.req_id) is request:
+                    self.abort(request.req_id)
             raise
         return list(requests)
 
-    def _forward(self, batch: Batch) -> tuple[Logits, Sequence[bool], dict[ReqId, str]]:
+    # ---- a step
+
+    def step(self) -> StepOutput:
+        """Computes one mixed batch and commits what it produced."""
+        clock = self._clock
+        begin = clock()
+        output = self.scheduler.step()
+        if output is None:
+            return StepOutput(finished=self.scheduler.take_finished())
+        batch = output.batch
+        errors: dict[ReqId, str] = {}
         try:
-            logits = self.executor.forward(batch)
-            return logits, self.executor.last_finite.tolist(), {}
+            before = clock()
+            logits, finite = self._forward(batch, errors)
+            after = clock()
+            tokens = self._sample(logits, batch.sampling_requests, finite, errors)
+        except BaseException:
+            self.scheduler.discard(output)
+            raise
+        finished = self.scheduler.update(output, tokens, errors, finite)
+        self._scheduler_s += before - begin + clock() - after
+        self._forward_s += after - before
+        return StepOutput(batch, output.new_tokens, finished, output.preempted)
+
+    def _forward(self, batch: Batch, errors: dict[ReqId, str]) -> tuple[Logits, list[bool]]:
+        """Logits of the sampling rows and which of them are finite; what a request raises alone goes into `errors`."""
+        try:
+            return self._run(batch)
         except Exception as error:
             if batch.size == 1:
-                return self._failed(batch, error)
-        rows: list[Logits] = []
+                errors[batch.requests[0].req_id] = _text(error)
+                return np.zeros((len(batch.sample_rows), 1), np.float32), [False] * len(batch.sample_rows)
+        parts: list[Logits] = []
         finite: list[bool] = []
-        errors: dict[ReqId, str] = {}
-        for request, count in zip(batch.requests, batch.counts, strict=True):
-            logits, row_finite, failed = self._forward(Batch([(request, count)]))
-            rows.append(logits)
-            finite += row_finite
-            errors.update(failed)
-        width = max(part.shape[1] for part in rows)
-        return np.concatenate([part if part.shape[1] else np.zeros((len(part), width), np.float32) for part in rows]), finite, errors
+        for piece in zip(batch.requests, batch.counts, strict=True):
+            logits, ok = self._forward(Batch([piece]), errors)
+            if len(logits):
+                parts.append(logits)
+                finite += ok
+        rows = np.zeros((len(parts), max((part.shape[1] for part in parts), default=1)), np.float32)
+        for row, part in zip(rows, parts, strict=True):
+            row[: part.shape[1]] = part[0]
+        return rows, finite
 
-    @staticmethod
-    def _failed(batch: Batch, error: Exception) -> tuple[Logits, Sequence[bool], dict[ReqId, str]]:
-        rows = len(batch.sample_rows)
-        why = f"{type(error).__name__}: {error}"
-        return np.zeros((rows, 0), np.float32), [True] * rows, {batch.requests[0].req_id: why}
+    def _run(self, batch: Batch) -> tuple[Logits, list[bool]]:
+        logits = self.executor.forward(batch)
+        if logits.ndim != 2 or len(logits) != len(batch.sample_rows):
+            raise ValueError(
+                f"the executor gave logits of shape {logits.shape} for {len(batch.sample_rows)} rows"
+            )
+        finite: NDArray[np.bool_] | None = getattr(self.executor, "last_finite", None)
+        if finite is None:
+            finite = np.asarray(np.isfinite(logits).all(axis=1))
+        return logits, [bool(ok) for ok in finite]
 
-    def _sample(self, logits: Logits, requests: list[Request], errors: dict[ReqId, str]) -> list[int]:
-        if not requests or not logits.shape[1]:
-            return [0] * len(requests)
+    def _sample(
+        self, logits: Logits, requests: list[Request], finite: list[bool], errors: dict[ReqId, str]
+    ) -> list[int]:
+        """A token for each row; rows that cannot be sampled get 0 and are told apart by `finite` and `errors`."""
         eos = self.scheduler.eos_token_ids
-        try:
-            return self.sampler.sample(logits, requests, eos)
-        except Exception:
-            tokens = []
-            for row, request in enumerate(requests):
+        if not errors:
+            try:
+                return self.sampler.sample(logits, requests, eos)
+            except Exception:  # find out below whose fault it is
+                pass
+        tokens = [0] * len(requests)
+        for row, request in enumerate(requests):
+            if finite[row] and request.req_id not in errors:
                 try:
-                    tokens += self.sampler.sample(logits[row : row + 1], [request], eos)
+                    tokens[row] = self.sampler.sample(logits[row : row + 1], [request], eos)[0]
                 except Exception as error:
-                    errors[request.req_id] = f"{type(error).__name__}: {error}"
-                    tokens.append(0)
-            return tokens
+                    errors[request.req_id] = _text(error)
+        return tokens
+
+    # ---- statistics
 
     def get_stats(self) -> dict[str, Any]:
         """Counters since the start or `reset_stats`, and the queues as they are now."""
-        s, radix, pool = self.scheduler.stats, self.radix_mgr, self.scheduler.pool
-        overhead_us = 1e6 * (self._step_s - self._forward_s)
+        stats, pool, radix = self.scheduler.stats, self.scheduler.pool, self.radix_mgr
+        steps = max(1, stats.steps)
         return {
-            "steps": s.steps,
-            "avg_tokens_per_step": (s.prefill_tokens + s.decode_tokens) / max(1, s.steps),
-            "avg_requests_per_step": s.request_steps / max(1, s.steps),
-            "prefill_tokens": s.prefill_tokens,
-            "decode_tokens": s.decode_tokens,
-            "output_tokens": s.output_tokens,
-            "num_waiting": len(pool.waiting),
-            "num_running": len(pool.running),
-            "num_finished": s.finished,
-            "num_aborted": s.aborted,
-            "num_errors": s.errors,
-            "num_refused": s.refused,
-            "preemptions": s.preemptions,
+            "steps": stats.steps,
+            "avg_tokens_per_step": (stats.prefill_tokens + stats.decode_tokens) / steps,
+            "avg_requests_per_step": stats.request_steps / steps,
+            "prefill_tokens": stats.prefill_tokens,
+            "decode_tokens": stats.decode_tokens,
+            "output_tokens": stats.output_tokens,
+            "num_waiting": pool.num_waiting,
+            "num_running": pool.num_running,
+            "num_finished": stats.finished,
+            "num_aborted": stats.aborted,
+            "num_errors": stats.errors,
+            "num_refused": stats.refused,
+            "preemptions": stats.preemptions,
             "cache_hits": radix.cache_hits,
             "cache_misses": radix.cache_misses,
             "cache_hit_rate": radix.cache_hit_rate,
             "evicted_pages": radix.total_evictions,
             "forward_s": self._forward_s,
-            "scheduler_us_per_request_step": overhead_us / max(1, s.request_steps),
+            "scheduler_us_per_request_step": 1e6 * self._scheduler_s / max(1, stats.request_steps),
         }
 
     def reset_stats(self) -> None:
-        self.scheduler.stats = SchedulerStats()
+        """Counters back to zero; queues, cache and requests stay."""
+        self.scheduler.stats.reset()
         self.radix_mgr.clear_stats()
-        self._forward_s = self._step_s = 0.0
+        self._scheduler_s = self._forward_s = 0.0
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

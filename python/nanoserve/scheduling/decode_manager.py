@@ -1,63 +1,83 @@
-"""DecodeManager: the requests that compute one token per step.
+"""Requests that generate: one token each per step.
 
-They come first in every step: each costs one row, and making them wait would stall text somebody is reading.
+`take` gives the rows of the next step. With no more requests than the limit, which the Scheduler guarantees, that is the
+list itself, without copying; with more, turns are taken. On its own, `schedule()` also grants the page a request needs
+when its next token begins one, and leaves out who cannot get it.
 """
 
 from __future__ import annotations
 
 from nanoserve.batch import Batch
 from nanoserve.request import Request
+from nanoserve.scheduling.pages import grant
+from nanoserve.scheduling.prefill_manager import _at_least_one, _computed
 
 
 class DecodeManager:
-    """Requests whose prompt is computed, in the order they got there.
+    """The decoding requests.
 
     Args:
-        max_batch_size: most rows of one step; the scheduler also admits no more requests than that.
+        max_batch_size: most rows per batch; in an engine, most running requests.
     """
 
     def __init__(self, max_batch_size: int = 32) -> None:
-        if max_batch_size < 1:
-            raise ValueError(f"max_batch_size: {max_batch_size} must be at least 1")
-        self.max_batch_size = max_batch_size
-        self.running: dict[int | str, Request] = {}
+        self.max_batch_size = _at_least_one("max_batch_size", max_batch_size)
+        self._requests: list[Request] = []
+
+    def add_request(self, request: Request) -> None:
+        """From now on one token per step."""
+        if request in self._requests:
+            raise ValueError(f"request {request.req_id!r} is decoding already")
+        self._requests.append(request)
+
+    def remove(self, request: Request) -> bool:
+        """Preempted or aborted. False if it was not here."""
+        if request not in self._requests:
+            return False
+        self._requests.remove(request)
+        return True
+
+    def remove_finished(self) -> list[Request]:
+        """Drops the finished requests and returns them."""
+        finished = [request for request in self._requests if request.is_finished]
+        if finished:
+            self._requests = [request for request in self._requests if not request.is_finished]
+        return finished
+
+    def take(self, limit: int) -> list[Request]:
+        """Up to `limit` requests to give a row each; not to be modified."""
+        limit = min(limit, self.max_batch_size)
+        if len(self._requests) <= limit:
+            return self._requests
+        taken = self._requests[:limit]
+        self._requests = self._requests[limit:] + taken
+        return taken
+
+    @property
+    def requests(self) -> list[Request]:
+        return list(self._requests)
 
     @property
     def num_running(self) -> int:
-        return len(self.running)
+        return len(self._requests)
 
     @property
     def has_running(self) -> bool:
-        return bool(self.running)
-
-    def add_request(self, request: Request) -> None:
-        """From now on the request decodes.
-
-        Raises:
-            ValueError: its prompt is not computed up to the last token.
-        """
-        if request.extend_len != 1 or not request.output_tokens:
-            raise ValueError(f"request {request.req_id!r} cannot decode: {request.extend_len} tokens are not computed")
-        self.running[request.req_id] = request
-
-    def remove(self, request: Request) -> None:
-        """Forget a request; nothing happens when it is not there."""
-        self.running.pop(request.req_id, None)
-
-    def remove_finished(self) -> list[Request]:
-        """Forget the finished requests and return them."""
-        finished = [request for request in self.running.values() if request.is_finished]
-        for request in finished:
-            del self.running[request.req_id]
-        return finished
-
-    def take(self, budget: int) -> list[Request]:
-        """The first `budget` rows, at most max_batch_size."""
-        rows = list(self.running.values())
-        return rows[: min(budget, self.max_batch_size)]
+        return bool(self._requests)
 
     def schedule(self) -> Batch | None:
-        """One token of each; finished requests drop out. Pages for the token must be there."""
-        self.remove_finished()
-        rows = self.take(self.max_batch_size)
-        return Batch.from_decode(rows) if rows else None
+        """The next token of up to `max_batch_size` requests, which counts as computed from here on.
+
+        Raises:
+            ValueError: a request has no new token since the last call, or an uncomputed prompt.
+        """
+        chosen = []
+        for request in self.take(self.max_batch_size):
+            if request.extend_len != 1:
+                raise ValueError(
+                    f"request {request.req_id!r} cannot decode: {request.extend_len} of its tokens are not computed, not 1"
+                )
+            table = request.page_table
+            if table is None or grant(table.pool, request, request.total_len) is not None:
+                chosen.append((request, 1))
+        return _computed(chosen)

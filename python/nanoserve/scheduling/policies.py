@@ -1,34 +1,76 @@
-"""Who is admitted first: the order of the waiting queue.
+"""In which order the waiting queue is served, and why nobody waits forever.
 
-A policy gives every request a key once, when it enters the queue; smaller goes first. Aging is part of the key: at time t a
-request's urgency is size - AGING * (t - entered), and between two requests waiting at the same t the order of that is the
-order of size + AGING * entered, which does not change with t. So the queue stays sorted without ever being re-sorted, and
-nobody starves: a request entered n steps later must be n * AGING smaller to overtake.
+Every policy is one number per request, its `term`, in tokens: smaller goes first. The queue is sorted by
 
-Longest-prefix-match is the exception: what is cached changes, so it looks at the first WINDOW requests of the queue (fcfs
-order) each time one is admitted, with the same aging among them.
+    key = term + AGING_TOKENS_PER_STEP * (the step in which the request arrived)
+
+Linear aging lifts all waiting requests at the same rate, so it never changes their order among themselves; only the
+difference in arrival counts, and that is known at the door. Hence a key is computed once, the queue stays sorted by
+insertion alone, and a request with term t can be overtaken only by requests that arrive less than
+(t - smallest term) / AGING_TOKENS_PER_STEP steps after it: a bounded number of steps, then it is the head.
+
+Longest-prefix-match is the exception: what is cached changes while a request waits. Its term is looked up when a seat is
+free, for the first LPM_WINDOW requests of the queue only; the price is that a better match further back is not seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from nanoserve.request import Request
 
-AGING_TOKENS = 8.0  # a step of waiting is worth this many tokens of size, or of cached prefix
-AGING_PRIORITY = 1 / 64  # and this much priority
-WINDOW = 32
+AGING_TOKENS_PER_STEP = 4
+PRIORITY_TOKENS = 256  # one level of priority is worth this much: 64 steps of waiting
+MAX_PRIORITY = 1000  # a bound, so that the bound on waiting is one
+LPM_WINDOW = 16
 
-Key = Callable[[Request, int], float]
 
-_KEYS: dict[str, Key] = {
-    "fcfs": lambda request, step: 0.0,  # ties go by arrival
-    "sjf": lambda request, step: request.max_total_len + AGING_TOKENS * step,
-    "ljf": lambda request, step: -request.max_total_len + AGING_TOKENS * step,
-    "priority": lambda request, step: request.priority + AGING_PRIORITY * step,
-    "lpm": lambda request, step: 0.0,
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """An order of the waiting queue.
+
+    Args:
+        term: tokens, smaller is served earlier; must not change while a request waits.
+        by_prefix: each cached token of the prompt makes the term one token smaller, looked up at admission.
+    """
+
+    name: str
+    term: Callable[[Request], int]
+    by_prefix: bool = False
+
+    def key(self, request: Request, step: int) -> int:
+        """The request's place in a queue it joins in this step."""
+        return self.term(request) + AGING_TOKENS_PER_STEP * step
+
+
+def _nothing(request: Request) -> int:
+    return 0
+
+
+def _size(request: Request) -> int:
+    return request.max_total_len
+
+
+def _minus_size(request: Request) -> int:
+    return -request.max_total_len
+
+
+def _priority(request: Request) -> int:
+    return PRIORITY_TOKENS * request.priority
+
+
+POLICIES = {
+    policy.name: policy
+    for policy in (
+        Policy("fcfs", _nothing),
+        Policy("sjf", _size),
+        Policy("ljf", _minus_size),
+        Policy("priority", _priority),
+        Policy("lpm", _nothing, by_prefix=True),
+    )
 }
-_LONG_NAMES = {
+LONG_NAMES = {
     "first-come-first-served": "fcfs",
     "shortest-job-first": "sjf",
     "longest-job-first": "ljf",
@@ -36,31 +78,15 @@ _LONG_NAMES = {
 }
 
 
-class Policy:
-    """An admission order by name.
+def get_policy(policy: str | Policy) -> Policy:
+    """A policy by its short or long name; one of your own passes through.
 
     Raises:
-        ValueError: a name that is not known.
+        ValueError: with the names there are.
     """
-
-    def __init__(self, name: str, peek: Callable[[Sequence[int]], int] | None = None) -> None:
-        self.name = _LONG_NAMES.get(name, name)
-        if self.name not in _KEYS:
-            raise ValueError(f"policy: {name!r} must be one of {', '.join([*_KEYS, *_LONG_NAMES])}")
-        self._key = _KEYS[self.name]
-        self._peek = peek
-
-    def key(self, request: Request, step: int) -> tuple[float, int]:
-        """Sort key of a request entering the queue at `step`; arrival breaks ties, so preempted requests keep their place."""
-        return (self._key(request, step), request.arrival)
-
-    def choose(self, queue: Sequence[Request]) -> int:
-        """Index of the next request to admit."""
-        if self.name != "lpm" or self._peek is None or len(queue) < 2:
-            return 0
-        window = queue[:WINDOW]
-        newest = max(request.arrival for request in window)
-        peek = self._peek
-        # Arrival distance stands for waiting time; a request at the queue's head cannot be overtaken for long.
-        scores = [peek(request.token_ids) + AGING_TOKENS * (newest - request.arrival) for request in window]
-        return scores.index(max(scores))
+    if isinstance(policy, Policy):
+        return policy
+    found = POLICIES.get(LONG_NAMES.get(policy, policy))
+    if found is None:
+        raise ValueError(f"policy: {policy!r} must be one of {', '.join([*POLICIES, *LONG_NAMES])}")
+    return found

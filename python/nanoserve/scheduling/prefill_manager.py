@@ -1,100 +1,126 @@
-"""PrefillManager: which prompts compute how many tokens in a step, and the pages they need for it.
+"""Prompts being computed, whole: which of them, and how many tokens, go into the next batch.
 
-The scheduler and the lessons use the same two pieces: `chunk_len`, how many tokens a request may compute now, and a `grant`
-that gets it the pages or says no. The default grant takes free pages only; the scheduler brings one that evicts and preempts.
+Two ways to use it, one set of rules (`piece`) below both:
+  - on its own: `schedule(waiting)` picks whole prompts first come first served under a token and a page budget, grants
+    their pages and returns their batch, whose tokens count as computed from then on;
+  - by the Scheduler: `add_request` on admission, `take(budget)` each step, `remove` when the prompt is done. Pages,
+    eviction and progress are the Scheduler's there.
 
-This class runs prompts whole: a prompt longer than the step's budget waits for a step of its own, and one longer than
-`max_prefill_tokens` can never run, so the scheduler refuses it at the door. ChunkedPrefillManager lifts both.
+A whole prompt must fit one batch, so longer ones are refused at the door. One thing is cut all the same: a preempted
+request starts over with its outputs, which together may exceed the batch it once fitted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 
 from nanoserve.batch import Batch
-from nanoserve.cache.kv_pool import KVCachePool, PageTable
+from nanoserve.cache.kv_pool import KVCachePool
 from nanoserve.request import Request
-
-Grant = Callable[[Request, int], bool]
-Pieces = list[tuple[Request, int]]
+from nanoserve.scheduling.chunked_request import ChunkedRequest
+from nanoserve.scheduling.pages import grant, missing_pages
 
 
 class PrefillManager:
-    """Whole prompts, first come first served.
+    """Whole prompts.
 
     Args:
         kv_pool: where pages come from.
-        max_prefill_tokens: most prompt tokens per step.
+        max_prefill_tokens: most prompt tokens in one batch.
     """
 
     def __init__(self, kv_pool: KVCachePool, max_prefill_tokens: int = 2048) -> None:
-        if max_prefill_tokens < 1:
-            raise ValueError(f"max_prefill_tokens: {max_prefill_tokens} must be at least 1")
         self.kv_pool = kv_pool
-        self.max_prefill_tokens = max_prefill_tokens
-        self.active: dict[int | str, Request] = {}  # admitted, prompt not finished; in the order they get their turn
+        self.max_prefill_tokens = _at_least_one("max_prefill_tokens", max_prefill_tokens)
+        self.max_chunk_size = max_prefill_tokens
+        self.max_prompt_len: int | None = max_prefill_tokens  # None: any length, in chunks
+        self._active: deque[ChunkedRequest] = deque()
 
-    @property
-    def longest_prompt(self) -> int | None:
-        """The most tokens a request may have to compute at once; None is any number."""
-        return self.max_prefill_tokens
+    # ---- the rules
+
+    def piece(self, chunks: ChunkedRequest, budget: int) -> int:
+        """Tokens to compute next with `budget` left: all that one batch can hold, or none."""
+        wanted = chunks.peek_next_chunk_size()
+        return wanted if wanted <= budget else 0
+
+    def add_request(self, request: Request) -> ChunkedRequest:
+        """Joins the round, last."""
+        chunks = ChunkedRequest(request, self.max_chunk_size)
+        self._active.append(chunks)
+        return chunks
+
+    def remove(self, request: Request) -> bool:
+        """Leaves the round: computed, preempted or gone. False if it was not in it."""
+        for chunks in self._active:
+            if chunks.request is request:
+                self._active.remove(chunks)
+                return True
+        return False
+
+    def take(self, budget: int) -> list[tuple[ChunkedRequest, int]]:
+        """One piece of each request, round-robin, while `budget` tokens last.
+
+        Who got a piece goes to the back, so the first who did not is the first next time: with any budget every
+        request gets its turn within as many calls as there are requests.
+        """
+        taken = []
+        for _ in range(len(self._active)):
+            chunks = self._active[0]
+            count = self.piece(chunks, budget)
+            if count == 0:
+                break
+            taken.append((chunks, count))
+            budget -= count
+            self._active.rotate(-1)
+        return taken
 
     @property
     def num_active_requests(self) -> int:
-        return len(self.active)
+        return len(self._active)
 
-    def add_request(self, request: Request) -> None:
-        self.active[request.req_id] = request
+    @property
+    def active_requests(self) -> list[Request]:
+        """In the order of their next turn."""
+        return [chunks.request for chunks in self._active]
 
-    def remove(self, request: Request) -> None:
-        """Forget a request; nothing happens when it is not there."""
-        self.active.pop(request.req_id, None)
-
-    def chunk_len(self, request: Request, budget: int) -> int:
-        """Tokens the request may compute now, 0 for none."""
-        left = request.extend_len
-        return left if left <= budget else 0
-
-    def take(self, budget: int, grant: Grant | None = None, only: Request | None = None) -> Pieces:
-        """This step's share of the active requests (or of `only` one), whose turn it is first.
-
-        `grant` may remove requests on the way, also some that have their share already.
-        """
-        pieces: Pieces = []
-        budget = min(budget, self.max_prefill_tokens)
-        for request in list(self.active.values()) if only is None else [only]:
-            if request.req_id not in self.active:
-                continue
-            count = self.chunk_len(request, budget)
-            if count and (grant or self.grant)(request, count):
-                pieces.append((request, count))
-                budget -= count
-        return pieces
-
-    def grant(self, request: Request, count: int) -> bool:
-        """Pages for the next `count` tokens out of the free ones, or nothing."""
-        if request.page_table is None:
-            request.page_table = PageTable(self.kv_pool)
-        wanted = self.kv_pool.pages_needed(request.cached_len + count) - len(request.page_table)
-        if wanted > self.kv_pool.num_free_pages:
-            return False
-        request.page_table.grow_to(request.cached_len + count)
-        return True
+    # ---- on its own
 
     def can_schedule(self, request: Request) -> bool:
-        """The whole remaining prompt fits in an empty step and in the pages free now."""
-        held = 0 if request.page_table is None else len(request.page_table)
-        wanted = self.kv_pool.pages_needed(request.total_len) - held
-        return request.extend_len <= self.max_prefill_tokens and wanted <= self.kv_pool.num_free_pages
+        """Its whole prompt fits one batch and the pages that are free now."""
+        fits = request.extend_len <= self.max_prefill_tokens
+        return fits and missing_pages(self.kv_pool, request, request.total_len) <= self.kv_pool.num_free_pages
 
     def schedule(self, waiting: Sequence[Request]) -> Batch | None:
-        """A batch of the first prompts that fit in tokens and pages; stops at the first that does not, so none is overtaken."""
-        pieces: Pieces = []
+        """A batch of whole prompts from the front of `waiting`, or None if the first cannot go.
+
+        Requests are taken in order and the first that does not fit ends the batch: nobody is overtaken. Requests that
+        have nothing left to compute are passed over, so the same list may be given again.
+        """
+        chosen: list[tuple[Request, int]] = []
         budget = self.max_prefill_tokens
         for request in waiting:
-            count = self.chunk_len(request, budget)
-            if not count or not self.grant(request, count):
+            count = request.extend_len
+            if count == 0:
+                continue
+            if count > budget or grant(self.kv_pool, request, request.total_len) is None:
                 break
-            pieces.append((request, count))
+            chosen.append((request, count))
             budget -= count
-        return Batch.from_chunks(pieces) if pieces else None
+        return _computed(chosen)
+
+
+def _computed(chosen: list[tuple[Request, int]]) -> Batch | None:
+    """The batch of these pieces, which count as computed from here on; None when there are none."""
+    if not chosen:
+        return None
+    batch = Batch.from_chunks(chosen)
+    for request, count in chosen:
+        request.cached_len += count
+    return batch
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: {value!r} must be a whole number of at least 1")
+    return value

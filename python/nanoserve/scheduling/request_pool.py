@@ -1,113 +1,163 @@
-"""All live requests, and the only place where a request changes state.
+"""All live requests, each in exactly one place, and the only code that changes `request.state`.
 
-    WAITING ──▶ PREFILL ──▶ DECODE ──▶ FINISHED
-                   │           │           ▲
-                   ▼           ▼           │ (abort or error, from every state)
-                PREEMPTED ◀────┘ ──▶ PREFILL
+    WAITING ──admit──> PREFILL ──start_decode──> DECODE ──finish──> FINISHED
+                        │  ^                       │
+                 preempt│  └─admit── PREEMPTED <───┘preempt          (every live state may finish: abort, error)
 
-A live request is in exactly one of `waiting` (never admitted, or preempted) and `running` (prefill or decode). Anything the
-table of transitions does not have raises IllegalTransition: a scheduler bug must be loud, not a lost request.
+Invariant: a live request is in `waiting` (WAITING, PREEMPTED) or in `running` (PREFILL, DECODE), never in both; a finished
+one is in neither. A request enters once: its `arrival` is its seniority for life, which a preemption does not take away.
+
+The waiting queue is kept sorted by (policy key, preempted first, arrival) with insertions by bisection; nothing sorts it
+again. Finished requests are kept for looking at, the newest ones only: a server must not grow with its history.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 
 from nanoserve.errors import IllegalTransition, RequestRefused
+from nanoserve.observe.events import ReqId
 from nanoserve.request import Request, RequestState
-from nanoserve.scheduling.policies import Policy
+from nanoserve.scheduling.policies import LPM_WINDOW, Policy, get_policy
 
-_NEXT = {
-    RequestState.WAITING: {RequestState.PREFILL, RequestState.FINISHED},
-    RequestState.PREFILL: {RequestState.DECODE, RequestState.PREEMPTED, RequestState.FINISHED},
-    RequestState.DECODE: {RequestState.PREEMPTED, RequestState.FINISHED},
-    RequestState.PREEMPTED: {RequestState.PREFILL, RequestState.FINISHED},
-    RequestState.FINISHED: set(),
+WAITING, PREFILL, DECODE = RequestState.WAITING, RequestState.PREFILL, RequestState.DECODE
+PREEMPTED, FINISHED = RequestState.PREEMPTED, RequestState.FINISHED
+
+LEGAL: dict[RequestState, frozenset[RequestState]] = {
+    WAITING: frozenset({PREFILL, FINISHED}),
+    PREFILL: frozenset({DECODE, PREEMPTED, FINISHED}),
+    DECODE: frozenset({PREEMPTED, FINISHED}),
+    PREEMPTED: frozenset({PREFILL, FINISHED}),
+    FINISHED: frozenset(),
 }
-_RECENT = 1024
+KEPT_FINISHED = 1024
+
+_Entry = tuple[
+    int, int, int, Request
+]  # key, 0 if preempted else 1, arrival (unique, so requests are never compared)
 
 
 class RequestPool:
-    """Requests by state.
+    """Waiting, running and finished requests.
 
     Args:
-        policy: order of the waiting queue.
+        policy: name of the waiting queue's order, or a Policy.
     """
 
-    def __init__(self, policy: Policy | None = None) -> None:
-        self.policy = policy or Policy("fcfs")
-        self.waiting: list[Request] = []  # sorted by self._keys
-        self.running: dict[int | str, Request] = {}  # in order of admission
-        self.finished: deque[Request] = deque(maxlen=_RECENT)  # the most recent ones
-        self._keys: list[tuple[float, int]] = []
-        self._key_of: dict[int | str, tuple[float, int]] = {}
-        self._arrivals = 0
+    def __init__(self, policy: str | Policy = "fcfs") -> None:
+        self.policy = get_policy(policy)
+        self.live: dict[ReqId, Request] = {}
+        self.running: dict[ReqId, Request] = {}  # in order of admission
+        self.finished: deque[Request] = deque(maxlen=KEPT_FINISHED)
+        self.num_arrived = 0
+        self._queue: list[_Entry] = []
+        self._joined: dict[ReqId, tuple[int, int]] = {}  # (step of arrival, key)
 
-    def __len__(self) -> int:
-        """Live requests."""
-        return len(self.waiting) + len(self.running)
+    @property
+    def waiting(self) -> list[Request]:
+        """A copy of the queue, in its static order."""
+        return [entry[-1] for entry in self._queue]
 
-    def get(self, req_id: int | str) -> Request | None:
-        """The live request of that id."""
-        request = self.running.get(req_id)
-        if request is None and req_id in self._key_of:
-            request = self.waiting[bisect_left(self._keys, self._key_of[req_id])]
-        return request
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
+
+    @property
+    def num_live(self) -> int:
+        return len(self.live)
+
+    def check_new(self, request: Request) -> None:
+        """Refuses a request that is or was in an engine already."""
+        if request.req_id in self.live:
+            raise RequestRefused(f"req_id: {request.req_id!r} is in use by {self.live[request.req_id]!r}")
+        if request.state is not WAITING or request.arrival >= 0 or request.page_table is not None:
+            raise RequestRefused(f"request {request.req_id!r} was served before: make a new Request")
 
     def add(self, request: Request, step: int = 0) -> None:
-        """Take a new request in; its arrival is its seniority from now on."""
-        if request.req_id in self.running or request.req_id in self._key_of:
-            raise RequestRefused(f"req_id: {request.req_id!r} is in use by a live request")
-        if request.state is not RequestState.WAITING or request.arrival >= 0:
-            raise IllegalTransition(f"request {request.req_id!r} was added before (state {request.state.value})")
-        request.arrival = self._arrivals
-        self._arrivals += 1
-        self._enqueue(request, self.policy.key(request, step))
+        """Queues a new request, in the order of the policy."""
+        self.check_new(request)
+        request.arrival = self.num_arrived
+        self.num_arrived += 1
+        self.live[request.req_id] = request
+        self._joined[request.req_id] = (step, self.policy.key(request, step))
+        insort(self._queue, self._entry(request))
 
-    def peek_next(self) -> Request | None:
-        """The request that should be admitted next."""
-        return self.waiting[self.policy.choose(self.waiting)] if self.waiting else None
+    def head(self, peek: Callable[[Sequence[int]], int] | None = None) -> Request | None:
+        """The waiting request that is next; `peek(tokens)` counts cached leading tokens, for policies that ask."""
+        if not self._queue:
+            return None
+        if not self.policy.by_prefix or peek is None or len(self._queue) == 1:
+            return self._queue[0][-1]
+        window = self._queue[:LPM_WINDOW]
+        ranked = [
+            (key - peek(request.token_ids), rank, arrival, request) for key, rank, arrival, request in window
+        ]
+        return min(ranked)[-1]
+
+    def steps_waited(self, request: Request, step: int) -> int:
+        """Steps since the request arrived."""
+        return step - self._joined[request.req_id][0]
+
+    # ---- transitions
 
     def admit(self, request: Request) -> None:
-        """waiting -> running."""
-        self._move(request, RequestState.PREFILL)
+        """WAITING or PREEMPTED -> PREFILL."""
+        self._check_move(request, PREFILL)
         self._dequeue(request)
+        request.state = PREFILL
         self.running[request.req_id] = request
 
     def start_decode(self, request: Request) -> None:
-        self._move(request, RequestState.DECODE)
+        """PREFILL -> DECODE."""
+        self._check_move(request, DECODE)
+        request.state = DECODE
 
     def preempt(self, request: Request) -> None:
-        """running -> waiting, at the front among equals: it is older than whoever never ran."""
-        self._move(request, RequestState.PREEMPTED)
+        """PREFILL or DECODE -> PREEMPTED: back to its place in the queue."""
+        self._check_move(request, PREEMPTED)
         del self.running[request.req_id]
-        request.num_preemptions += 1
-        self._enqueue(request, (float("-inf"), request.arrival))
+        request.state = PREEMPTED
+        insort(self._queue, self._entry(request))
 
     def finish(self, request: Request, reason: str, error: str | None = None) -> None:
-        """From any live state."""
-        was_running = request.req_id in self.running
-        self._move(request, RequestState.FINISHED)
-        if was_running:
+        """Any live state -> FINISHED."""
+        self._check_move(request, FINISHED)
+        if request.state is PREFILL or request.state is DECODE:
             del self.running[request.req_id]
         else:
             self._dequeue(request)
-        request.finish_reason, request.error = reason, error
+        request.state = FINISHED
+        request.finish_reason = reason
+        request.error = error
+        del self.live[request.req_id]
+        del self._joined[request.req_id]
         self.finished.append(request)
 
-    def _move(self, request: Request, to: RequestState) -> None:
-        if to not in _NEXT[request.state]:
-            raise IllegalTransition(f"request {request.req_id!r} cannot go from {request.state.value} to {to.value}")
-        request.state = to
+    # ---- the queue
 
-    def _enqueue(self, request: Request, key: tuple[float, int]) -> None:
-        index = bisect_left(self._keys, key)
-        insort(self._keys, key)
-        self.waiting.insert(index, request)
-        self._key_of[request.req_id] = key
+    def _check_move(self, request: Request, new: RequestState) -> None:
+        """Before anything changes, so that an illegal move changes nothing."""
+        if new not in LEGAL[request.state]:
+            raise IllegalTransition(
+                f"request {request.req_id!r}: {request.state.value} -> {new.value} is not possible"
+            )
+        if self.live.get(request.req_id) is not request:
+            raise IllegalTransition(
+                f"request {request.req_id!r} cannot become {new.value}: it is not in this pool"
+            )
+
+    def _entry(self, request: Request) -> _Entry:
+        key = self._joined[request.req_id][1]
+        return (key, 0 if request.state is PREEMPTED else 1, request.arrival, request)
 
     def _dequeue(self, request: Request) -> None:
-        index = bisect_left(self._keys, self._key_of.pop(request.req_id))
-        del self._keys[index]
-        del self.waiting[index]
+        entry = self._entry(request)
+        index = bisect_left(self._queue, entry[:3], key=itemgetter(0, 1, 2))
+        del self._queue[index]

@@ -1,266 +1,264 @@
-"""Scheduler: decides what every step computes; knows requests, pages and tokens, but no model.
+"""What is computed in the next step. It owns no model: give its output to one, and the tokens back to `update`.
 
-    output = scheduler.step()               what to compute: a Batch, block tables, slot mapping
-    finished = scheduler.update(output, tokens)      what came out: one token per sampling request
+One token budget per step: a row for every decoding request, then a chunk for every unfinished prompt, round-robin, then
+newly admitted requests. All of it is one mixed batch.
 
-One token budget per step: decode rows first, then chunks of admitted prompts round-robin, then new prompts.
+Progress: every step with a live request computes something, and every request ends.
+  1. The door lets in only what fits the pool alone.
+  2. The oldest running request is preempted by nobody and may preempt all others (residents.py), so it gets every page
+     it does not hold itself, but for pages that its own pin protects.
+  3. Those can be too many in one case only: it pins cached pages it does not hold, because another request cached the
+     same prefix under other pages first, or because it copied a shared page. By then nobody else runs. It is preempted
+     itself, its pin goes, and the queue's head, by 1, fits the pool.
+  4. The queue's head is not overtaken for want of pages. Its key is fixed and later arrivals' grow with time
+     (policies.py), so a finite number of requests can come before it.
 
-Memory. A request gets pages as it advances. When none are free, cached prefixes are evicted; then the youngest running request,
-if younger than the one in need, loses its pages and is computed again later; if there is none the one in need sits this
-step out, keeping what it has. Progress: the oldest running request can take every page that is not its own, and the door
-admits nobody whose prompt and output exceed the pool, so the oldest always advances, ends, and makes the next one oldest.
-Nobody is overtaken for pages: when the queue's head does not fit, nobody behind it is admitted. The price is idle memory then.
-
-Trust. `validated_len` moves only over tokens that led to finite logits. Only those enter the prefix tree, and pages computed
-beyond them are zeroed before they are given back: another request's masked lanes multiply whatever lies there by zero.
+Between `step` and `update` nothing has advanced: an output can be discarded, a request aborted, a forward repeated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
 
-import numpy as np
-
-from nanoserve.batch import Batch, Int32Array
-from nanoserve.cache.kv_pool import PageTable
+from nanoserve.batch import Batch
+from nanoserve.cache.kv_pool import KVCachePool
 from nanoserve.cache.radix_manager import RadixCacheManager
-from nanoserve.errors import RequestRefused
-from nanoserve.observe.events import EventLog
+from nanoserve.errors import InvariantViolation, RequestRefused
+from nanoserve.observe.events import EventLog, ReqId
 from nanoserve.request import Request, RequestState
-from nanoserve.sampling import derive_seed
 from nanoserve.scheduling.chunked_prefill import ChunkedPrefillManager
+from nanoserve.scheduling.chunked_request import ChunkedRequest
 from nanoserve.scheduling.decode_manager import DecodeManager
+from nanoserve.scheduling.door import Door
 from nanoserve.scheduling.policies import Policy
 from nanoserve.scheduling.prefill_manager import PrefillManager
 from nanoserve.scheduling.request_pool import RequestPool
+from nanoserve.scheduling.residents import Residents, by_arrival
+from nanoserve.scheduling.scheduler_output import SchedulerOutput
 from nanoserve.scheduling.stats import SchedulerStats
 
-ReqId = int | str
+__all__ = ["Scheduler", "SchedulerOutput"]
 
-
-class SchedulerOutput:
-    """One step's work. `batch.requests[i]` computes `batch.counts[i]` tokens from `batch.starts[i]`."""
-
-    def __init__(self, step: int, batch: Batch, preempted: list[ReqId]) -> None:
-        self.step = step
-        self.batch = batch
-        self.preempted = preempted
-
-    @property
-    def num_scheduled_tokens(self) -> dict[ReqId, int]:
-        return {request.req_id: count for request, count in zip(self.batch.requests, self.batch.counts, strict=True)}
-
-    @cached_property
-    def block_tables(self) -> Int32Array:
-        """int32[requests, most pages]: each request's pages, padded with its last one."""
-        tables = [table.pages for table in self.batch.tables]
-        width = max(len(pages) for pages in tables)
-        return np.array([pages + pages[-1:] * (width - len(pages)) for pages in tables], dtype=np.int32)
-
-    @property
-    def slot_mapping(self) -> Int32Array:
-        """int32[tokens]: where each token's keys and values go, page_id * page_size + offset."""
-        return self.batch.out_loc
+_Piece = tuple[Request, int]
 
 
 class Scheduler:
-    """Schedules requests over a KV pool.
+    """Decides steps over one KV pool.
 
     Args:
-        radix_mgr: the prefix cache; its pool is the scheduler's.
-        prefill_mgr: whole prompts or chunks.
-        decode_mgr: its max_batch_size limits the running requests.
-        max_num_batched_tokens: most tokens of one step.
-        max_model_len: longest prompt + output; None is any.
-        vocab_size: token ids are checked against it when given.
-        eos_token_ids: end a request unless it ignores them.
-        policy: order of admission.
-        seed: source of the seeds of requests that bring none.
+        kv_pool: the pages.
+        radix_mgr: prefix cache over the same pool; None makes one.
+        prefill_mgr: PrefillManager for whole prompts; None chunks them.
+        decode_mgr: its max_batch_size bounds the running requests, prefilling ones included.
+        max_num_batched_tokens: most tokens in one step.
+        max_model_len: longest prompt + output.
+        vocab_size: to refuse token ids the model does not know.
+        eos_token_ids: end a request, unless it ignores them.
+        policy: order of the waiting queue.
+        events: where to write what happens; None makes a log.
     """
 
     def __init__(
         self,
-        radix_mgr: RadixCacheManager,
-        prefill_mgr: PrefillManager,
-        decode_mgr: DecodeManager,
+        kv_pool: KVCachePool,
+        radix_mgr: RadixCacheManager | None = None,
+        prefill_mgr: PrefillManager | None = None,
+        decode_mgr: DecodeManager | None = None,
         *,
         max_num_batched_tokens: int = 2048,
         max_model_len: int | None = None,
         vocab_size: int | None = None,
         eos_token_ids: Collection[int] = (),
-        policy: str = "fcfs",
-        seed: int = 0,
+        policy: str | Policy = "fcfs",
+        events: EventLog | None = None,
     ) -> None:
-        if max_num_batched_tokens < decode_mgr.max_batch_size:
+        self.kv_pool = kv_pool
+        self.radix_mgr = RadixCacheManager(kv_pool) if radix_mgr is None else radix_mgr
+        self.prefill_mgr = ChunkedPrefillManager(kv_pool) if prefill_mgr is None else prefill_mgr
+        self.decode_mgr = DecodeManager() if decode_mgr is None else decode_mgr
+        for name, held in (("radix_mgr", self.radix_mgr.kv_pool), ("prefill_mgr", self.prefill_mgr.kv_pool)):
+            if held is not kv_pool:
+                raise ValueError(f"{name}: works on another KV pool than the scheduler")
+        if max_num_batched_tokens < self.decode_mgr.max_batch_size:
             raise ValueError(
                 f"max_num_batched_tokens: {max_num_batched_tokens} must be at least max_batch_size="
-                f"{decode_mgr.max_batch_size}: every running request computes a token per step"
+                f"{self.decode_mgr.max_batch_size}: every running request computes a token per step"
             )
-        self.radix_mgr = radix_mgr
-        self.kv_pool = radix_mgr.kv_pool
-        self.prefill_mgr = prefill_mgr
-        self.decode_mgr = decode_mgr
+        longest = self.prefill_mgr.max_prompt_len
+        if longest is not None and longest > max_num_batched_tokens:
+            raise ValueError(
+                f"max_prefill_tokens: {longest} must be at most max_num_batched_tokens={max_num_batched_tokens}: "
+                "whole prompts are computed in one step"
+            )
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_model_len = max_model_len
-        self.vocab_size = vocab_size
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.seed = seed
-        self.pool = RequestPool(Policy(policy, radix_mgr.peek))
-        self.events = EventLog()
-        self.stats = SchedulerStats()
-        self.steps = 0  # since the start: the clock of aging and events, never reset
-        self._pieces: dict[ReqId, tuple[Request, int]] = {}
-        self._preempted: list[ReqId] = []
-        self._pending: SchedulerOutput | None = None
-        self._abort_after_step: set[ReqId] = set()
-        self._unclean: set[ReqId] = set()  # a step of theirs was rolled back: their pages may hold anything
+        self.pool = RequestPool(policy)
+        self.events = EventLog() if events is None else events
+        self.door = Door(kv_pool, max_model_len, vocab_size, longest)
+        self.residents = Residents(
+            kv_pool, self.radix_mgr, self.prefill_mgr, self.decode_mgr, self.pool, self.events
+        )
+        self.in_flight: SchedulerOutput | None = None
+        self.gone_in_flight: list[
+            Request
+        ] = []  # aborted between step and update: their pages may be written still
+        self._page_size: int = kv_pool.page_size
+        self._max_len = 2**31 if max_model_len is None else max_model_len
 
-    # ---- the door
+    @property
+    def stats(self) -> SchedulerStats:
+        return self.residents.stats
 
-    def check(self, request: Request) -> None:
-        """Whether the request could ever be served.
-
-        Raises:
-            RequestRefused: with the value and the limit. ValueError: a token id outside the vocabulary.
-        """
-        if self.vocab_size is not None and max(request.prompt_tokens) >= self.vocab_size:
-            position, token = next((i, t) for i, t in enumerate(request.prompt_tokens) if t >= self.vocab_size)
-            raise RequestRefused(f"prompt_tokens[{position}]: {token} must be in [0, {self.vocab_size})")
-        asked = f"prompt of {request.num_prompt_tokens} + max_tokens of {request.max_tokens}"
-        if self.max_model_len is not None and request.max_total_len > self.max_model_len:
-            raise RequestRefused(f"{asked} = {request.max_total_len} tokens, the limit is max_model_len={self.max_model_len}")
-        # The last token sampled is never computed, so it needs no slot.
-        needed = self.kv_pool.pages_needed(request.max_total_len - 1)
-        if needed > self.kv_pool.num_pages:
-            raise RequestRefused(f"{asked} needs {needed} pages, the pool has {self.kv_pool.num_pages} pages")
-        longest = self.prefill_mgr.longest_prompt
-        # A preempted request computes its output again with its prompt, so both count.
-        if longest is not None and request.max_total_len - 1 > min(longest, self.max_num_batched_tokens):
-            limit = min(longest, self.max_num_batched_tokens)
-            raise RequestRefused(f"{asked} may need {request.max_total_len - 1} tokens in one step, the limit is {limit}")
-
-    def add_request(self, request: Request) -> None:
-        """Queue a request; raises as `check`, or RequestRefused for an id in use."""
-        try:
-            self.check(request)
-            self.pool.add(request, self.steps)
-        except RequestRefused as refused:
-            self.stats.refused += 1
-            self.events.record(self.steps, "refused", request.req_id, why=str(refused))
-            raise
-        if request.seed is None:
-            request.seed = derive_seed(self.seed, request.arrival)
-        self.events.record(self.steps, "queued", request.req_id, prompt_tokens=request.num_prompt_tokens)
-
-    def abort(self, req_id: ReqId) -> bool:
-        """Drop a request in any state; False if it is not live. One that is in the step in flight goes with its update."""
-        request = self.pool.get(req_id)
-        if request is None or req_id in self._abort_after_step:
-            return False
-        if self._pending is not None and req_id in self._pieces:
-            self._abort_after_step.add(req_id)
-        else:
-            self._end(request, "abort")
-        return True
+    @property
+    def steps(self) -> int:
+        """Steps since the start."""
+        return self.residents.steps
 
     @property
     def has_unfinished(self) -> bool:
-        return len(self.pool) > 0
+        return bool(self.pool.live)
+
+    # ---- requests
+
+    def check(self, request: Request) -> None:
+        """Raises RequestRefused, with the numbers, for a request that can never be served; takes nothing."""
+        self.pool.check_new(request)
+        self.door.check(request)
+
+    def add_request(self, request: Request) -> None:
+        """Queues a request; RequestRefused if it can never be served."""
+        try:
+            self.check(request)
+        except RequestRefused as error:
+            self.stats.refused += 1
+            self.events.record(self.steps, "refused", request.req_id, why=str(error))
+            raise
+        self.pool.add(request, self.steps)
+        self.residents.may_admit = True
+
+    def abort(self, req_id: ReqId) -> bool:
+        """Drops a live request, whatever its state; False if there is none by that id.
+
+        Its pages are free on return, or, if it is in a batch that is being computed, on the return of `update`.
+        """
+        request = self.pool.live.get(req_id)
+        if request is None:
+            return False
+        self.stats.aborted += 1
+        self.events.record(self.steps, "aborted", req_id, state=request.state.value)
+        self.residents.leave_managers(request)
+        if self.in_flight is not None and req_id in self.in_flight.num_scheduled_tokens:
+            self.gone_in_flight.append(request)
+        else:
+            self.residents.release(request)
+        self.pool.finish(request, "abort")
+        return True
 
     # ---- a step
 
     def step(self) -> SchedulerOutput | None:
-        """What to compute now; None when there is nothing. Must be followed by `update` or `rollback`."""
-        if self._pending is not None:
-            raise RuntimeError(f"step {self._pending.step} was not updated yet: call update(output, tokens) first")
-        self.steps += 1
-        pieces = self._pieces = {}
-        self._preempted = []
-        budget = self.max_num_batched_tokens
-        page_size = self.kv_pool.page_size
-        for request in self.decode_mgr.take(budget):
-            # Only a token that opens a page can lack one.
-            if request.state is RequestState.DECODE and (request.cached_len % page_size or self._grant(request, 1)):
-                pieces[request.req_id] = (request, 1)
-        budget -= len(pieces)
-        if self.prefill_mgr.num_active_requests:
-            budget -= self._add_chunks(self.prefill_mgr.take(budget, self._grant))
-        while budget > 0 and self.pool.waiting and len(self.pool.running) < self.decode_mgr.max_batch_size:
-            taken = self._admit_next(budget)
-            if not taken:
-                break
-            budget -= taken
-        if not pieces:
-            return None
-        self._pending = SchedulerOutput(self.steps, Batch(list(pieces.values())), self._preempted)
-        return self._pending
+        """The next batch, or None when nobody is live.
 
-    def _add_chunks(self, chunks: Sequence[tuple[Request, int]]) -> int:
-        total = 0
-        for request, count in chunks:
-            if request.state is RequestState.PREFILL:  # a later grant may have preempted it
-                self._pieces[request.req_id] = (request, count)
-                total += count
-                self.events.record(self.steps, "chunk", request.req_id, start=request.cached_len, tokens=count)
-        return total
+        Raises:
+            RuntimeError: the previous output was neither updated nor discarded.
+            InvariantViolation: somebody is live and nothing can be computed: pages are held outside of this scheduler.
+        """
+        if self.in_flight is not None:
+            raise RuntimeError(
+                f"step: the output of step {self.in_flight.step} needs update() or discard() first"
+            )
+        residents = self.residents
+        residents.steps += 1
+        residents.preempted = []
+        rows = self._decode_rows()
+        chunks = self._chunks(self.max_num_batched_tokens - len(rows))
+        if residents.preempted:  # maybe somebody who had been given a row or a chunk
+            rows = [request for request in rows if request.state is RequestState.DECODE]
+            chunks = [(request, count) for request, count in chunks if request.state is RequestState.PREFILL]
+        if not rows and not chunks:
+            if not self.pool.live:
+                return None
+            chunks = self._start_over()
+            if not chunks:
+                return None  # whoever was left failed at admission
+        batch = Batch.mixed(rows, chunks)
+        self.in_flight = SchedulerOutput(residents.steps, batch, len(rows), tuple(residents.preempted))
+        return self.in_flight
 
-    def _admit_next(self, budget: int) -> int:
-        """Admit the queue's head and schedule its first chunk; the tokens taken, 0 if it has to wait."""
-        request = self.pool.peek_next()
-        assert request is not None
-        cached_pages = self.radix_mgr.peek(request.token_ids) // self.kv_pool.page_size
-        if self._pages_short(request, cached_pages) > 0:
-            return 0
-        self.radix_mgr.acquire(request, PageTable(self.kv_pool))
-        # Counted again: what it pinned is no longer evictable.
-        held = len(request.page_table) if request.page_table is not None else 0
-        if self._pages_short(request, held) > 0 or request.extend_len > (self.prefill_mgr.longest_prompt or request.extend_len):
-            self.radix_mgr.release(request)
-            return 0
-        self.prefill_mgr.add_request(request)
-        if not self.prefill_mgr.chunk_len(request, budget):
-            self.prefill_mgr.remove(request)
-            self.radix_mgr.release(request)
-            return 0
-        self.pool.admit(request)
-        self.events.record(self.steps, "admitted", request.req_id, cached_tokens=request.cached_len)
-        return self._add_chunks(self.prefill_mgr.take(budget, self._grant, only=request))
+    def _decode_rows(self) -> Sequence[Request]:
+        """A row for every decoding request that has, or gets, the page its next token is written to."""
+        rows: Sequence[Request] = self.decode_mgr.take(self.max_num_batched_tokens)
+        page_size = self._page_size
+        at_boundary = [request for request in rows if not request.cached_len % page_size]
+        if not at_boundary:
+            return rows
+        stuck = []
+        rows = list(rows)
+        for request in sorted(at_boundary, key=by_arrival):
+            if request.state is RequestState.DECODE and not self.residents.grow(
+                request, request.cached_len + 1
+            ):
+                stuck.append(request)
+        return [request for request in rows if request not in stuck] if stuck else rows
 
-    def _pages_short(self, request: Request, held: int) -> int:
-        """Pages missing for the whole request now, leaving every decoding request the one it may need next."""
-        wanted = self.kv_pool.pages_needed(request.total_len) - held
-        return wanted + self.decode_mgr.num_running - self.radix_mgr.num_available_pages
+    def _chunks(self, budget: int) -> list[_Piece]:
+        """Chunks of the prompts in progress, then of requests admitted with what is left of the budget."""
+        budget = min(budget, self.prefill_mgr.max_prefill_tokens)
+        chosen: list[_Piece] = []
+        num_active = self.prefill_mgr.num_active_requests
+        if num_active:
+            for chunks, count in self.prefill_mgr.take(budget):
+                request = chunks.request
+                if request.state is RequestState.PREFILL and self.residents.grow(
+                    request, request.cached_len + count
+                ):
+                    self._choose(chosen, chunks, count)
+                    budget -= count
+        # Nobody joins while there are too few pages for those who run, or while one of them waits for budget.
+        if len(chosen) == num_active and not self.residents.preempted:
+            self._admit(chosen, budget)
+        return chosen
 
-    def _grant(self, request: Request, count: int) -> bool:
-        """Pages for the next `count` tokens: free ones, evicted ones, or a younger request's."""
-        table = request.page_table
-        assert table is not None
-        upto = request.cached_len + count
-        wanted = self.kv_pool.pages_needed(upto) - len(table)
-        if wanted <= 0:
-            return True
-        while not self.radix_mgr.reserve(wanted):
-            victim = self._youngest()
-            if victim.arrival <= request.arrival:
-                return False
-            self._preempt(victim)
-        table.grow_to(upto)
-        return True
+    def _admit(self, chosen: list[_Piece], budget: int) -> None:
+        """Seats waiting requests while there is budget, a seat, and memory for the first of them."""
+        residents, pool = self.residents, self.pool
+        while budget > 0 and residents.may_admit and pool.num_running < self.decode_mgr.max_batch_size:
+            request = pool.head(self.radix_mgr.peek)
+            if request is None:
+                return
+            try:
+                started = residents.start(request, budget)
+            except InvariantViolation:
+                raise
+            except Exception as error:  # this request's trouble: it ends, the queue goes on
+                residents.fail(request, f"admission failed: {type(error).__name__}: {error}")
+                continue
+            if started is None:
+                return
+            self._choose(chosen, *started)
+            budget -= started[1]
 
-    def _youngest(self) -> Request:
-        return max(self.pool.running.values(), key=lambda request: request.arrival)
+    def _choose(self, chosen: list[_Piece], chunks: ChunkedRequest, count: int) -> None:
+        request = chunks.request
+        chosen.append((request, count))
+        start, of = request.cached_len, request.total_len
+        self.events.record(self.steps, "chunk", request.req_id, start=start, count=count, of=of)
 
-    def _preempt(self, victim: Request) -> None:
-        self._pieces.pop(victim.req_id, None)
-        self._preempted.append(victim.req_id)
-        self.decode_mgr.remove(victim)
-        self.prefill_mgr.remove(victim)
-        self.radix_mgr.commit(victim)
-        self._release(victim)
-        self.pool.preempt(victim)
-        self.stats.preemptions += 1
-        self.events.record(self.steps, "preempted", victim.req_id, known_tokens=victim.total_len)
+    def _start_over(self) -> list[_Piece]:
+        """Case 3 of the head: nobody who runs could go on. All start over, and the queue's head comes first."""
+        for request in sorted(self.pool.running.values(), key=by_arrival, reverse=True):
+            self.residents.preempt(request, by=request)
+        self.residents.may_admit = True
+        chosen: list[_Piece] = []
+        self._admit(chosen, min(self.max_num_batched_tokens, self.prefill_mgr.max_prefill_tokens))
+        head = self.pool.head()
+        if not chosen and head is not None:
+            raise InvariantViolation(
+                f"nothing can be computed: request {head.req_id!r} needs {self.kv_pool.pages_needed(head.total_len)} "
+                f"pages, {self.radix_mgr.num_available_pages} of {self.kv_pool.num_pages} are free or evictable, and "
+                "nobody runs: the others are held outside of this scheduler"
+            )
+        return chosen
 
     # ---- its results
 
@@ -271,94 +269,80 @@ class Scheduler:
         errors: Mapping[ReqId, str] | None = None,
         finite: Sequence[bool] | None = None,
     ) -> list[Request]:
-        """Commit a computed step.
+        """Commits a computed step.
 
         Args:
             output: what `step` returned.
-            tokens: one per `output.batch.sampling_requests`, in their order.
-            errors: requests whose computation failed, with the reason; their token is ignored.
-            finite: per sampling request, False when its logits were not all finite.
+            tokens: one per `output.sampling_requests`, in their order.
+            errors: why a request of the batch could not be computed: it ends, and its token is ignored.
+            finite: per sampling request, False if its logits were not all finite: it ends with an error, its pages are
+                zeroed and nothing of it is cached. None if all were.
 
         Returns:
-            The requests that finished in this step, aborted ones included.
+            The requests that ended by themselves or by an error since the last call, not the aborted ones.
         """
-        if output is not self._pending:
-            raise RuntimeError("update: this output is not the step in flight")
         batch = output.batch
-        if len(tokens) != len(batch.sample_rows):
-            raise ValueError(f"tokens: {len(tokens)} given, {len(batch.sample_rows)} requests were sampled")
-        self._pending = None
-        self.stats.count(batch)
-        finished: list[Request] = []
+        for name, given in (("tokens", tokens), ("finite", finite)):
+            if given is not None and len(given) != len(batch.sample_rows):
+                raise ValueError(
+                    f"{name}: {len(given)} given, {len(batch.sample_rows)} requests were sampled"
+                )
+        self._land(output)
+        residents, new_tokens = self.residents, output.new_tokens
+        self.stats.count(batch.size, batch.num_tokens, output.num_decode_rows)
         row = -1
-        for request, start, count, sampled in zip(batch.requests, batch.starts, batch.counts, batch.sampled, strict=True):
+        for request, start, count, sampled in zip(
+            batch.requests, batch.starts, batch.counts, batch.sampled, strict=True
+        ):
             row += sampled
-            request.cached_len = start + count
-            if request.req_id in self._abort_after_step:
-                self._end(request, "abort")
-            elif errors and request.req_id in errors:
-                self._end(request, "error", errors[request.req_id])
-            elif not sampled:
+            if request.state is RequestState.FINISHED:  # aborted in flight
                 continue
+            if errors and request.req_id in errors:
+                residents.fail(request, errors[request.req_id])
+            elif not sampled:
+                request.cached_len = start + count
             elif finite is not None and not finite[row]:
-                self._end(request, "error", f"logits at position {start + count - 1} are not finite")
+                residents.fail(request, f"the logits at position {start + count - 1} are not finite")
             else:
-                self._commit_token(request, int(tokens[row]))
-            if request.is_finished:
-                finished.append(request)
-        self._abort_after_step.clear()
+                request.cached_len = request.validated_len = start + count
+                token = int(tokens[row])
+                request.append_output(token)
+                new_tokens[request.req_id] = token
+                reason = self._stop_reason(request, token)
+                if reason is not None:
+                    if residents.share(request):
+                        residents.finish(request, reason)
+                elif request.state is RequestState.PREFILL and residents.share(request):
+                    residents.start_decode(request)
+        self.stats.output_tokens += len(new_tokens)
+        return self.take_finished()
+
+    def take_finished(self) -> list[Request]:
+        """What `update` returns, for a step that had nothing to compute."""
+        finished, self.residents.ended = self.residents.ended, []
         return finished
 
-    def _commit_token(self, request: Request, token: int) -> None:
-        request.validated_len = request.cached_len
-        request.append_output(token)
-        self.stats.output_tokens += 1
-        reason = self._stop_reason(request, token)
-        if reason is not None:
-            self.radix_mgr.commit(request)
-            self._end(request, reason)
-        elif request.state is RequestState.PREFILL:
-            self.radix_mgr.commit(request)
-            self.prefill_mgr.remove(request)
-            self.decode_mgr.add_request(request)
-            self.pool.start_decode(request)
-            self.events.record(self.steps, "prefilled", request.req_id)
+    def discard(self, output: SchedulerOutput) -> None:
+        """Forgets an output that was not computed (to the end); the same work is scheduled again."""
+        self._land(output)
+        for request in output.requests:
+            if not request.is_finished:
+                self.residents.mark_dirty(request)
+
+    def _land(self, output: SchedulerOutput) -> None:
+        """The step is over, one way or the other: nothing of it is being computed any more."""
+        if output is not self.in_flight:
+            raise RuntimeError(f"step {output.step} is not the one in flight")
+        self.in_flight = None
+        for request in self.gone_in_flight:
+            self.residents.release(request, trusted_len=request.validated_len)
+        self.gone_in_flight.clear()
 
     def _stop_reason(self, request: Request, token: int) -> str | None:
-        params, made = request.params, len(request.output_tokens)
-        if made >= params.min_tokens and (
-            token in params.stop_token_ids or (token in self.eos_token_ids and not params.ignore_eos)
+        params = request.params
+        num_output = len(request.output_tokens)
+        if num_output > params.min_tokens and (
+            (token in self.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids
         ):
             return "stop"
-        return "length" if made >= params.max_tokens else None
-
-    def rollback(self, output: SchedulerOutput) -> None:
-        """The step in flight was not computed: nothing moves. Its pages stay with their requests."""
-        if output is not self._pending:
-            raise RuntimeError("rollback: this output is not the step in flight")
-        self._pending = None
-        self._unclean.update(request.req_id for request in output.batch.requests)
-        if isinstance(self.prefill_mgr, ChunkedPrefillManager):
-            self.prefill_mgr.rollback()
-        for req_id in list(self._abort_after_step):
-            self._abort_after_step.discard(req_id)
-            self.abort(req_id)
-
-    def _end(self, request: Request, reason: str, error: str | None = None) -> None:
-        self.decode_mgr.remove(request)
-        self.prefill_mgr.remove(request)
-        self._release(request)
-        self.pool.finish(request, reason, error)
-        self.stats.ended(reason)
-        kind = {"abort": "aborted", "error": "error"}.get(reason, "finished")
-        self.events.record(self.steps, kind, request.req_id, output_tokens=len(request.output_tokens), why=error or reason)
-
-    def _release(self, request: Request) -> None:
-        """Give everything back; what may hold values nobody validated is zeroed first."""
-        table = request.page_table
-        unclean = request.req_id in self._unclean
-        self._unclean.discard(request.req_id)
-        if table is not None and (unclean or request.cached_len > request.validated_len):
-            suspect = table.pages[request.validated_len // self.kv_pool.page_size :]
-            self.kv_pool.scrub([page for page in suspect if self.kv_pool.ref_count(page) == 1])
-        self.radix_mgr.release(request)
+        return "length" if num_output >= params.max_tokens or request.total_len >= self._max_len else None

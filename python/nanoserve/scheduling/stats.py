@@ -1,39 +1,32 @@
-"""Counters of a scheduler since the start or the latest reset."""
+"""Counters of a scheduler since its start or the latest reset."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from nanoserve.batch import Batch
+from dataclasses import dataclass, fields
 
 
 @dataclass(slots=True)
 class SchedulerStats:
-    """Everything get_stats reports that has to be counted as it happens."""
+    """What get_stats reports and has to be counted as it happens."""
 
-    steps: int = 0
+    steps: int = 0  # that computed something
+    request_steps: int = 0  # requests in a step, summed over steps
     prefill_tokens: int = 0
     decode_tokens: int = 0
-    request_steps: int = 0  # requests in a step, summed over steps
     output_tokens: int = 0
-    finished: int = 0
+    finished: int = 0  # by themselves: not aborted, no error
     aborted: int = 0
     errors: int = 0
     refused: int = 0
     preemptions: int = 0
 
-    def count(self, batch: Batch) -> None:
+    def count(self, num_requests: int, num_tokens: int, num_decode_rows: int) -> None:
         """A step was computed."""
-        decode = sum(start >= request.num_prompt_tokens for request, start in zip(batch.requests, batch.starts, strict=True))
         self.steps += 1
-        self.request_steps += batch.size
-        self.decode_tokens += decode
-        self.prefill_tokens += batch.num_tokens - decode
+        self.request_steps += num_requests
+        self.decode_tokens += num_decode_rows
+        self.prefill_tokens += num_tokens - num_decode_rows
 
-    def ended(self, reason: str) -> None:
-        if reason == "abort":
-            self.aborted += 1
-        elif reason == "error":
-            self.errors += 1
-        else:
-            self.finished += 1
+    def reset(self) -> None:
+        for one in fields(self):
+            setattr(self, one.name, 0)

@@ -1,0 +1,78 @@
+"""What is refused before it is queued: requests that could never be served.
+
+A request that passed the door can always be finished alone in an empty engine. That is what lets the queue's head wait for
+pages without a way around it, and what makes preemption end: see Scheduler.
+"""
+
+from __future__ import annotations
+
+from nanoserve.cache.kv_pool import KVCachePool
+from nanoserve.errors import RequestRefused
+from nanoserve.request import Request
+from nanoserve.scheduling.policies import MAX_PRIORITY
+
+
+class Door:
+    """The limits of one engine.
+
+    Args:
+        kv_pool: its pages are all a single request can ever get.
+        max_model_len: longest prompt + output; None for no limit.
+        vocab_size: token ids are below it; None when unknown.
+        max_prompt_len: longest prompt that fits one batch; None when prompts are chunked.
+    """
+
+    def __init__(
+        self,
+        kv_pool: KVCachePool,
+        max_model_len: int | None = None,
+        vocab_size: int | None = None,
+        max_prompt_len: int | None = None,
+    ) -> None:
+        self.kv_pool = kv_pool
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
+        self.max_prompt_len = max_prompt_len
+
+    def max_kv_tokens(self, request: Request) -> int:
+        """Tokens whose KV it may ever hold: all but its last, which is never computed."""
+        longest = request.max_total_len
+        if self.max_model_len is not None:
+            longest = min(longest, self.max_model_len)
+        return longest - 1
+
+    def check(self, request: Request) -> None:
+        """Raises RequestRefused with the numbers."""
+        name = f"request {request.req_id!r}"
+        length = request.num_prompt_tokens
+        if self.vocab_size is not None and max(request.prompt_tokens) >= self.vocab_size:
+            position = next(i for i, token in enumerate(request.prompt_tokens) if token >= self.vocab_size)
+            token = request.prompt_tokens[position]
+            raise RequestRefused(
+                f"{name}: prompt_tokens[{position}]: {token} must be in [0, {self.vocab_size})"
+            )
+        if self.max_model_len is not None and length >= self.max_model_len:
+            raise RequestRefused(
+                f"{name}: a prompt of {length} tokens leaves no room for output, prompt + output is at most "
+                f"{self.max_model_len} tokens"
+            )
+        if self.max_prompt_len is not None and length > self.max_prompt_len:
+            raise RequestRefused(
+                f"{name}: a prompt of {length} tokens does not fit one batch of {self.max_prompt_len} tokens and prompts "
+                "are not chunked: use ChunkedPrefillManager"
+            )
+        tokens = self.max_kv_tokens(request)
+        needed = self.kv_pool.pages_needed(tokens)
+        if needed > self.kv_pool.num_pages:
+            raise RequestRefused(
+                f"{name}: {length} prompt tokens and max_tokens={request.max_tokens} need {needed} pages of "
+                f"{self.kv_pool.page_size} tokens, the pool has {self.kv_pool.num_pages} pages"
+            )
+        if request.cached_len:
+            raise RequestRefused(
+                f"{name}: cached_len={request.cached_len}, but it holds no pages: cached prefixes are found here"
+            )
+        if abs(request.priority) > MAX_PRIORITY:
+            raise RequestRefused(
+                f"{name}: priority {request.priority} must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]"
+            )

@@ -1,0 +1,124 @@
+"""Run every kernel on arrays that end where a page without access begins: one element too far is a crash.
+
+Run as a program, with the kind as its argument, so that a crash is this process's only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+
+import numpy as np
+
+from compiler.packed_call import call
+from nanoserve.kernels import attention, embedding, gated, gemm, kv_write, norm
+
+_maps: list[mmap.mmap] = []
+
+
+def guarded(array: np.ndarray) -> np.ndarray:
+    """A copy that ends at the end of accessible memory."""
+    page = mmap.PAGESIZE
+    size = -(-array.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    _maps.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(page), 0) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect failed")
+    copy = np.frombuffer(memory, array.dtype, array.size, size - array.nbytes).reshape(array.shape)
+    copy[:] = array
+    return copy
+
+
+def rows(count: int, stride: int, used: int) -> np.ndarray:
+    """Rows of which the last is cut off after the columns in use."""
+    return guarded(np.ones((count - 1) * stride + used, dtype=np.float32))
+
+
+def ints(*values: int) -> np.ndarray:
+    return guarded(np.array(values, dtype=np.int32))
+
+
+def run_gemm() -> None:
+    for k, n in ((1, 1), (20, 70), (33, 100), (9000, 20)):
+        width = gemm.panel_width(n)
+        padded = -(-n // width) * width
+        ldx, ldy = k + 16, padded + 16
+        spec = gemm.gemm_spec(k, n, ldx, ldy, bias=True, residual=True, activation="gelu_tanh")
+        w, b = guarded(gemm.pack(np.ones((n, k)))), guarded(gemm.pack_bias(np.ones(n)))
+        for m in (*range(1, 20), 63, 64, 65, 70):
+            units = padded // width * -(-m // gemm.ROW_BLOCK)
+            call(spec, rows(m, ldx, k), w, b, rows(m, ldy, padded), m, 0, units)
+
+
+def run_attention() -> None:
+    for heads, kv, d, page_size in ((4, 2, 20, 16), (2, 2, 16, 32), (3, 1, 7, 64)):
+        for length in (1, 16, 63, 64, 65, 128, 130):
+            pages = -(-length // page_size)
+            k, v = (guarded(np.ones((pages, kv, d, page_size), dtype=np.float32)) for _ in range(2))
+            entries = -(-(-(-length // 64) + 1) * 64 // page_size)
+            table = ints(*(min(i, pages - 1) for i in range(entries)))
+            q, out = (rows(length, heads * d + 5, heads * d) for _ in range(2))
+            for tile in attention.row_tiles(heads // kv):
+                total = length * heads // kv
+                items = [
+                    (0, head, 0, r0, min(tile, total - r0), 0, 0, 0)
+                    for head in range(kv)
+                    for r0 in range(0, total, tile)
+                ]
+                spec = attention.attention_spec(heads, kv, d, page_size, heads * d + 5, heads * d + 5, tile)
+                call(spec, q, k, v, table, guarded(np.array(items, dtype=np.int32)), out, 0, len(items))
+
+
+def run_norm() -> None:
+    for cols in (1, 15, 16, 33, 64, 100, 128, 259):
+        weight, bias = guarded(np.ones(cols, dtype=np.float32)), guarded(np.ones(cols, dtype=np.float32))
+        spec = norm.norm_spec("layernorm", cols, cols + 3, cols + 5, 1e-5, bias=True)
+        call(spec, rows(4, cols + 3, cols), weight, bias, rows(4, cols + 5, cols), 0, 4)
+        spec = norm.norm_spec("rmsnorm", cols, cols + 3, cols + 5, 1e-5, gather=True)
+        call(spec, rows(4, cols + 3, cols), ints(3, 0), weight, rows(2, cols + 5, cols), 0, 2)
+
+
+def run_embedding() -> None:
+    for cols in (1, 16, 33, 100):
+        spec = embedding.embedding_spec(cols, cols + 3, positions=True)
+        call(
+            spec,
+            ints(4, 0),
+            ints(2, 0),
+            rows(5, cols, cols),
+            rows(3, cols, cols),
+            rows(2, cols + 3, cols),
+            0,
+            2,
+        )
+
+
+def run_gated() -> None:
+    for cols in (1, 16, 33, 100):
+        spec = gated.gated_spec(cols, "silu", 2 * cols + 3, cols + 3)
+        call(spec, rows(3, 2 * cols + 3, 2 * cols), rows(3, cols + 3, cols), 0, 3)
+
+
+def run_kv_write() -> None:
+    for heads, kv, d, rotary in ((4, 2, 20, 20), (2, 2, 7, 0), (1, 1, 80, 34)):
+        row = (heads + 2 * kv) * d
+        spec = kv_write.kv_write_spec(heads, kv, d, 16, row + 3, rotary)
+        rope = [guarded(kv_write.rope_table(9, rotary, 1e4)), ints(8, 0)] if rotary else []
+        k, v = (guarded(np.ones((2, kv, d, 16), dtype=np.float32)) for _ in range(2))
+        call(spec, rows(2, row + 3, row), *rope, k, v, ints(31, 0), 0, 2)
+
+
+def run_overrun() -> None:
+    """The mutant: a row too many. It must crash, or the others prove nothing."""
+    cols = 16
+    call(
+        gated.gated_spec(cols, "silu", 2 * cols, cols), rows(3, 2 * cols, 2 * cols), rows(4, cols, cols), 0, 4
+    )
+
+
+if __name__ == "__main__":
+    globals()[f"run_{sys.argv[1]}"]()
+    print("done")

@@ -1,0 +1,216 @@
+"""A model made of hashes, for testing everything around a model.
+
+FakeExecutor's logits are a function of a request's full token prefix and of nothing else, so the right output of a prompt
+is known without running an engine (`rollout`), and no schedule may change it. Its "keys" are the prefix hashes themselves:
+it writes them to the slots of the batch through the pool's own `store_kv`, and before a row is computed it reads the whole
+prefix back through the request's page table. Any page that is stale, shared wrongly, freed too early, copied wrongly or
+never written shows up as a KVMismatch at the row that would have read garbage.
+
+Faults, by request id: `raises` (the forward raises whenever the request is in the batch), `poisoned` (its keys, values and
+logits are NaN); and `transient` (the next n forwards of more than one request raise), `before` and `after` (called at the
+forward's beginning and end, to abort somebody or to raise).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoserve.batch import Batch
+from nanoserve.cache.kv_pool import KVCachePool
+from nanoserve.cache.radix_manager import RadixCacheManager
+from nanoserve.request import Request
+from nanoserve.sampling import Sampler, SamplingParams, mix64
+from nanoserve.scheduling.audit import audit
+from nanoserve.scheduling.chunked_prefill import ChunkedPrefillManager
+from nanoserve.scheduling.continuous_batcher import ContinuousBatcher, StepOutput
+from nanoserve.scheduling.decode_manager import DecodeManager
+
+VOCAB = 32
+_MASK = (1 << 48) - 1
+
+
+class KVMismatch(AssertionError):
+    """The model was about to read keys that are not those of the request's prefix."""
+
+
+class ModelFault(RuntimeError):
+    """What a faulty request makes the forward raise."""
+
+
+def prefix_hashes(tokens: Any) -> NDArray[np.float32]:
+    """float32[n, 4], one row per position: token, position and the 48-bit hash of the prefix through it, exactly."""
+    rows = np.empty((len(tokens), 4), np.float32)
+    value = 0x5EED
+    for position, token in enumerate(tokens):
+        value = ((value ^ (token + 1)) * 0x9E3779B97F4A7C15 + position + 1) & _MASK
+        rows[position] = (token, position, value & 0xFFFFFF, value >> 24)
+    return rows
+
+
+def logits_after(row: NDArray[np.float32], vocab: int = VOCAB) -> NDArray[np.float32]:
+    """float32[vocab] in [0, 8): the logits that follow a prefix with this last hash row."""
+    value = np.uint64(int(row[2]) + (int(row[3]) << 24))
+    mixed = mix64(np.arange(1, vocab + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + value)
+    return ((mixed >> np.uint64(40)).astype(np.float64) * (8.0 / 2**24)).astype(np.float32)
+
+
+def rollout(request: Request, eos: Collection[int] = (), max_len: int = 2**31, vocab: int = VOCAB) -> list[int]:
+    """The output the request must get, computed alone and from scratch for every token."""
+    copy = Request(request.req_id, request.prompt_tokens, params=request.params)
+    copy.seed = request.seed
+    params, sampler = copy.params, Sampler()
+    while len(copy.output_tokens) < params.max_tokens and copy.total_len < max_len:
+        logits = logits_after(prefix_hashes(copy.token_ids)[-1], vocab)
+        (token,) = sampler.sample(logits[None], [copy], eos)
+        copy.append_output(token)
+        stops = (*params.stop_token_ids, *(() if params.ignore_eos else eos))
+        if token in stops and len(copy.output_tokens) > params.min_tokens:
+            break
+    return copy.output_tokens
+
+
+class FakeExecutor:
+    """The hash model over a pool of one layer, one head and head_dim >= 4."""
+
+    def __init__(self, kv_pool: KVCachePool, vocab: int = VOCAB) -> None:
+        assert (kv_pool.num_layers, kv_pool.num_heads) == (1, 1) and kv_pool.head_dim >= 4
+        self.kv_pool = kv_pool
+        self.vocab = vocab
+        self.last_finite: NDArray[np.bool_] = np.ones(0, np.bool_)
+        self.raises: set[Any] = set()
+        self.poisoned: set[Any] = set()
+        self.transient = 0
+        self.before: Callable[[], None] | None = None
+        self.after: Callable[[], None] | None = None
+        self.mismatches: list[str] = []  # every KVMismatch: the batcher turns exceptions into failed requests
+        self.num_forwards = 0
+        self.batches: list[list[tuple[Any, int, int]]] = []  # (request id, start, count) per piece of each forward
+
+    def forward(self, batch: Batch) -> NDArray[np.float32]:
+        self.num_forwards += 1
+        self.batches.append(list(zip([r.req_id for r in batch.requests], batch.starts, batch.counts, strict=True)))
+        if self.before is not None:
+            self.before()
+        if self.transient and batch.size > 1:
+            self.transient -= 1
+            raise MemoryError("no memory for a batch of this size")
+        for request in batch.requests:
+            if request.req_id in self.raises:
+                raise ModelFault(f"request {request.req_id!r} breaks the model")
+        assert len({int(slot) for slot in batch.out_loc}) == batch.num_tokens, "two rows write one slot"
+        rows = []
+        pieces = zip(batch.requests, batch.tables, batch.starts, batch.counts, batch.sampled, strict=True)
+        for request, table, start, count, sampled in pieces:
+            end = start + count
+            expected = prefix_hashes(request.token_ids[:end])
+            poisoned = request.req_id in self.poisoned
+            self._check_prefix(request, table, expected[:start])
+            self._write(table, expected[start:] * np.float32(np.nan if poisoned else 1), start)
+            if sampled:
+                logits = logits_after(expected[-1], self.vocab)
+                rows.append(logits * np.float32(np.nan) if poisoned else logits)
+        logits = np.stack(rows) if rows else np.zeros((0, self.vocab), np.float32)
+        self.last_finite = np.isfinite(logits).all(axis=1)
+        if self.after is not None:
+            self.after()
+        return logits
+
+    def _write(self, table: Any, values: NDArray[np.float32], start: int) -> None:
+        rows = np.zeros((len(values), 1, self.kv_pool.head_dim), np.float32)
+        rows[:, 0, :4] = values
+        self.kv_pool.store_kv(rows, rows, table.slots(start, len(values)), 0)
+
+    def _check_prefix(self, request: Request, table: Any, expected: NDArray[np.float32]) -> None:
+        if not len(expected):
+            return
+        slots = table.slots(0, len(expected))
+        for name, cache in zip(("K", "V"), self.kv_pool.get_layer_cache(0), strict=True):
+            held = cache[slots // self.kv_pool.page_size, slots % self.kv_pool.page_size, 0, :4]
+            same = (held == expected) | (np.isnan(held) if request.req_id in self.poisoned else False)
+            wrong = np.flatnonzero(~same.all(axis=1))
+            if len(wrong):
+                at = int(wrong[0])
+                why = f"{name} at position {at} (slot {slots[at]}) is {held[at]}, not {expected[at]}"
+                self.mismatches.append(f"request {request.req_id!r}: {why}")
+                raise KVMismatch(self.mismatches[-1])
+
+
+class System:
+    """A whole engine around the hash model, small enough to run out of everything."""
+
+    def __init__(
+        self,
+        num_pages: int = 64,
+        page_size: int = 4,
+        chunk_size: int = 16,
+        max_batch_size: int = 8,
+        max_num_batched_tokens: int = 64,
+        cache: bool = True,
+        prefill_mgr: Any = None,
+        eos: Collection[int] = (),
+        vocab: int = VOCAB,
+        **options: Any,
+    ) -> None:
+        self.pool = KVCachePool(num_pages, page_size, 1, 1, 4) if prefill_mgr is None else prefill_mgr.kv_pool
+        self.executor = FakeExecutor(self.pool, vocab)
+        self.radix = RadixCacheManager(self.pool, enabled=cache)
+        self.prefill = prefill_mgr or ChunkedPrefillManager(self.pool, chunk_size, max_num_batched_tokens)
+        self.decode = DecodeManager(max_batch_size)
+        self.eos = frozenset(eos)
+        self.batcher = ContinuousBatcher(
+            self.executor,
+            self.radix,
+            self.prefill,
+            self.decode,
+            self.eos,
+            max_num_batched_tokens=max_num_batched_tokens,
+            vocab_size=vocab,
+            **options,
+        )
+        self.scheduler = self.batcher.scheduler
+
+    def add(self, req_id: Any, prompt: Any, max_tokens: int = 4, priority: int = 0, **params: Any) -> Request:
+        """Queue a greedy request that ignores EOS, unless told otherwise."""
+        fields = {"temperature": 0.0, "ignore_eos": True, "max_tokens": max_tokens, **params}
+        request = Request(req_id, prompt, params=SamplingParams(**fields), priority=priority)
+        self.batcher.add_request(request)
+        return request
+
+    def step(self) -> StepOutput:
+        """One step and a check of everything."""
+        output = self.batcher.step()
+        self.check()
+        return output
+
+    def check(self) -> None:
+        """Nothing disagrees, no row read another's keys, and what nobody uses or everybody may use is finite."""
+        audit(self.scheduler)
+        assert not self.executor.mismatches, self.executor.mismatches
+        cached = set(self.radix.tree_pages())
+        for cache in self.pool.get_layer_cache(0):
+            for page in np.flatnonzero(~np.isfinite(cache).all(axis=(1, 2, 3))):
+                assert self.pool.ref_count(int(page)) and page not in cached, f"page {page} is not finite"
+
+    def drain(self, limit: int = 2000) -> list[StepOutput]:
+        """Steps until nobody is live; a wedge is a failure, not a hang."""
+        outputs = []
+        while self.batcher.has_unfinished:
+            outputs.append(self.step())
+            assert len(outputs) < limit, f"{self.scheduler.pool.num_live} requests still live after {limit} steps"
+        return outputs
+
+    def expected(self, request: Request) -> list[int]:
+        return rollout(request, self.eos)
+
+    def check_nothing_is_held(self) -> None:
+        """Only the prefix tree has pages left, and they can all be had."""
+        assert self.pool.num_used_pages == len(self.radix.tree_pages())
+        assert self.radix.num_available_pages == self.pool.num_pages
+
+
+def prompt(length: int, seed: int = 0, vocab: int = VOCAB) -> list[int]:
+    return np.random.default_rng(seed).integers(0, vocab, length).tolist()
