@@ -46,7 +46,9 @@ except ImportError as missing:
     venv = ROOT / ".venv" / "bin" / "python"
     if venv.exists() and Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():
         os.execv(venv, [str(venv), *sys.argv])
-    sys.exit(f"demo.py needs the built package: {missing}\nRun `make demo`, which builds it into .venv and comes back here.")
+    sys.exit(
+        f"demo.py needs the built package: {missing}\nRun `make demo`, which builds it into .venv and comes back here."
+    )
 
 MODEL = ROOT / "models" / "tiny-gpt"
 PROMPTS = ["The function returns ", "In this chapter, we will ", "If you want to ", "A reference to "]
@@ -104,11 +106,15 @@ class Demo:
         running.append_output(5)
         batch = Batch.mixed([running], [(fresh, min(6, fresh.extend_len))])
         table = Table("row", "request", "token", "position", "gives logits")
-        names = [r.req_id for r, count in zip(batch.requests, batch.counts, strict=True) for _ in range(count)]
+        names = [
+            r.req_id for r, count in zip(batch.requests, batch.counts, strict=True) for _ in range(count)
+        ]
         for row, name in enumerate(names):
             token = int(batch.input_ids[row])
             sampled = "yes" if row in batch.sample_rows else ""
-            table.add_row(str(row), str(name), f"{token} {text_of([token])!r}", str(batch.positions[row]), sampled)
+            table.add_row(
+                str(row), str(name), f"{token} {text_of([token])!r}", str(batch.positions[row]), sampled
+            )
         self.console.print(table)
         self.console.print(
             f"running: {running.total_len} tokens known, {running.cached_len} computed, {running.extend_len} to go. "
@@ -131,7 +137,9 @@ class Demo:
         fork.adopt(tables["A"].pages)
         tables["A fork"] = fork
         fork.make_writable(len(fork) - 1)
-        self.console.print("B is done and gives its pages back; a fork of A shares its pages and copies the one it will write:")
+        self.console.print(
+            "B is done and gives its pages back; a fork of A shares its pages and copies the one it will write:"
+        )
         self.console.print(pool_grid(pool, tables))
         stats = pool.stats()
         self.console.print(
@@ -146,8 +154,12 @@ class Demo:
             "Each step is one call into C++, which runs kernels that MLIR compiled for this machine.",
         )  # fmt: skip
         engine = self.engine(kv_cache_pages=64)
-        self.console.print(f"{len(engine.executor.kernels)} kernels loaded, {engine.executor.num_threads} threads")
-        request = engine.add_request(list(self.prompts[0].encode()), SamplingParams(temperature=0, max_tokens=24))
+        self.console.print(
+            f"{len(engine.executor.kernels)} kernels loaded, {engine.executor.num_threads} threads"
+        )
+        request = engine.add_request(
+            list(self.prompts[0].encode()), SamplingParams(temperature=0, max_tokens=24)
+        )
         table = Table("step", "kind", "tokens computed", "milliseconds", "new token", "pages")
         step = 0
         while engine.has_unfinished:
@@ -158,7 +170,14 @@ class Demo:
             if step <= 8:
                 kind = "decode" if output.batch.is_decode else "prefill"
                 new = text_of(request.output_tokens[-1:])
-                table.add_row(str(step), kind, str(output.batch.num_tokens), f"{elapsed:.2f}", repr(new), str(request.kv_pages))
+                table.add_row(
+                    str(step),
+                    kind,
+                    str(output.batch.num_tokens),
+                    f"{elapsed:.2f}",
+                    repr(new),
+                    str(request.kv_pages),
+                )
         self.console.print(table)
         self.console.print(Text(self.prompts[0]) + Text(text_of(request.output_tokens), style="bold cyan"))
 
@@ -169,7 +188,10 @@ class Demo:
             "One budget of tokens per step is shared: decode rows first, the rest to chunks.",
         )  # fmt: skip
         engine = self.engine(kv_cache_pages=128, max_chunk_size=48, max_num_batched_tokens=64)
-        short = [engine.add_request(list(p.encode()), self.params(40), req_id=f"chat {i}") for i, p in enumerate(self.prompts[:2])]
+        short = [
+            engine.add_request(list(p.encode()), self.params(40), req_id=f"chat {i}")
+            for i, p in enumerate(self.prompts[:2])
+        ]
         for _ in range(3):
             engine.step()
         long_prompt = (" ".join(self.prompts) * 8).encode()[:300]
@@ -204,7 +226,10 @@ class Demo:
         )  # fmt: skip
         engine = self.engine(kv_cache_pages=128, max_batch_size=4)
         waiting = [*self.prompts, *PROMPTS][: max(5, len(self.prompts))]
-        requests = [engine.add_request(list(p.encode()), self.params(60 + 25 * (i % 3))) for i, p in enumerate(waiting)]
+        requests = [
+            engine.add_request(list(p.encode()), self.params(60 + 25 * (i % 3)))
+            for i, p in enumerate(waiting)
+        ]
         begin = time.perf_counter()
         if self.options.non_interactive:
             while engine.has_unfinished:
@@ -217,7 +242,9 @@ class Demo:
                     live.update(texts(requests))
                     time.sleep(0.02)  # slow enough to watch
         tokens = sum(len(request.output_tokens) for request in requests)
-        self.console.print(f"{tokens} tokens for {len(requests)} requests in {time.perf_counter() - begin:.2f} s")
+        self.console.print(
+            f"{tokens} tokens for {len(requests)} requests in {time.perf_counter() - begin:.2f} s"
+        )
 
     def phase6(self) -> None:
         self.heading(
@@ -226,15 +253,23 @@ class Demo:
             "Thirty-two requests at once, and an audit of every page at the end.",
         )  # fmt: skip
         engine = self.engine(kv_cache_pages=512, max_chunk_size=64)
-        prompts = [list((self.prompts[i % len(self.prompts)] + PROMPTS[i % 4] * (i % 5)).encode()) for i in range(32)]
+        prompts = [
+            list((self.prompts[i % len(self.prompts)] + PROMPTS[i % 4] * (i % 5)).encode()) for i in range(32)
+        ]
         begin = time.perf_counter()
         finished = engine.generate(prompts, self.params(64))
         elapsed = time.perf_counter() - begin
         for request in finished[:3]:
-            self.console.print(Text(text_of(request.prompt_tokens)) + Text(text_of(request.output_tokens), style="bold cyan"))
+            self.console.print(
+                Text(text_of(request.prompt_tokens)) + Text(text_of(request.output_tokens), style="bold cyan")
+            )
         engine.audit()
         tokens = sum(len(request.output_tokens) for request in finished)
-        table = Table("statistic", "value", title=f"{tokens} tokens in {elapsed:.2f} s: {tokens / elapsed:,.0f} tokens/s; audit clean")
+        table = Table(
+            "statistic",
+            "value",
+            title=f"{tokens} tokens in {elapsed:.2f} s: {tokens / elapsed:,.0f} tokens/s; audit clean",
+        )
         for name, value in engine.get_stats().items():
             table.add_row(name, f"{value:,.2f}" if isinstance(value, float) else str(value))
         self.console.print(table)
@@ -250,7 +285,9 @@ def pool_grid(pool: KVCachePool, tables: dict[str, PageTable]) -> Panel:
     for page in range(pool.num_pages):
         held = owners.get(page, [])
         style = f"black on {COLOURS[held[0] % len(COLOURS)]}" if held else "dim"
-        cells.append(Text(f"{page:3d}{'x' + str(pool.ref_count(page)) if len(held) > 1 else '  '}", style=style))
+        cells.append(
+            Text(f"{page:3d}{'x' + str(pool.ref_count(page)) if len(held) > 1 else '  '}", style=style)
+        )
     legend = Text("  ").join(
         Text(f" {name}: {list(table.pages)} ", style=f"black on {COLOURS[i % len(COLOURS)]}")
         for i, (name, table) in enumerate(tables.items())
@@ -283,7 +320,9 @@ def draw_tree(tree: RadixCache) -> Tree:
     for _, node in tree.walk():
         tokens = np.frombuffer(node.key, dtype=np.int32).tolist()
         label = Text(f"{text_of(tokens)!r}", style="cyan")
-        label.append(f"  pages {node.pages}" + (f"  pinned x{node.pin_count}" if node.is_pinned else ""), style="dim")
+        label.append(
+            f"  pages {node.pages}" + (f"  pinned x{node.pin_count}" if node.is_pinned else ""), style="dim"
+        )
         at[node.node_id] = at.get(node.parent, drawn).add(label)
     return drawn
 
@@ -300,7 +339,9 @@ def texts(requests: list[Request]) -> Group:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--non-interactive", action="store_true", help="do not stop between phases")
     parser.add_argument("--prompt", action="append", help="a prompt of your own; may be given several times")
     parser.add_argument("--phase", type=int, choices=range(7), help="show one phase only")

@@ -30,7 +30,9 @@ except ImportError as missing:
     venv = ROOT / ".venv" / "bin" / "python"
     if venv.exists() and Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():
         os.execv(venv, [str(venv), *sys.argv])
-    sys.exit(f"test_all.py needs the test environment: {missing}\nRun `make test`, which installs it into .venv.")
+    sys.exit(
+        f"test_all.py needs the test environment: {missing}\nRun `make test`, which installs it into .venv."
+    )
 
 PHASES = [
     "requests and batches",
@@ -113,7 +115,9 @@ def phase_of(nodeid: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--phase", type=int, choices=range(len(PHASES)), help="one phase only")
     parser.add_argument("-v", "--verbose", action="store_true", help="say what each check is about")
     options = parser.parse_args()

@@ -47,7 +47,9 @@ def table(results: dict[str, Any]) -> str:
     where = results["machine"]
     isa = ", ".join(where["isa"])
     lines.append("")
-    lines.append(f"{where['cores']} cores of {where['cpu']} ({isa}), Python {where['python']}; `make bench` measures it anew.")
+    lines.append(
+        f"{where['cores']} cores of {where['cpu']} ({isa}), Python {where['python']}; `make bench` measures it anew."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -74,14 +76,22 @@ def figure(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="fail when README.md differs from the results file")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="fail when README.md differs from the results file"
+    )
     check = parser.parse_args().check
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     text = README.read_text(encoding="utf-8")
     updated = BLOCK.sub(lambda match: match.group(1) + table(results) + match.group(2), text)
     if check:
-        sys.exit(0 if updated == text else "README.md does not show bench/results/engine.json: run python -m bench.report")
+        sys.exit(
+            0
+            if updated == text
+            else "README.md does not show bench/results/engine.json: run python -m bench.report"
+        )
     README.write_text(updated, encoding="utf-8")
     FIGURE.write_text(figure(results), encoding="utf-8")
 

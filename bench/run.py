@@ -24,7 +24,15 @@ from typing import Any
 import numpy as np
 
 from bench import workload
-from nanoserve import Batch, ModelConfig, NanoServingEngine, PageTable, Request, SamplingParams, random_weights
+from nanoserve import (
+    Batch,
+    ModelConfig,
+    NanoServingEngine,
+    PageTable,
+    Request,
+    SamplingParams,
+    random_weights,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -52,7 +60,9 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     return result.stdout.strip() or "unknown"
 
 
@@ -178,7 +188,9 @@ def prefix_cache(rounds: int) -> dict[str, Any]:
         engine.reset_stats()
         answers[name] = [conversation.answers for conversation in workload.serve(engine, description)]
 
-    seconds = interleaved(max(2, rounds // 2), {"on": lambda: play("on", on), "off": lambda: play("off", off)})
+    seconds = interleaved(
+        max(2, rounds // 2), {"on": lambda: play("on", on), "off": lambda: play("off", off)}
+    )
     assert answers["on"] == answers["off"], "the cache changed an answer"
     stats = on.get_stats()
     return {
@@ -238,7 +250,10 @@ print(imported - begin, built - imported, time.perf_counter() - built, stats().c
 def start_up(rounds: int) -> dict[str, Any]:
     """The shipped model from a new process, with an empty and with a filled kernel cache."""
     cold, warm = [], []
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]),
+    }
     for _ in range(max(2, rounds // 2)):
         with tempfile.TemporaryDirectory() as cache:
             os.chmod(cache, 0o700)
@@ -260,10 +275,16 @@ def start_up(rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds of the throughput measurement")
     rounds = parser.parse_args().rounds
-    results: dict[str, Any] = {"command": f"python -m bench.run --rounds {rounds}", "commit": commit(), "machine": machine()}
+    results: dict[str, Any] = {
+        "command": f"python -m bench.run --rounds {rounds}",
+        "commit": commit(),
+        "machine": machine(),
+    }
     for name, measure in (
         ("throughput", lambda: throughput(rounds)),
         ("longer_context", lambda: longer_context(rounds)),

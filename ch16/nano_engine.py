@@ -3,8 +3,10 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "python"))  # a checkout that is built but not installed
+sys.path.append(
+    str(Path(__file__).resolve().parent.parent / "python")
+)  # a checkout that is built but not installed
 
-from nanoserve import LLM, NanoServingEngine, Request, SamplingParams  # noqa: E402
+from nanoserve import LLM, NanoServingEngine, Request, SamplingParams
 
 __all__ = ["LLM", "NanoServingEngine", "Request", "SamplingParams"]

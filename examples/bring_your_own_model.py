@@ -12,7 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nanoserve import KVCachePool, Request, SamplingParams, Scheduler, SchedulerOutput, paged_attention, write_kv
+from nanoserve import (
+    KVCachePool,
+    Request,
+    SamplingParams,
+    Scheduler,
+    SchedulerOutput,
+    paged_attention,
+    write_kv,
+)
 
 VOCAB, WIDTH, HEADS, LAYERS, LENGTH = 256, 64, 4, 2, 512
 
@@ -61,7 +69,9 @@ def serve(model: Model, scheduler: Scheduler, requests: list[Request]) -> None:
 
 def main() -> None:
     torch.manual_seed(0)
-    pool = KVCachePool(num_pages=64, page_size=16, num_layers=LAYERS, num_heads=HEADS, head_dim=WIDTH // HEADS)
+    pool = KVCachePool(
+        num_pages=64, page_size=16, num_layers=LAYERS, num_heads=HEADS, head_dim=WIDTH // HEADS
+    )
     scheduler = Scheduler(pool, vocab_size=VOCAB, max_model_len=LENGTH)
     system = list(b"You are a model with random weights. ")
     questions = (b"Who are you?", b"What is a page?", b"Say something.")

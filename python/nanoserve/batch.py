@@ -52,7 +52,9 @@ class Batch:
         for request, count in pieces:
             left = request.extend_len
             if not 1 <= count <= left:
-                raise ValueError(f"batch: request {request.req_id!r} has {left} tokens to compute, asked for {count}")
+                raise ValueError(
+                    f"batch: request {request.req_id!r} has {left} tokens to compute, asked for {count}"
+                )
             start = request.cached_len
             if count != 1 or start < request.num_prompt_tokens:
                 self._decode_only = False

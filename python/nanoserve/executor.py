@@ -23,7 +23,17 @@ from nanoserve.batch import Batch
 from nanoserve.kernels import attention, embedding, gated, gemm, kv_write, norm
 from nanoserve.kernels.library import KernelSpec, load_kernels
 from nanoserve.models.config import ModelConfig
-from nanoserve.models.decoder import Attention, Embedding, Gated, Gemm, KvWrite, Norm, Op, buffers, forward_ops
+from nanoserve.models.decoder import (
+    Attention,
+    Embedding,
+    Gated,
+    Gemm,
+    KvWrite,
+    Norm,
+    Op,
+    buffers,
+    forward_ops,
+)
 from nanoserve.models.weights import bind_weights, load_weights, random_weights
 from nanoserve.native import KVCachePool, StepExecutor, ThreadPool
 
@@ -93,7 +103,12 @@ class ModelExecutor:
             float32[R, vocab], a fresh array; `last_finite` tells which rows are finite throughout.
         """
         logits, self.last_finite = self._native.forward(
-            batch.input_ids, batch.tables, batch.starts, batch.counts, batch.sample_rows, self.config.vocab_size
+            batch.input_ids,
+            batch.tables,
+            batch.starts,
+            batch.counts,
+            batch.sample_rows,
+            self.config.vocab_size,
         )
         result: NDArray[np.float32] = logits
         return result
@@ -129,27 +144,50 @@ class ModelExecutor:
         config, strides = self.config, self._strides
         match op:
             case Embedding():
-                spec = embedding.embedding_spec(config.n_embd, strides[op.out], positions=op.pos_table is not None)
+                spec = embedding.embedding_spec(
+                    config.n_embd, strides[op.out], positions=op.pos_table is not None
+                )
                 args: list[Arg] = [("ids",), ("positions",), self._weight(self._tensors[op.table])]
                 if op.pos_table:
                     args.append(self._weight(self._tensors[op.pos_table]))
-                return _Bound("embedding", (spec,), [*args, self._buffer(op.out)], "rows", {"cost_per_unit": config.n_embd})
+                return _Bound(
+                    "embedding",
+                    (spec,),
+                    [*args, self._buffer(op.out)],
+                    "rows",
+                    {"cost_per_unit": config.n_embd},
+                )
             case Norm():
                 spec = norm.norm_spec(
                     config.norm, config.n_embd, strides[op.x], strides[op.out], config.norm_eps,
                     bias=op.bias is not None, gather=op.gather,
                 )  # fmt: skip
-                args = [self._buffer(op.x), *([("sample_rows",)] if op.gather else []), self._weight(self._tensors[op.weight])]
+                args = [
+                    self._buffer(op.x),
+                    *([("sample_rows",)] if op.gather else []),
+                    self._weight(self._tensors[op.weight]),
+                ]
                 if op.bias:
                     args.append(self._weight(self._tensors[op.bias]))
                 domain = "samples" if op.gather else "rows"
-                return _Bound(op.weight, (spec,), [*args, self._buffer(op.out)], domain, {"cost_per_unit": 4 * config.n_embd})
+                return _Bound(
+                    op.weight,
+                    (spec,),
+                    [*args, self._buffer(op.out)],
+                    domain,
+                    {"cost_per_unit": 4 * config.n_embd},
+                )
             case Gemm():
                 return self._bind_gemm(op)
             case KvWrite():
                 rotary = config.dim_per_head if op.rope else 0
                 spec = kv_write.kv_write_spec(
-                    config.n_head, config.kv_heads, config.dim_per_head, self.kv_pool.page_size, strides[op.qkv], rotary
+                    config.n_head,
+                    config.kv_heads,
+                    config.dim_per_head,
+                    self.kv_pool.page_size,
+                    strides[op.qkv],
+                    rotary,
                 )
                 args = [self._buffer(op.qkv)]
                 if rotary:
@@ -162,7 +200,13 @@ class ModelExecutor:
                 return self._bind_attention(op)
             case Gated():
                 spec = gated.gated_spec(op.cols, op.activation, strides[op.x], strides[op.out])
-                return _Bound("gated", (spec,), [self._buffer(op.x), self._buffer(op.out)], "rows", {"cost_per_unit": 16 * op.cols})
+                return _Bound(
+                    "gated",
+                    (spec,),
+                    [self._buffer(op.x), self._buffer(op.out)],
+                    "rows",
+                    {"cost_per_unit": 16 * op.cols},
+                )
 
     def _bind_gemm(self, op: Gemm) -> _Bound:
         spec = gemm.gemm_spec(
@@ -196,7 +240,14 @@ class ModelExecutor:
             )
             for rows in (small, large)
         )  # fmt: skip
-        args: list[Arg] = [self._buffer(op.qkv), ("k", op.layer), ("v", op.layer), ("table",), ("items",), self._buffer(op.out)]
+        args: list[Arg] = [
+            self._buffer(op.qkv),
+            ("k", op.layer),
+            ("v", op.layer),
+            ("table",),
+            ("items",),
+            self._buffer(op.out),
+        ]
         options = {"small_rows": small, "large_rows": large, "group": group, "kv_heads": config.kv_heads}
         return _Bound(f"layers.{op.layer}.attention", specs, args, "attention", options)
 
@@ -205,7 +256,14 @@ class ModelExecutor:
         if bound.domain == "attention":
             o = bound.options
             self._native.attention(
-                bound.name, addresses[0], o["small_rows"], addresses[1], o["large_rows"], bound.args, o["group"], o["kv_heads"]
+                bound.name,
+                addresses[0],
+                o["small_rows"],
+                addresses[1],
+                o["large_rows"],
+                bound.args,
+                o["group"],
+                o["kv_heads"],
             )
         else:
             self._native.op(bound.name, addresses[0], bound.args, bound.domain, **bound.options)
@@ -220,4 +278,6 @@ def _check_pool(config: ModelConfig, pool: KVCachePool) -> None:
         if held != needed:
             raise ValueError(f"kv_pool: {name} is {held}, the model needs {needed}")
     if pool.page_size % 16:
-        raise ValueError(f"kv_pool: page_size {pool.page_size} must be a multiple of 16, the width of a vector of scores")
+        raise ValueError(
+            f"kv_pool: page_size {pool.page_size} must be a multiple of 16, the width of a vector of scores"
+        )

@@ -98,7 +98,9 @@ class LLM:
             ValueError: naming the prompt, the field, its value and its limit.
         """
         listed: Sequence[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else prompts
-        finished = self.engine.generate([self.encode(p) if isinstance(p, str) else p for p in listed], sampling_params)
+        finished = self.engine.generate(
+            [self.encode(p) if isinstance(p, str) else p for p in listed], sampling_params
+        )
         return [
             RequestOutput(
                 prompt=prompt if isinstance(prompt, str) else list(prompt),
@@ -114,7 +116,9 @@ class LLM:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
         if not self._byte_level:
-            raise ValueError("prompts: this checkpoint's tokenizer is not supported yet, give token ids instead of text")
+            raise ValueError(
+                "prompts: this checkpoint's tokenizer is not supported yet, give token ids instead of text"
+            )
         return list(text.encode("utf-8"))
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -85,10 +85,14 @@ class NanoServingEngine:
                 "every running request computes a token per step"
             )
         if max_model_len is not None and not 1 <= max_model_len <= config.max_seq_len:
-            raise ValueError(f"max_model_len: {max_model_len} must be in [1, {config.max_seq_len}], what the model knows")
+            raise ValueError(
+                f"max_model_len: {max_model_len} must be in [1, {config.max_seq_len}], what the model knows"
+            )
         self.config = config
         self.eos_token_ids = _eos_ids(config, eos_token_id)
-        self.kv_pool = KVCachePool(kv_cache_pages, page_size, config.n_layer, config.kv_heads, config.dim_per_head)
+        self.kv_pool = KVCachePool(
+            kv_cache_pages, page_size, config.n_layer, config.kv_heads, config.dim_per_head
+        )
         self.executor = ModelExecutor(
             config,
             weights,
@@ -194,7 +198,9 @@ def _eos_ids(config: ModelConfig, given: int | Iterable[int] | None) -> tuple[in
     return tuple(int(token) for token in ids)
 
 
-def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
+def _per_prompt(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> Sequence[SamplingParams]:
     if params is None:
         params = SamplingParams()
     if isinstance(params, SamplingParams):

@@ -70,7 +70,9 @@ def paged_attention(
     small, large = attention.row_tiles(heads // pool.num_heads)
     row = heads * head_dim
     specs = [
-        attention.attention_spec(heads, pool.num_heads, head_dim, pool.page_size, row, row, rows, scale=factor)
+        attention.attention_spec(
+            heads, pool.num_heads, head_dim, pool.page_size, row, row, rows, scale=factor
+        )
         for rows in (small, large)
     ]
     addresses = load_kernels(specs)

@@ -85,7 +85,11 @@ class Request:
         priority: int = 0,
     ) -> None:
         if params is None:
-            given: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "ignore_eos": ignore_eos}
+            given: dict[str, Any] = {
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "ignore_eos": ignore_eos,
+            }
             params = SamplingParams(**{name: value for name, value in given.items() if value is not None})
         self.req_id = req_id
         self.prompt_tokens = _checked_tokens(prompt_tokens)
@@ -100,7 +104,9 @@ class Request:
         self.cached_len = cached_len
         self.prefix_hit_len = 0  # tokens the prefix cache gave at the latest admission
         self.prefix_counted = False  # its first admission is in the cache statistics
-        self.validated_len = 0  # leading tokens known to have led to finite logits: only these may enter the tree
+        self.validated_len = (
+            0  # leading tokens known to have led to finite logits: only these may enter the tree
+        )
         self.output_tokens: list[int] = []
         self.token_ids = array("i", self.prompt_tokens)  # prompt + output, the copy that is sliced and hashed
         self.page_table: PageTable | None = None

@@ -34,7 +34,15 @@ MAX_TOKENS = 2**31 - 1  # positions are int32
 MAX_STOP_IDS = 256
 
 # Checked but not implemented: only the default is accepted. An issue that implements a field deletes its row.
-UNSUPPORTED = ("stop", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "n")
+UNSUPPORTED = (
+    "stop",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "logprobs",
+    "n",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, stdin=subprocess.DEVNULL
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
 
 
@@ -28,7 +34,9 @@ def test_demo_walks_through_all_phases_with_the_users_prompt() -> None:
     assert "every page is accounted for" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--prompt", ""], ["--temperature", "-1"], ["--phase", "9"], ["--prompt", "x" * 600]])
+@pytest.mark.parametrize(
+    "arguments", [["--prompt", ""], ["--temperature", "-1"], ["--phase", "9"], ["--prompt", "x" * 600]]
+)
 def test_demo_refuses_bad_input_in_one_line(arguments: list[str]) -> None:
     """No traceback, an exit code, and the field's name."""
     done = run("demo.py", "--non-interactive", *arguments)
@@ -54,13 +62,24 @@ def test_test_all_counts_honestly() -> None:
         ("import pytest; pytest.skip('no reason at all'); assert 1", "1 skipped", 0),
     ],
 )
-def test_test_all_reports_failures_skips_and_empty_checks(tmp_path: Path, body: str, words: str, code: int) -> None:
+def test_test_all_reports_failures_skips_and_empty_checks(
+    tmp_path: Path, body: str, words: str, code: int
+) -> None:
     """A failing, an empty and a skipped check are told apart, and none of them is a pass."""
     (tmp_path / "tests" / "phase0").mkdir(parents=True)
-    (tmp_path / "tests" / "phase0" / "test_one.py").write_text(f"def test_one():\n    {body}\n", encoding="utf-8")
-    (tmp_path / "test_all.py").write_text((ROOT / "test_all.py").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "tests" / "phase0" / "test_one.py").write_text(
+        f"def test_one():\n    {body}\n", encoding="utf-8"
+    )
+    (tmp_path / "test_all.py").write_text(
+        (ROOT / "test_all.py").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     done = subprocess.run(
-        [sys.executable, "test_all.py", "--phase", "0"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "test_all.py", "--phase", "0"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert words in done.stdout
     assert "0 passed" in done.stdout

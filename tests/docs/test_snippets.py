@@ -28,7 +28,9 @@ def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.Mo
     found = blocks(document)
     assert found, f"{document} has no Python block"
     weights = random_weights(ModelConfig(vocab_size=256, n_layer=2, n_head=4, n_embd=64))
-    torch.save({name: torch.from_numpy(array.copy()) for name, array in weights.items()}, tmp_path / "model.pt")
+    torch.save(
+        {name: torch.from_numpy(array.copy()) for name, array in weights.items()}, tmp_path / "model.pt"
+    )
     (tmp_path / "models").symlink_to(ROOT / "models")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "ch16"))

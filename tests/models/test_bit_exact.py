@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.recording import RecordingExecutor, greedy, record
 
 from nanoserve import ModelConfig, NanoServingEngine, SamplingParams, random_weights
 from nanoserve.batch import Batch
+from support.recording import RecordingExecutor, greedy, record
 
 NUM_OUTPUT = 6
 CONFIGS = {
@@ -29,7 +29,10 @@ Rows = dict[int, np.ndarray]
 
 @cache
 def weights(name: str) -> Any:
-    return {key: value * 8 if value.ndim == 2 else value for key, value in random_weights(CONFIGS[name], seed=3).items()}
+    return {
+        key: value * 8 if value.ndim == 2 else value
+        for key, value in random_weights(CONFIGS[name], seed=3).items()
+    }
 
 
 def make_engine(name: str, **options: Any) -> tuple[NanoServingEngine, RecordingExecutor]:
@@ -67,7 +70,9 @@ def test_company_chunks_and_threads(name: str, chunk: int, threads: int) -> None
     finished = engine.generate(prompts, greedy(NUM_OUTPUT, ignore_eos=True))
     for i, request in enumerate(finished):
         what = f"{name}, chunk {chunk}, {threads} threads, request {i}"
-        assert_same_bits(alone(name, lengths[i], i), request.output_tokens, recorder.rows[request.req_id], what)
+        assert_same_bits(
+            alone(name, lengths[i], i), request.output_tokens, recorder.rows[request.req_id], what
+        )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -80,7 +85,9 @@ def test_cache_miss_hit_and_full_hit(name: str, length: int) -> None:
     for _ in range(3):
         request = engine.generate([prompt], greedy(NUM_OUTPUT, ignore_eos=True))[0]
         hits.append(request.prefix_hit_len)
-        assert_same_bits(alone(name, length, 1), request.output_tokens, recorder.rows[request.req_id], f"hit {hits[-1]}")
+        assert_same_bits(
+            alone(name, length, 1), request.output_tokens, recorder.rows[request.req_id], f"hit {hits[-1]}"
+        )
         engine.audit()
     assert hits[0] == 0
     if length >= 16:
@@ -98,7 +105,9 @@ def test_cache_miss_hit_and_full_hit(name: str, length: int) -> None:
 @pytest.mark.parametrize("prefix_cache", [False, True])
 def test_preemption(name: str, prefix_cache: bool) -> None:
     """A pool too small for everyone: requests lose their pages, start over, and give the same bits."""
-    engine, recorder = make_engine(name, kv_cache_pages=12, max_chunk_size=16, enable_prefix_cache=prefix_cache)
+    engine, recorder = make_engine(
+        name, kv_cache_pages=12, max_chunk_size=16, enable_prefix_cache=prefix_cache
+    )
     lengths = [40, 41, 55, 30, 62, 33, 47, 58]
     prompts = [prompt_of(name, length, i) for i, length in enumerate(lengths)]
     finished = engine.generate(prompts, greedy(40, ignore_eos=True))
@@ -107,7 +116,9 @@ def test_preemption(name: str, prefix_cache: bool) -> None:
         roomy, roomy_recorder = make_engine(name, enable_prefix_cache=False)
         other = roomy.generate([prompts[i]], greedy(40, ignore_eos=True))[0]
         expected = (other.output_tokens, roomy_recorder.rows[other.req_id])
-        assert_same_bits(expected, request.output_tokens, recorder.rows[request.req_id], f"{name}, request {i}")
+        assert_same_bits(
+            expected, request.output_tokens, recorder.rows[request.req_id], f"{name}, request {i}"
+        )
     engine.audit()
 
 
@@ -131,7 +142,9 @@ def test_any_schedule(data: st.DataObject) -> None:
     finished = engine.generate([prompt_of(name, *job) for job in jobs], greedy(NUM_OUTPUT, ignore_eos=True))
     for job, request in zip(jobs, finished, strict=True):
         expected = alone(name, *job)
-        assert_same_bits(expected, request.output_tokens, recorder.rows[request.req_id], f"{name} {options} {job}")
+        assert_same_bits(
+            expected, request.output_tokens, recorder.rows[request.req_id], f"{name} {options} {job}"
+        )
     engine.audit()
 
 
@@ -162,6 +175,10 @@ def test_a_mutant_that_rounds_by_batch_size_is_caught() -> None:
     mutant = BatchDependentExecutor(engine.executor)
     recorder = RecordingExecutor(mutant)
     engine.batcher.executor = recorder
-    finished = engine.generate([prompt_of("gpt2", 20, i) for i in range(2)], greedy(NUM_OUTPUT, ignore_eos=True))
+    finished = engine.generate(
+        [prompt_of("gpt2", 20, i) for i in range(2)], greedy(NUM_OUTPUT, ignore_eos=True)
+    )
     with pytest.raises(AssertionError, match="bits differ"):
-        assert_same_bits(alone("gpt2", 20, 0), finished[0].output_tokens, recorder.rows[finished[0].req_id], "mutant")
+        assert_same_bits(
+            alone("gpt2", 20, 0), finished[0].output_tokens, recorder.rows[finished[0].req_id], "mutant"
+        )

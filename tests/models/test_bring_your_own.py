@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bring_your_own_model", ROOT / "examples" / "bring_your_own_model.py")
+    spec = importlib.util.spec_from_file_location(
+        "bring_your_own_model", ROOT / "examples" / "bring_your_own_model.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -53,7 +55,10 @@ def test_a_torch_model_is_served_with_the_tokens_it_gives_alone(example: ModuleT
     generator = np.random.default_rng(0)
     system = generator.integers(0, 256, 40).tolist()
     prompts = [system + generator.integers(0, 256, int(generator.integers(1, 60))).tolist() for _ in range(8)]
-    requests = [Request(i, prompt, params=SamplingParams(temperature=0, max_tokens=10)) for i, prompt in enumerate(prompts)]
+    requests = [
+        Request(i, prompt, params=SamplingParams(temperature=0, max_tokens=10))
+        for i, prompt in enumerate(prompts)
+    ]
     example.serve(model, scheduler, requests)
     for prompt, request in zip(prompts, requests, strict=True):
         assert request.output_tokens == dense_greedy(model, example, prompt, 10)
@@ -104,7 +109,7 @@ def test_paged_calls_refuse_what_does_not_fit() -> None:
         (lambda: paged_attention(q.astype(np.float64), pool, 0, ok, [0], [1]), "float64"),
         (lambda: paged_attention(q[:, :3], pool, 0, ok, [0], [1]), "heads"),
         (lambda: paged_attention(q, pool, 0, np.array([[9]], np.int32), [0], [1]), "9"),
-        (lambda: paged_attention(q, pool, 0, ok, [16], [1]), "16"),
+        (lambda: paged_attention(q, pool, 0, ok, [16], [1]), "17 tokens"),
         (lambda: paged_attention(q, pool, 0, ok, [0], [2]), "2"),
         (lambda: paged_attention(q, pool, 5, ok, [0], [1]), "5"),
         (lambda: write_kv(q[:, :2], q[:, :2], pool, 0, [64]), "64"),

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from nanoserve import ModelConfig, NanoServingEngine, load_weights
 from support.oracle import SHAPES, make_checkpoint, oracle_logits
 from support.recording import greedy, record
 
-from nanoserve import ModelConfig, NanoServingEngine, load_weights
-
 NUM_PROMPTS, NUM_OUTPUT = 200, 8
-SCHEDULES = list(itertools.product((1, 32), (7, 64, 512), (False, True)))  # batch size, chunk size, prefix cache
+SCHEDULES = list(
+    itertools.product((1, 32), (7, 64, 512), (False, True))
+)  # batch size, chunk size, prefix cache
 
 
 @pytest.fixture(scope="module", params=sorted(SHAPES))

@@ -47,7 +47,11 @@ def test_round_trip_of_every_float_type(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "data", "words"),
     [
-        ({"a": entry(offsets=(0, 16))}, bytes(8), "data_offsets [0, 16] must lie in order within the 8 data bytes"),
+        (
+            {"a": entry(offsets=(0, 16))},
+            bytes(8),
+            "data_offsets [0, 16] must lie in order within the 8 data bytes",
+        ),
         ({"a": entry(offsets=(8, 0))}, bytes(8), "must lie in order"),
         ({"a": entry(offsets=(-8, 0))}, bytes(8), "must be two counts"),
         ({"a": entry(shape=(3,))}, bytes(8), "8 bytes, F32 [3] takes 12"),
@@ -56,8 +60,16 @@ def test_round_trip_of_every_float_type(tmp_path: Path) -> None:
         ({"a": entry(shape=(2.0,))}, bytes(8), "must be at most 8 counts"),
         ({"a": entry(shape=(True, 2))}, bytes(8), "must be at most 8 counts"),
         ({"a": entry(dtype="F31")}, bytes(8), "dtype 'F31' must be one of"),
-        ({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12), "'b' begins at 4, inside 'a' that ends at 8"),
-        ({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20), "bytes [8, 12) before tensor 'b' belong to no tensor"),
+        (
+            {"a": entry(), "b": entry(offsets=(4, 12))},
+            bytes(12),
+            "'b' begins at 4, inside 'a' that ends at 8",
+        ),
+        (
+            {"a": entry(), "b": entry(offsets=(12, 20))},
+            bytes(20),
+            "bytes [8, 12) before tensor 'b' belong to no tensor",
+        ),
         ({"a": entry()}, bytes(12), "header describes 8 data bytes, the file holds 12"),
         ({"a": {"dtype": "F32", "shape": [2]}}, bytes(8), "must have exactly dtype, shape and data_offsets"),
         ({"a": 7}, bytes(8), "must have exactly"),
@@ -92,7 +104,9 @@ def test_truncated_and_absurd_lengths(tmp_path: Path) -> None:
 @given(data=st.data())
 def test_mutated_files_never_crash(tmp_path: Path, data: st.DataObject) -> None:
     """Random byte edits, cuts and insertions: the reader returns tensors or a CheckpointError, nothing else."""
-    good = write(tmp_path / "good.safetensors", {"a": entry(), "b": entry("F16", (2, 2), (8, 16))}, bytes(16)).read_bytes()
+    good = write(
+        tmp_path / "good.safetensors", {"a": entry(), "b": entry("F16", (2, 2), (8, 16))}, bytes(16)
+    ).read_bytes()
     raw = bytearray(good)
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, max(0, len(raw) - 1)))
@@ -127,7 +141,11 @@ def test_missing_and_unexpected_tensors_are_listed() -> None:
     ("name", "array", "words"),
     [
         ("wte.weight", np.zeros((11, 9), np.float32), r"shape \(11, 9\), the config needs \(11, 8\)"),
-        ("h.0.attn.c_attn.weight", np.zeros((24, 8), np.float32), r"shape \(24, 8\), the config needs \(8, 24\)"),
+        (
+            "h.0.attn.c_attn.weight",
+            np.zeros((24, 8), np.float32),
+            r"shape \(24, 8\), the config needs \(8, 24\)",
+        ),
         ("h.0.mlp.c_fc.bias", np.zeros((32, 1), np.float32), "2 dimensions"),
         ("wpe.weight", np.zeros((8, 8), np.float32), r"shape \(8, 8\), the config needs \(16, 8\)"),
         ("ln_f.weight", np.zeros(8, np.int64), "dtype int64, must be floating point"),
@@ -164,7 +182,10 @@ def shard(directory: Path) -> Path:
 @pytest.mark.parametrize(
     ("index", "words"),
     [
-        ({"weight_map": {"a": "one.safetensors", "b": "../two.safetensors"}}, "must be a file name beside the index"),
+        (
+            {"weight_map": {"a": "one.safetensors", "b": "../two.safetensors"}},
+            "must be a file name beside the index",
+        ),
         ({"weight_map": {"a": "one.safetensors", "b": "gone.safetensors"}}, "no such file"),
         ({"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}, "tensors are in no shard"),
         ({"weight_map": {"b": "one.safetensors"}}, "is not what"),
@@ -246,8 +267,14 @@ def test_config_fields_are_understood_or_refused(tmp_path: Path, change: dict[st
     ("change", "words"),
     [
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling: .* is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters: .* only rope_type 'default'"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": 2}}, "field 'factor' is not understood"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+            "rope_parameters: .* only rope_type 'default'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": 2}},
+            "field 'factor' is not understood",
+        ),
         ({"num_key_value_heads": 3}, "n_kv_head: 3 must divide n_head=4"),
         ({"pretraining_tp": 2}, "pretraining_tp: 2 is not supported"),
         ({"hidden_size": None}, "missing hidden_size"),
@@ -260,7 +287,12 @@ def test_llama_config_fields(change: dict[str, Any], words: str) -> None:
     good = {"model_type": "llama", "vocab_size": 11, "num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 16,
             "num_key_value_heads": 2, "intermediate_size": 20, "rope_theta": 5e5}  # fmt: skip
     config = config_from_dict(good)
-    assert (config.rope_theta, config.kv_heads, config.gated_mlp, config.tie_embeddings) == (5e5, 2, True, False)
+    assert (config.rope_theta, config.kv_heads, config.gated_mlp, config.tie_embeddings) == (
+        5e5,
+        2,
+        True,
+        False,
+    )
     with pytest.raises(CheckpointError, match=words):
         config_from_dict({**good, **change})
 

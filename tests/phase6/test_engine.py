@@ -9,10 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 from bench import workload
+
+from nanoserve import (
+    LLM,
+    ModelConfig,
+    NanoServingEngine,
+    RequestRefused,
+    SamplingParams,
+    load_weights,
+    random_weights,
+)
 from support.oracle import load_oracle, make_checkpoint
 from support.recording import greedy
-
-from nanoserve import LLM, ModelConfig, NanoServingEngine, RequestRefused, SamplingParams, load_weights, random_weights
 
 CONFIG = ModelConfig(vocab_size=256, n_layer=2, n_head=4, n_embd=64)
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +28,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def weights() -> Any:
-    return {name: array * 6 if array.ndim == 2 else array for name, array in random_weights(CONFIG, seed=1).items()}
+    return {
+        name: array * 6 if array.ndim == 2 else array
+        for name, array in random_weights(CONFIG, seed=1).items()
+    }
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -64,14 +75,20 @@ def test_many_prompts_come_back_in_prompt_order(weights: Any) -> None:
     finished = engine.generate(prompts, greedy(6))
     assert [request.prompt_tokens for request in finished] == prompts
     alone = NanoServingEngine(CONFIG, weights, max_batch_size=1, enable_prefix_cache=False)
-    assert [r.output_tokens for r in finished] == [r.output_tokens for r in alone.generate(prompts, greedy(6))]
+    assert [r.output_tokens for r in finished] == [
+        r.output_tokens for r in alone.generate(prompts, greedy(6))
+    ]
 
 
-def test_the_chapters_example_runs_as_printed(weights: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chapters_example_runs_as_printed(
+    weights: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The usage example of the README with ch16/ on the path and a torch state dict."""
     import torch
 
-    torch.save({name: torch.from_numpy(array.copy()) for name, array in weights.items()}, tmp_path / "model.pt")
+    torch.save(
+        {name: torch.from_numpy(array.copy()) for name, array in weights.items()}, tmp_path / "model.pt"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "ch16"))
     scope: dict[str, Any] = {}
@@ -147,7 +164,9 @@ def test_cache_content_equals_the_oracles(name: str, tmp_path: Path) -> None:
 
 def test_radix_chunking_and_batching_together(weights: Any) -> None:
     """Shared prefixes, chunks and decode rows in one mixed step; every answer equals the one given alone, cold."""
-    engine = NanoServingEngine(CONFIG, weights, max_chunk_size=32, max_batch_size=6, max_num_batched_tokens=96)
+    engine = NanoServingEngine(
+        CONFIG, weights, max_chunk_size=32, max_batch_size=6, max_num_batched_tokens=96
+    )
     system = prompt(80)
     prompts = [system + prompt(10 + i, i) for i in range(12)]
     mixed = 0
@@ -187,7 +206,9 @@ def test_realistic_workload_hits_the_cache_and_keeps_its_answers(weights: Any) -
     with_cache = workload.serve(engine, description)
     engine.audit()
     assert engine.get_stats()["cache_hit_rate"] > 0.6
-    without = workload.serve(NanoServingEngine(config, weights, kv_cache_pages=1500, enable_prefix_cache=False), description)
+    without = workload.serve(
+        NanoServingEngine(config, weights, kv_cache_pages=1500, enable_prefix_cache=False), description
+    )
     assert [c.answers for c in with_cache] == [c.answers for c in without]
 
 
@@ -213,7 +234,10 @@ def test_bad_prompts_are_refused_and_the_others_served(weights: Any, bad: list[A
         engine.generate([prompt(5), bad], greedy(2))
     while engine.has_unfinished:
         engine.step()
-    assert good.output_tokens == NanoServingEngine(CONFIG, weights).generate([prompt(20)], greedy(6))[0].output_tokens
+    assert (
+        good.output_tokens
+        == NanoServingEngine(CONFIG, weights).generate([prompt(20)], greedy(6))[0].output_tokens
+    )
     engine.audit()
 
 
@@ -248,7 +272,9 @@ def test_a_request_that_goes_non_finite_fails_alone(weights: Any) -> None:
 def test_the_shipped_model_speaks() -> None:
     """The trained byte-level model continues text with words: mostly letters and spaces, common words among them."""
     llm = LLM(ROOT / "models" / "tiny-gpt")
-    outputs = llm.generate(["The function ", "In this chapter, we will "], SamplingParams(temperature=0.0, max_tokens=120))
+    outputs = llm.generate(
+        ["The function ", "In this chapter, we will "], SamplingParams(temperature=0.0, max_tokens=120)
+    )
     for output in outputs:
         assert output.text is not None
         words = output.text.split()

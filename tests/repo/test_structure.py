@@ -51,7 +51,9 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.name != "__init__.py" or p.parent != PACKAGE], ids=str)
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if p.name != "__init__.py" or p.parent != PACKAGE], ids=str
+)
 def test_imports_point_one_way(path: Path) -> None:
     """request/batch/sampling <- cache <- scheduling <- engine, and compiler <- kernels <- models <- executor."""
     relative = path.relative_to(PACKAGE)
@@ -63,7 +65,9 @@ def test_imports_point_one_way(path: Path) -> None:
         if own == "observe":
             assert other == "observe", f"{relative} imports {module}; observe imports none"
         if own == "scheduling":
-            assert other not in {"models", "kernels", "compiler"}, f"{relative} must not know models: {module}"
+            assert other not in {"models", "kernels", "compiler"}, (
+                f"{relative} must not know models: {module}"
+            )
         if own == "compiler":
             assert other == "compiler", f"{relative} imports {module}"
 
@@ -74,7 +78,9 @@ def test_files_stay_small(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
 
-BANNED = re.compile(r"\b(pickle|marshal|dill|shelve)\b\s*[.(]|import (pickle|marshal|dill|shelve)\b|(?<![\w.])(eval|exec)\(")
+BANNED = re.compile(
+    r"\b(pickle|marshal|dill|shelve)\b\s*[.(]|import (pickle|marshal|dill|shelve)\b|(?<![\w.])(eval|exec)\("
+)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)

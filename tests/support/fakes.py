@@ -58,7 +58,9 @@ def logits_after(row: NDArray[np.float32], vocab: int = VOCAB) -> NDArray[np.flo
     return ((mixed >> np.uint64(40)).astype(np.float64) * (8.0 / 2**24)).astype(np.float32)
 
 
-def rollout(request: Request, eos: Collection[int] = (), max_len: int = 2**31, vocab: int = VOCAB) -> list[int]:
+def rollout(
+    request: Request, eos: Collection[int] = (), max_len: int = 2**31, vocab: int = VOCAB
+) -> list[int]:
     """The output the request must get, computed alone and from scratch for every token."""
     copy = Request(request.req_id, request.prompt_tokens, params=request.params)
     copy.seed = request.seed
@@ -88,11 +90,15 @@ class FakeExecutor:
         self.after: Callable[[], None] | None = None
         self.mismatches: list[str] = []  # every KVMismatch: the batcher turns exceptions into failed requests
         self.num_forwards = 0
-        self.batches: list[list[tuple[Any, int, int]]] = []  # (request id, start, count) per piece of each forward
+        self.batches: list[
+            list[tuple[Any, int, int]]
+        ] = []  # (request id, start, count) per piece of each forward
 
     def forward(self, batch: Batch) -> NDArray[np.float32]:
         self.num_forwards += 1
-        self.batches.append(list(zip([r.req_id for r in batch.requests], batch.starts, batch.counts, strict=True)))
+        self.batches.append(
+            list(zip([r.req_id for r in batch.requests], batch.starts, batch.counts, strict=True))
+        )
         if self.before is not None:
             self.before()
         if self.transient and batch.size > 1:
@@ -200,7 +206,9 @@ class System:
         outputs = []
         while self.batcher.has_unfinished:
             outputs.append(self.step())
-            assert len(outputs) < limit, f"{self.scheduler.pool.num_live} requests still live after {limit} steps"
+            assert len(outputs) < limit, (
+                f"{self.scheduler.pool.num_live} requests still live after {limit} steps"
+            )
         return outputs
 
     def expected(self, request: Request) -> list[int]:

@@ -24,7 +24,11 @@ class RecordingExecutor:
 
     def forward(self, batch: Batch) -> np.ndarray:
         logits = self.inner.forward(batch)
-        ends = [start + count - 1 for start, count, s in zip(batch.starts, batch.counts, batch.sampled, strict=True) if s]
+        ends = [
+            start + count - 1
+            for start, count, s in zip(batch.starts, batch.counts, batch.sampled, strict=True)
+            if s
+        ]
         for request, position, row in zip(batch.sampling_requests, ends, logits, strict=True):
             self.rows.setdefault(request.req_id, {})[position] = row.copy()
         return logits

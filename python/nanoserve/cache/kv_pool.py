@@ -23,7 +23,13 @@ __all__ = ["KVCachePool", "PageTable", "PoolExhausted", "pages_for_budget"]
 
 
 def pages_for_budget(
-    budget_bytes: int, *, num_layers: int, num_heads: int, head_dim: int, page_size: int = 16, itemsize: int = 4
+    budget_bytes: int,
+    *,
+    num_layers: int,
+    num_heads: int,
+    head_dim: int,
+    page_size: int = 16,
+    itemsize: int = 4,
 ) -> int:
     """How many whole pages fit in `budget_bytes`; `num_heads` counts KV heads, `itemsize` is bytes per number.
 

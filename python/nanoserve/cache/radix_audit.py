@@ -52,7 +52,9 @@ def audit_tree(tree: RadixCache) -> list[str]:
     if tree.num_pages != pages.total():
         problems.append(f"num_pages is {tree.num_pages}, the nodes have {pages.total()}")
     if tree.num_evictable_pages != evictable:
-        problems.append(f"num_evictable_pages is {tree.num_evictable_pages}, the unpinned nodes have {evictable}")
+        problems.append(
+            f"num_evictable_pages is {tree.num_evictable_pages}, the unpinned nodes have {evictable}"
+        )
     return problems
 
 
@@ -61,7 +63,9 @@ def _audit_arena(tree: RadixCache, reached: list[int]) -> list[str]:
     problems = []
     ids = Counter(reached) + Counter(tree.free_ids)
     if ids != Counter(range(len(tree.arena))):
-        problems.append(f"{len(tree.arena)} node ids are not {len(reached)} in the tree and {len(tree.free_ids)} free")
+        problems.append(
+            f"{len(tree.arena)} node ids are not {len(reached)} in the tree and {len(tree.free_ids)} free"
+        )
     if any(tree.arena[node_id].parent != INVALID_NODE for node_id in tree.free_ids):
         problems.append("a free node id still has a parent")
     queued = tree.queue.node_ids()
@@ -88,5 +92,7 @@ def audit_requests(tree: RadixCache, requests: Iterable[Request]) -> list[str]:
         node = tree.arena[node_id]
         own = node.pin_count - sum(tree.arena[child].pin_count for child in node.children.values())
         if own != holders[node_id]:
-            problems.append(f"node {node_id} has {own} pins of its own but {holders[node_id]} requests hold it")
+            problems.append(
+                f"node {node_id} has {own} pins of its own but {holders[node_id]} requests hold it"
+            )
     return problems

@@ -90,7 +90,9 @@ class RadixCache:
             node = self._split(below, shared)
             at += shared * self._step
         parts = [step.pages for step in self._touch(node)]
-        return MatchResult(node.node_id, at // TOKEN_BYTES, [page for part in reversed(parts) for page in part])
+        return MatchResult(
+            node.node_id, at // TOKEN_BYTES, [page for part in reversed(parts) for page in part]
+        )
 
     def peek(self, tokens: Sequence[int]) -> int:
         """How many tokens match_prefix would find; changes nothing, not even the LRU order."""
@@ -147,7 +149,9 @@ class RadixCache:
             raise ValueError(f"insert: {whole} whole pages of tokens but only {len(pages)} pages")
         origin = self.node(start)
         if origin.end_page > whole:
-            raise ValueError(f"insert: node {start} ends at page {origin.end_page}, the tokens at page {whole}")
+            raise ValueError(
+                f"insert: node {start} ends at page {origin.end_page}, the tokens at page {whole}"
+            )
         raw = self._raw(tokens, origin.end_page * self.page_size, len(tokens))
         node, at, below, shared = self._descend(raw, origin)
         if below is not None:

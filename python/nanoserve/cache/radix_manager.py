@@ -96,7 +96,11 @@ class RadixCacheManager:
         if table is None:
             return
         table.release()
-        if request.prefix_counted and request.num_preemptions == 0 and request.cached_len == request.prefix_hit_len:
+        if (
+            request.prefix_counted
+            and request.num_preemptions == 0
+            and request.cached_len == request.prefix_hit_len
+        ):
             # An admission that was taken back before anything ran: the next one is the first.
             request.prefix_counted = False
             self._count(-min(request.prefix_hit_len, request.num_prompt_tokens), -request.num_prompt_tokens)

@@ -55,7 +55,10 @@ class RadixNode:
         low, high = 0, min(len(raw), len(self.key)) // page_bytes
         while low < high:
             middle = (low + high + 1) // 2
-            if raw[low * page_bytes : middle * page_bytes] == self.key[low * page_bytes : middle * page_bytes]:
+            if (
+                raw[low * page_bytes : middle * page_bytes]
+                == self.key[low * page_bytes : middle * page_bytes]
+            ):
                 low = middle
             else:
                 high = middle - 1

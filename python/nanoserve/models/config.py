@@ -59,7 +59,9 @@ class ModelConfig:
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         if self.head_dim is None and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd: {self.n_embd} must be a multiple of n_head={self.n_head}, or set head_dim")
+            raise ValueError(
+                f"n_embd: {self.n_embd} must be a multiple of n_head={self.n_head}, or set head_dim"
+            )
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_kv_head: {self.kv_heads} must divide n_head={self.n_head}")
         for name, allowed in (("norm", NORMS), ("activation", ACTIVATIONS), ("positions", POSITIONS)):
@@ -126,7 +128,9 @@ class Family:
 
     fields: Mapping[str, str]  # config.json name -> ModelConfig name
     fixed: Mapping[str, Any]  # ModelConfig values every member has
-    required: Mapping[str, tuple[Any, ...]]  # config.json name -> values that leave the result as we compute it
+    required: Mapping[
+        str, tuple[Any, ...]
+    ]  # config.json name -> values that leave the result as we compute it
     harmless: frozenset[str] = field(default_factory=frozenset)
 
 
@@ -204,7 +208,9 @@ def config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:
     model_type = raw.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise CheckpointError(f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise CheckpointError(
+            f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
     values = dict(family.fixed)
     for name, value in {**_DEFAULTS[str(model_type)], **raw}.items():
         if name in family.fields:
@@ -214,9 +220,13 @@ def config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:
             values["rope_theta"] = _default_rope(value, values.get("rope_theta", 10000.0))
         elif name in family.required:
             if value not in family.required[name]:
-                raise CheckpointError(f"config.json: {name}: {value!r} is not supported, only {family.required[name][0]!r}")
+                raise CheckpointError(
+                    f"config.json: {name}: {value!r} is not supported, only {family.required[name][0]!r}"
+                )
         elif name not in family.harmless and name not in _BOOKKEEPING:
-            raise CheckpointError(f"config.json: field {name!r} is not understood for model_type {model_type!r}")
+            raise CheckpointError(
+                f"config.json: field {name!r} is not understood for model_type {model_type!r}"
+            )
     activation = values.get("activation")
     if activation is not None:
         if activation not in _ACTIVATION_NAMES:
@@ -230,7 +240,9 @@ def config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:
     listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
     # A stock config names an id outside a shrunken vocabulary (gpt2: 50256); it can never be sampled.
     vocab = values.get("vocab_size")
-    values["eos_token_ids"] = tuple(e for e in listed if isinstance(e, int) and isinstance(vocab, int) and 0 <= e < vocab)
+    values["eos_token_ids"] = tuple(
+        e for e in listed if isinstance(e, int) and isinstance(vocab, int) and 0 <= e < vocab
+    )
     missing = [name for name in ("vocab_size", "n_layer", "n_head", "n_embd") if name not in values]
     if missing:
         names = [theirs for theirs, ours in family.fields.items() if ours in missing]
@@ -246,7 +258,9 @@ def _default_rope(parameters: object, theta: float) -> float:
     if parameters is None:
         return theta
     if not isinstance(parameters, dict) or parameters.get("rope_type", "default") != "default":
-        raise CheckpointError(f"config.json: rope_parameters: {parameters!r} is not supported, only rope_type 'default'")
+        raise CheckpointError(
+            f"config.json: rope_parameters: {parameters!r} is not supported, only rope_type 'default'"
+        )
     unknown = set(parameters) - {"rope_type", "rope_theta"}
     if unknown:
         raise CheckpointError(f"config.json: rope_parameters: field {min(unknown)!r} is not understood")

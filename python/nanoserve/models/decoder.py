@@ -110,7 +110,16 @@ def forward_ops(config: ModelConfig) -> Iterator[Op]:
     def norm(x: str, out: str, name: str, gather: bool = False) -> Norm:
         return Norm(x, out, f"{name}.weight", f"{name}.bias" if config.norm == "layernorm" else None, gather)
 
-    def gemm(x: str, out: str, name: str, n_in: int, n_out: int, bias: bool, act: str | None = None, add: bool = False) -> Gemm:
+    def gemm(
+        x: str,
+        out: str,
+        name: str,
+        n_in: int,
+        n_out: int,
+        bias: bool,
+        act: str | None = None,
+        add: bool = False,
+    ) -> Gemm:
         return Gemm(x, out, f"{name}.weight", n_in, n_out, f"{name}.bias" if bias else None, act, add)
 
     yield Embedding("x", "embed.weight", None if rope else "pos_embed.weight")

@@ -52,7 +52,11 @@ def read_safetensors(path: str | Path) -> dict[str, NDArray[Any]]:
     entries = _checked_entries(file.name, header, data_bytes)
     if not entries:
         return {}
-    data = np.memmap(file, dtype=np.uint8, mode="r", offset=8 + header_bytes, shape=(data_bytes,)) if data_bytes else None
+    data = (
+        np.memmap(file, dtype=np.uint8, mode="r", offset=8 + header_bytes, shape=(data_bytes,))
+        if data_bytes
+        else None
+    )
     return {name: _read(data, *entry) for name, entry in entries.items()}
 
 
@@ -88,11 +92,17 @@ def _checked_entries(file: str, header: dict[str, Any], data_bytes: int) -> dict
             raise CheckpointError(f"{file}: tensor {name!r} must have exactly dtype, shape and data_offsets")
         dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise CheckpointError(f"{file}: tensor {name!r}: dtype {dtype!r} must be one of {', '.join(_DTYPES)}")
+            raise CheckpointError(
+                f"{file}: tensor {name!r}: dtype {dtype!r} must be one of {', '.join(_DTYPES)}"
+            )
         if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_is_count(d) for d in shape):
-            raise CheckpointError(f"{file}: tensor {name!r}: shape {shape!r} must be at most {MAX_DIMS} counts >= 0")
+            raise CheckpointError(
+                f"{file}: tensor {name!r}: shape {shape!r} must be at most {MAX_DIMS} counts >= 0"
+            )
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(o) for o in offsets):
-            raise CheckpointError(f"{file}: tensor {name!r}: data_offsets {offsets!r} must be two counts >= 0")
+            raise CheckpointError(
+                f"{file}: tensor {name!r}: data_offsets {offsets!r} must be two counts >= 0"
+            )
         begin, end = offsets
         if not begin <= end <= data_bytes:
             raise CheckpointError(
@@ -100,14 +110,20 @@ def _checked_entries(file: str, header: dict[str, Any], data_bytes: int) -> dict
             )
         expected = math.prod(shape) * _DTYPES[dtype].itemsize
         if end - begin != expected:
-            raise CheckpointError(f"{file}: tensor {name!r}: {end - begin} bytes, {dtype} {shape} takes {expected}")
+            raise CheckpointError(
+                f"{file}: tensor {name!r}: {end - begin} bytes, {dtype} {shape} takes {expected}"
+            )
         entries[name] = (dtype, tuple(shape), begin, end)
     position, previous = 0, ""
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if begin < position:
-            raise CheckpointError(f"{file}: tensor {name!r} begins at {begin}, inside {previous!r} that ends at {position}")
+            raise CheckpointError(
+                f"{file}: tensor {name!r} begins at {begin}, inside {previous!r} that ends at {position}"
+            )
         if begin > position:
-            raise CheckpointError(f"{file}: bytes [{position}, {begin}) before tensor {name!r} belong to no tensor")
+            raise CheckpointError(
+                f"{file}: bytes [{position}, {begin}) before tensor {name!r} belong to no tensor"
+            )
         position, previous = end, name
     if position != data_bytes:
         raise CheckpointError(f"{file}: header describes {position} data bytes, the file holds {data_bytes}")
@@ -118,7 +134,9 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _read(data: NDArray[np.uint8] | None, dtype: str, shape: tuple[int, ...], begin: int, end: int) -> NDArray[Any]:
+def _read(
+    data: NDArray[np.uint8] | None, dtype: str, shape: tuple[int, ...], begin: int, end: int
+) -> NDArray[Any]:
     if data is None:
         return np.empty(shape, dtype=np.float32 if dtype == "BF16" else _DTYPES[dtype])
     raw = data[begin:end]

@@ -53,7 +53,9 @@ def _load_sharded(directory: Path) -> Weights:
         weight_map = index["weight_map"]
         shards = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{_INDEX}: must hold an object with a weight_map of names ({type(error).__name__})") from error
+        raise CheckpointError(
+            f"{_INDEX}: must hold an object with a weight_map of names ({type(error).__name__})"
+        ) from error
     tensors: Weights = {}
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard:
@@ -78,11 +80,15 @@ def _load_torch(file: Path) -> Weights:
             f"{file.name}: reading a .pt file needs torch >= 2.6; or convert it to safetensors where torch is installed"
         ) from error
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
-        raise CheckpointError(f"{file.name}: torch {torch.__version__} cannot load it safely, torch >= 2.6 is needed")
+        raise CheckpointError(
+            f"{file.name}: torch {torch.__version__} cannot load it safely, torch >= 2.6 is needed"
+        )
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged or unsafe files; all mean the same here
-        raise CheckpointError(f"{file.name}: not a state dict torch can read safely ({type(error).__name__})") from error
+        raise CheckpointError(
+            f"{file.name}: not a state dict torch can read safely ({type(error).__name__})"
+        ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{file.name}: must hold a state dict of tensors")
     return {str(name): tensor.detach().float().numpy() for name, tensor in state.items()}
@@ -103,7 +109,9 @@ def _gpt2(i: str) -> dict[str, Source]:
     for ours, theirs in (("attn_norm", "ln_1"), ("qkv", "attn.c_attn"), ("out", "attn.c_proj"), ("mlp_norm", "ln_2"),
                          ("up", "mlp.c_fc"), ("down", "mlp.c_proj")):  # fmt: skip
         # GPT-2's Conv1D keeps its matrices as [in, out].
-        sources[f"layers.{i}.{ours}.weight"] = Source((f"h.{i}.{theirs}.weight",), transposed="norm" not in ours)
+        sources[f"layers.{i}.{ours}.weight"] = Source(
+            (f"h.{i}.{theirs}.weight",), transposed="norm" not in ours
+        )
         sources[f"layers.{i}.{ours}.bias"] = Source((f"h.{i}.{theirs}.bias",))
     return sources
 
@@ -170,12 +178,16 @@ def bind_weights(config: ModelConfig, tensors: Mapping[str, NDArray[Any]]) -> We
     return bound
 
 
-def _join(name: str, shape: tuple[int, ...], source: Source, given: Mapping[str, NDArray[Any]], config: ModelConfig) -> NDArray[Any]:
+def _join(
+    name: str, shape: tuple[int, ...], source: Source, given: Mapping[str, NDArray[Any]], config: ModelConfig
+) -> NDArray[Any]:
     parts = []
     for part_name in source.names:
         part = np.asarray(given[part_name])
         if part.dtype not in _FLOATS:
-            raise CheckpointError(f"weights: tensor {part_name!r} has dtype {part.dtype}, must be floating point")
+            raise CheckpointError(
+                f"weights: tensor {part_name!r} has dtype {part.dtype}, must be floating point"
+            )
         parts.append(part.T if source.transposed else part)
     label = " + ".join(repr(part_name) for part_name in source.names)
     if any(part.ndim != len(shape) for part in parts):
