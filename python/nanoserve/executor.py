@@ -11,7 +11,6 @@ thread counts cannot change an answer.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,14 +77,12 @@ class ModelExecutor:
         on_progress: Callable[[int, int, str], None] | None = None,
     ) -> None:
         _check_pool(config, kv_pool)
-        threads = len(os.sched_getaffinity(0)) if num_threads is None else num_threads
-        if threads < 1:
-            raise ValueError(f"num_threads: {threads} must be at least 1")
+        threads = ThreadPool(num_threads)
         self.config = config
         self.kv_pool = kv_pool
-        self.num_threads = threads
+        self.num_threads = threads.num_threads
         self.last_finite: NDArray[np.bool_] = np.ones(0, dtype=np.bool_)
-        self._native = StepExecutor(kv_pool, ThreadPool(threads), max_num_batched_tokens)
+        self._native = StepExecutor(kv_pool, threads, max_num_batched_tokens, config.max_seq_len)
         self._tensors = bind_weights(config, weights)
         self._buffers = {name: self._native.buffer(cols) for name, cols in buffers(config).items()}
         self._strides = {name: StepExecutor.stride(cols) for name, cols in buffers(config).items()}

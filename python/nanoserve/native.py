@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 _NAME = "_ch16"
 _SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -49,11 +50,15 @@ def _load() -> ModuleType:
     return module
 
 
-_module = _load()
+if TYPE_CHECKING:
+    from nanoserve._ch16 import KVCachePool, PageTable, PoolExhausted, StepExecutor, ThreadPool, paged_attention
+else:
+    _module = _load()
+    KVCachePool = _module.KVCachePool
+    PageTable = _module.PageTable
+    PoolExhausted = _module.PoolExhausted
+    StepExecutor = _module.StepExecutor
+    ThreadPool = _module.ThreadPool
+    paged_attention = _module.paged_attention
 
-KVCachePool = _module.KVCachePool
-PageTable = _module.PageTable
-PoolExhausted = _module.PoolExhausted
-StepExecutor = _module.StepExecutor
-ThreadPool = _module.ThreadPool
-paged_attention = _module.paged_attention
+__all__ = ["KVCachePool", "PageTable", "PoolExhausted", "StepExecutor", "ThreadPool", "paged_attention"]

@@ -7,7 +7,6 @@ way in. Scheduling comes from `nanoserve.Scheduler`, whose output carries the sl
 from __future__ import annotations
 
 import math
-import os
 import sys
 from typing import Any
 
@@ -77,7 +76,7 @@ def paged_attention(
     ]
     addresses = load_kernels(specs)
     if _threads is None:
-        _threads = ThreadPool(len(os.sched_getaffinity(0)))
+        _threads = ThreadPool()
     out = np.empty_like(queries)
     _native_attention(
         pool, layer, queries, out, np.ascontiguousarray(block_tables, dtype=np.int32),

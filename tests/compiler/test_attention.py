@@ -155,12 +155,17 @@ def test_same_bits_for_every_chunking_and_company(
 
 
 def test_masked_zeros_do_not_choose_the_sign_of_zero() -> None:
-    """A value of exactly 0 in every visible token: +0 comes out, whatever stale data lies behind the mask."""
+    """A sum that underflowed to -0, and 0 times whatever stale data lies behind the mask: the same +0 comes out."""
+    smallest = np.finfo(np.float32).smallest_subnormal
     for stale in (JUNK, -JUNK):
         pages = make_pages([3], 1, 16, 16)
+        page = pages.pages[0][0]
         pages.v[:] = stale
-        pages.v[pages.pages[0][0], 0, :3] = -0.0
-        (got,) = run(pages, make_queries([3], 1, 16), 1, 6)
+        pages.v[page, 0, 0] = 0  # the token with weight 1
+        pages.v[page, 0, 1:3] = -smallest  # times a weight below a half, this rounds to -0
+        pages.k[page, 0, :, 0] = 1
+        pages.k[page, 0, :, 1:3] = 0
+        (got,) = run(pages, [np.ones((1, 1, 16), dtype=np.float32)], 1, 1)
         assert got.tobytes() == np.zeros_like(got).tobytes()
 
 
@@ -192,7 +197,8 @@ def test_nan_comes_out(where: str) -> None:
     (got,) = run(pages, [q], 1, 6)
     bad = ~np.isfinite(got).all(axis=(1, 2))
     expected = {"query": [5], "key": list(range(5, 70)), "value": list(range(5, 70))}[where]
-    # Value rows before the NaN's token in the same group of 16 multiply it by 0: they may be bad too, later ones must be.
+    # Value rows before the NaN's token in the same group of 16 multiply it by 0: they may be bad too, later
+    # ones must be.
     assert set(expected) <= set(np.flatnonzero(bad).tolist())
     assert not bad[:5].any() or where == "value"
 

@@ -1,4 +1,4 @@
-"""load_kernels over process borders: a warm start compiles nothing and imports no MLIR; every fallback says what it does."""
+"""load_kernels over process borders: a warm start compiles nothing, imports no MLIR; every fallback says what it does."""
 
 from __future__ import annotations
 

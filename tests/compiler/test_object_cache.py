@@ -158,6 +158,27 @@ def test_a_failed_write_leaves_nothing(cache: ObjectCache, monkeypatch: pytest.M
     assert {path.name for path in cache.directory.iterdir()} == {"lock"}
 
 
+def test_a_writer_that_dies_halfway_leaves_no_entry(
+    cache: ObjectCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The object comes first: what is left behind is a miss, not damage."""
+    replace, calls = os.replace, []
+
+    def once(source: str, target: Path) -> None:
+        calls.append(target)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", once)
+    with pytest.raises(KeyboardInterrupt):
+        cache.store(KEY, "f", "compiler 1", b"code")
+    monkeypatch.undo()
+    assert cache.find(KEY) is None
+    assert cache.damaged == 0
+    assert not list(cache.directory.glob(".new-*"))
+
+
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NANOSERVE_CACHE_DIR", "/a/b")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
@@ -169,15 +190,15 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert default_directory() == tmp_path / ".cache" / "nanoserve"
 
 
-# A writer stores the same key over and over with different contents, as compilers that are not deterministic would, and
-# now and then discards it; a reader must never see half an entry.
+# A writer stores the same key over and over with different contents, as compilers that are not deterministic
+# would, and now and then discards it; a reader must never see half an entry.
 WRITER = """
 import sys, time
 from nanoserve.compiler.object_cache import ObjectCache
 cache, seed, stop = ObjectCache(sys.argv[1]), int(sys.argv[2]), time.monotonic() + 1.5
 n = 0
 while time.monotonic() < stop:
-    cache.store("a" * 64, "f", "compiler", bytes([seed, n % 7]) * (1000 + 500 * (n % 5)))
+    cache.store("a" * 64, "f", "compiler", f"{seed} {n}".encode() * (1000 + 500 * (n % 5)))
     n += 1
     if n % 5 == 0:
         cache.discard("a" * 64)

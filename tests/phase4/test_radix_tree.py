@@ -298,6 +298,9 @@ def test_too_few_pages_for_the_tokens_is_an_error(tree: RadixCache) -> None:
     with pytest.raises(ValueError, match="page_size: 0"):
         RadixCache(page_size=0)
     assert tree.num_pages == 0
+    deep = tree.insert(A + B, [0, 1]).node_id
+    with pytest.raises(ValueError, match=f"node {deep} ends at page 2, the tokens at page 1"):
+        tree.insert(A, [0], start=deep)
 
 
 @pytest.mark.parametrize(

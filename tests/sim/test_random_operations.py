@@ -11,12 +11,12 @@ import random
 from typing import Any
 
 import pytest
-from support.fakes import System, rollout
 
 from nanoserve.errors import RequestRefused
 from nanoserve.native import KVCachePool
 from nanoserve.request import Request
 from nanoserve.scheduling.prefill_manager import PrefillManager
+from support.fakes import System, rollout
 
 NUM_SEEDS, OPERATIONS = 50, 200  # 10,000 operations
 
@@ -59,7 +59,10 @@ class Simulation:
             self.system.executor.raises.add(req_id)
         elif fault < 0.08:
             self.system.executor.poisoned.add(req_id)
-        params: dict[str, Any] = {"ignore_eos": rng.random() < 0.5, "temperature": rng.choice([0.0, 0.0, 1.0])}
+        params: dict[str, Any] = {
+            "ignore_eos": rng.random() < 0.5,
+            "temperature": rng.choice([0.0, 0.0, 1.0]),
+        }
         max_tokens = rng.randint(1, 20)
         params["min_tokens"] = rng.choice([0, 0, rng.randint(0, max_tokens)])
         try:

@@ -79,7 +79,8 @@ class FakeExecutor:
     """The hash model over a pool of one layer, one head and head_dim >= 4."""
 
     def __init__(self, kv_pool: KVCachePool, vocab: int = VOCAB) -> None:
-        assert (kv_pool.num_layers, kv_pool.num_heads) == (1, 1) and kv_pool.head_dim >= 4
+        assert (kv_pool.num_layers, kv_pool.num_heads) == (1, 1)
+        assert kv_pool.head_dim >= 4
         self.kv_pool = kv_pool
         self.vocab = vocab
         self.last_finite: NDArray[np.bool_] = np.ones(0, np.bool_)
@@ -199,7 +200,8 @@ class System:
         cached = set(self.radix.tree_pages())
         for cache in self.pool.get_layer_cache(0):
             for page in np.flatnonzero(~np.isfinite(cache).all(axis=(1, 2, 3))):
-                assert self.pool.ref_count(int(page)) and page not in cached, f"page {page} is not finite"
+                assert self.pool.ref_count(int(page)), f"page {page} is free and not finite"
+                assert page not in cached, f"page {page} is cached and not finite"
 
     def drain(self, limit: int = 2000) -> list[StepOutput]:
         """Steps until nobody is live; a wedge is a failure, not a hang."""

@@ -60,7 +60,8 @@ def attention_spec(
         raise ValueError(f"attention: dtype {dtype!r} is not supported, only 'f32'")
     factor = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     return KernelSpec.make(
-        "attention", h=heads, kv=kv_heads, d=head_dim, page_size=page_size, ldq=ldq, ldo=ldo, r=rows, scale=factor, dtype=dtype
+        "attention", h=heads, kv=kv_heads, d=head_dim, r=rows, page_size=page_size, ldq=ldq, ldo=ldo, scale=factor,
+        dtype=dtype,
     )  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def build(
         select,
         splat,
         zeros,
-    )  # fmt: skip
+    )
     from nanoserve.compiler.control import UNBOUNDED, array, helper, kernel, loop, scratch
     from nanoserve.compiler.vector_math import exp
 
@@ -170,16 +171,9 @@ def build(
         kv_head="index", first="index", groups="index",
     )  # fmt: skip
     def values(
-        score: Any,
-        scaled: Any,
-        v: Any,
-        table: Any,
-        result: Any,
-        table_off: Value,
-        kv_head: Value,
-        first: Value,
+        score: Any, scaled: Any, v: Any, table: Any, result: Any, table_off: Value, kv_head: Value, first: Value,
         groups: Value,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """result[row] = result[row] * scaled[row] + the block's first `groups` * 16 values, each times its weight."""
 
         def some(part: list[tuple[int, int]]) -> None:
@@ -214,11 +208,8 @@ def build(
     def _(q: Any, k: Any, v: Any, table: Any, items: Any, out: Any, begin: Value, end: Value) -> None:
         query, score, result = scratch(r, d), scratch(r, BLOCK), scratch(r, d)
         position = scratch(r, element="i32")
-        top, scaled, total = (
-            scratch(16),
-            scratch(16),
-            scratch(r, 16),
-        )  # per row: maximum, exp(old - new maximum), sum
+        # Per row: the maximum so far, exp(the one before - this), and the sum in 16 lanes.
+        top, scaled, total = scratch(16), scratch(16), scratch(r, 16)
 
         @loop(begin, end)
         def _(item: Value) -> None:

@@ -26,7 +26,7 @@ from nanoserve.kernels.library import KernelSpec
 if TYPE_CHECKING:
     from nanoserve.compiler.builder import Value
 
-ROW_BLOCK = 64
+ROW_BLOCK = 64  # rows of x that stay in L1/L2 while a panel is used
 ACTIVATIONS = (None, "gelu_tanh", "gelu_erf", "silu")
 _K_BLOCK_BYTES = 512 * 1024  # of a panel: what stays in a core's L2 beside x
 
@@ -39,11 +39,8 @@ def panel_width(n: int, target: Target | None = None) -> int:
     """
     budget = (host() if target is None else target).budget
     for width in (48, 32):
-        if (
-            8 * width // 16 + width // 16 + 1 <= budget
-            and n > width
-            and _round_up(n, width) <= _round_up(n, 64)
-        ):
+        fits = 9 * width // 16 + 1 <= budget  # 8 rows of accumulators, one of weights, a broadcast
+        if fits and n > width and _round_up(n, width) <= _round_up(n, 64):
             return width
     return 16
 
@@ -94,17 +91,8 @@ def gemm_spec(
         raise ValueError(f"gemm: activation {activation!r} must be one of {ACTIVATIONS}")
     if dtype != "f32":
         raise ValueError(f"gemm: dtype {dtype!r} is not supported, only 'f32'")
-    return KernelSpec.make(
-        "gemm",
-        k=n_in,
-        n=n_out,
-        ldx=ldx,
-        ldy=ldy,
-        bias=bias,
-        activation=activation,
-        residual=residual,
-        dtype=dtype,
-    )
+    options = {"bias": bias, "activation": activation, "residual": residual, "dtype": dtype}
+    return KernelSpec.make("gemm", k=n_in, n=n_out, ldx=ldx, ldy=ldy, **options)
 
 
 def build(
@@ -132,9 +120,8 @@ def build(
         # What full tiles ask into L2 (smaller ones outrun nothing: they wait for memory either way). One tile: the panel
         # itself, 8 KiB ahead; several: the next panel, while this one is used again.
         ahead = select(m <= tiles[0], index(8192 // (4 * width)), k)
-        acc_rows = scratch(
-            ROW_BLOCK, width
-        )  # accumulators on their way to the epilogue, or to the next block of k
+        # Accumulators on their way to the epilogue, or to the next block of k; with room for rows a last tile repeats.
+        acc_rows = scratch(ROW_BLOCK + tiles[0], width)
 
         def tile(
             rows: int, panel: Value, first: Value, start: Value, last: Value, k_begin: Value, k_end: Value

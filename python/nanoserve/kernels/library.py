@@ -52,14 +52,7 @@ class KernelSpec:
 
     def key(self, target: Target, toolchain: str) -> str:
         """sha256 over everything the compiled code depends on."""
-        parts = (
-            repr(self),
-            _source_digest(self.kind),
-            toolchain,
-            target.name,
-            target.digest,
-            str(target.cpu),
-        )
+        parts = (repr(self), _source_digest(self.kind), toolchain, repr(target))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def build(self, target: Target) -> None:

@@ -1,0 +1,40 @@
+"""Numbers in README.md are those of bench/results/engine.json, and the report script can tell when they are not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bench import report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def check() -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench.report", "--check"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_readme_shows_the_results_file() -> None:
+    """`python -m bench.report` has nothing to change."""
+    done = check()
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_changed_number_is_noticed() -> None:
+    """The table is made from the file: another number in it makes another table."""
+    results = json.loads(report.RESULTS.read_text(encoding="utf-8"))
+    table = report.table(results)
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+    results["prefix_cache"]["cache_hit_rate"] *= 0.5
+    assert report.table(results) != table
+
+
+@pytest.mark.parametrize("field", ["command", "commit", "machine"])
+def test_results_say_where_they_come_from(field: str) -> None:
+    """Every results file names its command, commit and machine."""
+    for path in (ROOT / "bench" / "results").glob("*.json"):
+        assert json.loads(path.read_text(encoding="utf-8")).get(field), f"{path.name} has no {field}"
