@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from nanoserve.compiler import jit
-from nanoserve.compiler.target import host
+from nanoserve.compiler.target import Target, host
 from nanoserve.kernels.library import KernelSpec, load_kernels
 
 Argument = np.ndarray | int
@@ -22,10 +22,10 @@ def call_address(address: int, *args: Argument) -> None:
     ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(ctypes.addressof(packed))
 
 
-def call(spec: KernelSpec, *args: Argument) -> None:
+def call(spec: KernelSpec, *args: Argument, target: Target | None = None) -> None:
     for a in args:
         assert not isinstance(a, np.ndarray) or a.flags.c_contiguous
-    call_address(load_kernels([spec])[spec], *args)
+    call_address(load_kernels([spec], target=target)[spec], *args)
 
 
 def elementwise(name: str, function, x: np.ndarray) -> np.ndarray:  # type: ignore[no-untyped-def]

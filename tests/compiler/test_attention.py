@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compiler.packed_call import call
+from nanoserve.compiler.target import AVX2, Target, host
 from nanoserve.kernels import attention
 
 JUNK = np.float32(1e30)  # finite, and ruinous if a masked token had any weight
@@ -46,7 +47,14 @@ def make_pages(lengths: list[int], kv: int, d: int, page_size: int, seed: int = 
     return Pages(k, v, pages, keys, values, page_size)
 
 
-def run(pages: Pages, queries: list[np.ndarray], heads: int, rows: int, splits: int = 1) -> list[np.ndarray]:
+def run(
+    pages: Pages,
+    queries: list[np.ndarray],
+    heads: int,
+    rows: int,
+    splits: int = 1,
+    target: Target | None = None,
+) -> list[np.ndarray]:
     """Attention of each sequence's last len(queries[s]) tokens; items of up to `rows` rows."""
     kv, d = pages.k.shape[1], pages.k.shape[2]
     group, row = heads // kv, heads * d
@@ -71,7 +79,7 @@ def run(pages: Pages, queries: list[np.ndarray], heads: int, rows: int, splits: 
     flat_table, flat_items = np.array(table, dtype=np.int32), np.array(items, dtype=np.int32)
     edges = np.linspace(0, len(items), splits + 1).astype(int).tolist()
     for begin, end in pairwise(edges):
-        call(spec, q_rows, pages.k, pages.v, flat_table, flat_items, out, begin, end)
+        call(spec, q_rows, pages.k, pages.v, flat_table, flat_items, out, begin, end, target=target)
     assert (out[:, row:] == 7).all(), "padding columns were written"
     result = np.split(out[:, :row].reshape(q0, heads, d), np.cumsum([len(q) for q in queries])[:-1])
     return [part.copy() for part in result]
@@ -121,6 +129,19 @@ def test_same_bits_for_every_tile_and_split() -> None:
         for splits in (1, 3):
             for one, other in zip(reference, run(pages, queries, heads, rows, splits), strict=True):
                 assert one.tobytes() == other.tobytes(), f"rows={rows}, splits={splits}"
+
+
+@pytest.mark.skipif(
+    host().name not in ("avx512", "avx2"), reason="the second x86 target needs an x86 CPU with AVX2"
+)
+def test_the_smaller_instruction_set_gives_the_same_bits() -> None:
+    heads, kv, d = 4, 2, 20
+    pages = make_pages([130, 1, 77], kv, d, 16)
+    queries = make_queries([130, 1, 30], heads, d)
+    reference = run(pages, queries, heads, 8)
+    for rows in attention.row_tiles(heads // kv, AVX2):
+        for one, other in zip(reference, run(pages, queries, heads, rows, target=AVX2), strict=True):
+            assert one.tobytes() == other.tobytes(), f"rows={rows}"
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])

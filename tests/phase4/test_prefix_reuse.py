@@ -24,7 +24,7 @@ def test_a_finished_prompt_is_reused_by_the_next(worker: KVWorker) -> None:
     worker.run(A + B + [5, 6])
     request = worker.admit(A + B + C)
     assert (request.cached_len, request.prefix_hit_len, request.extend_len) == (8, 8, 4)
-    assert request.kv_pages == [0, 1]
+    assert (request.validated_len, request.kv_pages) == (8, [0, 1])
     assert worker.compute(request)
     assert worker.problems() == []
 
@@ -255,6 +255,9 @@ def test_the_request_audit_finds_foreign_and_missing_pins(worker: KVWorker) -> N
     request = worker.admit(A + B + C)
     assert worker.manager.audit([request]) == []
     assert "node 1 has 1 pins of its own but 0 requests hold it" in worker.manager.audit([])
+    table, request.page_table = request.page_table, None
+    assert "request 0 pins node 1 but has no pages" in worker.manager.audit([request])
+    request.page_table = table
     request.token_ids[0] = 9
     assert any("spells other tokens" in problem for problem in worker.manager.audit([request]))
     worker.pool.unref([worker.manager.tree_pages()[0]] * 2)

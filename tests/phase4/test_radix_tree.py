@@ -160,6 +160,9 @@ def test_two_pins_need_two_unpins(tree: RadixCache) -> None:
     assert tree.evict(1) == [0]
     with pytest.raises(ValueError, match=f"node {leaf} is not in the tree"):
         tree.unpin(leaf)
+    other = tree.insert(B, [1]).node_id
+    with pytest.raises(ValueError, match=f"node {other} is not pinned"):
+        tree.unpin(other)
 
 
 def test_moving_a_pin_down_keeps_the_count_on_the_way(tree: RadixCache) -> None:
@@ -185,6 +188,16 @@ def test_eviction_takes_the_least_recently_used_leaf(tree: RadixCache) -> None:
     tree.match_prefix(B)
     tree.match_prefix(A)
     assert [tree.evict(1), tree.evict(1), tree.evict(1), tree.evict(1)] == [[2], [1], [0], []]
+
+
+def test_inserting_counts_as_use(tree: RadixCache) -> None:
+    """A new prefix is the newest, and computing a known one again refreshes it."""
+    tree.insert(A, [0])
+    tree.match_prefix(A)
+    tree.insert(B, [1])
+    tree.insert(C, [2])
+    tree.insert(B, [7])
+    assert [tree.evict(1), tree.evict(1), tree.evict(1)] == [[0], [2], [1]]
 
 
 def test_peek_does_not_count_as_use(tree: RadixCache) -> None:
@@ -307,6 +320,7 @@ def test_too_few_pages_for_the_tokens_is_an_error(tree: RadixCache) -> None:
     ("damage", "message"),
     [
         (lambda tree, node: node.pages.append(9), "bytes of tokens for"),
+        (lambda tree, node: node.pages.clear(), "has no pages"),
         (lambda tree, node: node.pages.__setitem__(0, 2), "page 2 is in the tree 2 times"),
         (lambda tree, node: setattr(node, "parent", 1), "not filed under its first page"),
         (lambda tree, node: setattr(node, "end_page", 5), "ends at page 5"),

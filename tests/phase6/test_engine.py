@@ -186,15 +186,17 @@ def test_radix_chunking_and_batching_together(weights: Any) -> None:
 def test_throughput_of_a_batch_against_one_at_a_time(weights: Any) -> None:
     """Thirty-two requests together must be faster than one after another (the size of the gain is `make bench`'s)."""
     prompts = [prompt(32, i) for i in range(32)]
-    together = NanoServingEngine(CONFIG, weights, max_batch_size=32, enable_prefix_cache=False)
-    alone = NanoServingEngine(CONFIG, weights, max_batch_size=1, enable_prefix_cache=False)
+    # One thread each: waiting for a second one on a busy machine would measure the machine.
+    options: dict[str, Any] = {"enable_prefix_cache": False, "num_threads": 1}
+    together = NanoServingEngine(CONFIG, weights, max_batch_size=32, **options)
+    alone = NanoServingEngine(CONFIG, weights, max_batch_size=1, **options)
     seconds: dict[str, list[float]] = {"together": [], "alone": []}
-    for _ in range(4):
+    for _ in range(5):
         for name, engine in (("together", together), ("alone", alone)):
             begin = time.perf_counter()
             engine.generate(prompts, greedy(24, ignore_eos=True))
             seconds[name].append(time.perf_counter() - begin)
-    assert min(seconds["together"]) * 2 < min(seconds["alone"])
+    assert min(seconds["together"]) * 1.5 < min(seconds["alone"]), seconds
 
 
 def test_realistic_workload_hits_the_cache_and_keeps_its_answers(weights: Any) -> None:

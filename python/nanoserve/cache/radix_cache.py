@@ -186,8 +186,7 @@ class RadixCache:
         cut = num_pages * self._step
         end_page = lower.end_page - lower.num_pages + num_pages
         upper = self._new_node(lower.parent, lower.key[:cut], lower.pages[:num_pages], end_page)
-        upper.pin_count = lower.pin_count
-        upper.last_access = lower.last_access
+        upper.pin_count = lower.pin_count  # its access time is set by the caller, which came to use it
         self.arena[lower.parent].children[lower.key[: self._step]] = upper.node_id
         lower.parent = upper.node_id
         lower.key = lower.key[cut:]

@@ -173,7 +173,7 @@ class RadixCacheManager:
             raise ValueError("get_or_allocate: no tokens, at least one is needed")
         known = array("i", tokens)
         table = PageTable(self.kv_pool)
-        node_id, cached = self._adopt_prefix(known, table) if self.enabled else (None, 0)
+        node_id, cached = self._adopt_prefix(known, table)  # a disabled cache's tree is empty
         try:
             missing = self.kv_pool.pages_needed(len(known)) - len(table)
             if not self.reserve(missing):
@@ -186,8 +186,7 @@ class RadixCacheManager:
             self.kv_pool.ref(pages)
         finally:
             table.release()
-            if node_id is not None:
-                self.tree.unpin(node_id)
+            self.tree.unpin(node_id)
         self._has_unpinned_holders = True
         self._count(cached, len(known))
         return cached, pages
