@@ -27,13 +27,16 @@ def megabytes(count: float) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """The measured table, Markdown."""
-    t, longer, cache = results["throughput"], results["longer_context"], results["prefix_cache"]
+    t, shapes, cache = results["throughput"], results["other_shapes"], results["prefix_cache"]
     memory, start = results["kv_memory"], results["start_up"]
     rows = [
         ("output tokens/s, 32 running requests", f"{t['output_tokens_per_s']:,.0f}", t["model"]),
         ("against one request at a time with KV cache", f"{t['speedup_over_one_at_a_time']:.1f}x", "same prompts, same tokens out"),
         ("against recomputing the whole sequence per token", f"{t['speedup_over_recompute']:.1f}x", "same kernels, same tokens out"),
-        ("the same at 512 prompt tokens", f"{longer['speedup_over_one_at_a_time']:.1f}x and {longer['speedup_over_recompute']:.1f}x", longer["model"]),
+        *(
+            (f"the two ratios with {one['prompt_tokens']} prompt tokens", f"{one['speedup_over_one_at_a_time']:.1f}x, {one['speedup_over_recompute']:.1f}x", one["model"])
+            for one in shapes.values()
+        ),
         ("scheduler, per running request per step", f"{t['scheduler_us_per_request_step']:.1f} us", "all Python of a step but the forward"),
         ("prefix cache, prompt tokens found", f"{100 * cache['cache_hit_rate']:.1f}%", f"{cache['requests']} requests of {cache['workload']}"),
         ("prefix cache, time to serve them all", f"{cache['speedup']:.2f}x faster", "identical answers"),

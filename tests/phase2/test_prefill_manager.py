@@ -70,10 +70,13 @@ def test_nothing_to_prefill_is_no_batch() -> None:
 
 def test_can_schedule_tells_what_schedule_would_do() -> None:
     """It knows both limits, and the pages a request holds already count for it."""
+    fits, too_many_tokens, too_many_pages = waiting(8, 11, 9)
+    assert PrefillManager(pool_of(2), 11).can_schedule(fits)
+    assert PrefillManager(pool_of(9), 11).can_schedule(too_many_tokens)
+    assert not PrefillManager(pool_of(9), 10).can_schedule(too_many_tokens)
+    assert not PrefillManager(pool_of(2), 11).can_schedule(too_many_pages)
     pool = pool_of(2)
     manager = PrefillManager(pool, max_prefill_tokens=10)
-    fits, too_many_tokens, too_many_pages = waiting(8, 11, 9)
-    assert [manager.can_schedule(r) for r in (fits, too_many_tokens, too_many_pages)] == [True, False, False]
     manager.schedule([fits])
     assert not manager.can_schedule(Request("next", [1]))
     fits.append_output(1)

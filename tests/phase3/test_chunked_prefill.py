@@ -93,12 +93,14 @@ def test_pages_are_granted_as_the_prompt_advances() -> None:
 
 
 def test_memory_limit_lets_the_others_go_on() -> None:
-    """Without pages for its chunk a prompt sits out with what it has, and continues when pages come back."""
-    manager = manager_of(num_pages=4)
-    large, small = add(manager, 16, 8)
+    """Without pages for its chunk a prompt sits out with what it has; one that needs none, or fewer, is not held up."""
+    manager = manager_of(num_pages=5)
+    large, small = add(manager, 24, 11)
     assert pieces(manager) == {0: 8, 1: 8}
-    assert manager.kv_pool.num_free_pages == 0
+    assert manager.kv_pool.num_free_pages == 1
     assert not manager.can_schedule(large)
+    assert manager.can_schedule(small)
+    assert pieces(manager) == {1: 3}
     assert pieces(manager) == {}
     assert (large.cached_len, manager.num_active_requests) == (8, 1)
     assert small.page_table is not None

@@ -134,7 +134,10 @@ def test_release_keeps_the_committed_and_frees_the_rest(worker: KVWorker) -> Non
     request = worker.admit(A + B + [5])
     worker.compute(request)
     worker.manager.commit(request)
+    table = request.page_table
+    assert table is not None
     worker.finish(request)
+    assert len(table) == 0
     assert (request.cached_len, request.radix_node, request.page_table, request.validated_len) == (0, None, None, 0)
     assert (worker.pool.num_free_pages, worker.manager.peek(A + B), worker.manager.num_available_pages) == (6, 8, 8)
     assert worker.problems() == []
@@ -165,6 +168,9 @@ def test_a_preempted_request_finds_its_own_pages_again(worker: KVWorker) -> None
     worker.resume(request)
     assert (request.total_len, request.cached_len, request.extend_len) == (10, 8, 2)
     assert (worker.manager.cache_hits, worker.manager.cache_misses) == stats == (0, 8)
+    worker.finish(request)
+    worker.resume(request)
+    assert (worker.manager.cache_hits, worker.manager.cache_misses) == stats
     worker.compute(request)
     assert worker.problems() == []
 

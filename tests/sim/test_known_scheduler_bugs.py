@@ -183,6 +183,88 @@ def test_two_requests_do_not_preempt_each_other_for_ever() -> None:
     assert ended == ["old", "young"]
 
 
+def test_the_elder_gets_the_last_page_and_the_younger_keeps_what_it_has() -> None:
+    """Two need a page in the same step and one is left: no preemption, whatever their order in the batch."""
+    system = System(num_pages=5, page_size=4, chunk_size=4, cache=False)
+    old, young = system.add("old", prompt(12), max_tokens=8), system.add("young", prompt(2, 1), max_tokens=8)
+    for _ in range(3):
+        system.step()
+    assert system.decode.requests == [young, old]
+    assert (old.cached_len, young.cached_len, system.pool.num_free_pages) == (12, 4, 1)
+    output = system.step()
+    assert (output.scheduled, output.preempted) == ({"old": 1}, ())
+    assert len(young.kv_pages) == 1
+    system.drain()
+    assert [r.output_tokens for r in (old, young)] == [system.expected(r) for r in (old, young)]
+
+
+def test_preemption_and_admission_do_not_chase_each_other() -> None:
+    """Nobody is let in during a step that took pages away from somebody, also if it would fit and comes first."""
+    system = System(num_pages=6, page_size=4, max_batch_size=3, cache=False, policy="sjf")
+    system.add("old", prompt(8), max_tokens=12)
+    system.add("young", prompt(8, 1), max_tokens=12)
+    system.step()
+    system.step()
+    system.add("tiny", prompt(1, 2), max_tokens=1)
+    while not (output := system.step()).preempted:
+        assert "tiny" not in output.scheduled
+    assert (output.preempted, output.scheduled) == (("young",), {"old": 1})
+    assert system.step().scheduled == {"old": 1, "tiny": 1}
+    system.drain()
+
+
+def test_long_prompts_that_do_not_fit_together_are_not_let_in_together() -> None:
+    """What a running prompt has yet to get is spoken for: the second waits at the door instead of being preempted."""
+    system = System(num_pages=12, page_size=4, chunk_size=4)
+    requests = [system.add(i, prompt(32, i), max_tokens=4) for i in range(3)]
+    system.drain()
+    assert system.batcher.get_stats()["preemptions"] == 0
+    assert [r.output_tokens for r in requests] == [system.expected(r) for r in requests]
+
+
+def test_a_preempted_request_finds_its_own_pages_again() -> None:
+    """What was validated stays cached while nobody needs the room: coming back costs less than a page."""
+    system = System(page_size=4)
+    request = system.add("a", prompt(6), max_tokens=20)
+    for _ in range(10):
+        system.step()
+    assert request.cached_len == 15
+    system.scheduler.residents.preempt(request, by=request)
+    assert (request.cached_len, request.kv_pages) == (0, [])
+    assert system.step().scheduled == {"a": 4}
+    assert request.prefix_hit_len == 12
+    system.drain()
+    assert request.output_tokens == system.expected(request)
+
+
+def test_a_blocked_head_is_let_in_when_an_abort_makes_room() -> None:
+    """Its place is not forgotten until the next arrival: the very next step."""
+    system = System(num_pages=8, page_size=4, max_batch_size=3, cache=False)
+    system.add("stays", prompt(6), max_tokens=9)
+    system.add("leaves", prompt(12, 1), max_tokens=9)
+    system.step()
+    system.add("waits", prompt(12, 2), max_tokens=4)
+    for _ in range(2):
+        assert "waits" not in system.step().scheduled
+    system.batcher.abort("leaves")
+    assert "waits" in system.step().scheduled
+    system.drain()
+
+
+def test_a_blocked_head_is_let_in_when_its_prefix_gets_cached() -> None:
+    """It did not fit beside another request of the same prompt; once that one's prompt is shared, it does."""
+    system = System(num_pages=8, page_size=4, max_batch_size=2, chunk_size=8)
+    same = prompt(16)
+    system.add("first", same, max_tokens=6)
+    system.add("second", [*same, 1], max_tokens=6)
+    assert [system.step().scheduled for _ in range(3)] == [
+        {"first": 8},
+        {"first": 8},
+        {"first": 1, "second": 1},
+    ]
+    system.drain()
+
+
 def test_pinned_pages_that_nobody_holds_do_not_wedge_the_pool() -> None:
     """Two compute the same prefix; the first caches it. The second pins the first's pages while holding its own copies,
     then needs the whole pool: it starts over, finds the cached pages and ends."""

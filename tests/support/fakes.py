@@ -190,6 +190,8 @@ class System:
     def step(self) -> StepOutput:
         """One step and a check of everything."""
         output = self.batcher.step()
+        if output.batch is not None:
+            assert output.batch.num_tokens <= self.scheduler.max_num_batched_tokens
         self.check()
         return output
 
