@@ -224,12 +224,12 @@ def test_the_event_log_is_bounded_and_knows_its_kinds() -> None:
 def test_the_schedulers_cost_per_request_and_step() -> None:
     """Everything in Python of 32 decoding requests, sampling included, stays under 10 microseconds each (best of 20)."""
     system = System(
-        num_pages=512, page_size=16, max_batch_size=32, chunk_size=64, max_num_batched_tokens=2048
+        num_pages=512, page_size=16, max_batch_size=32, chunk_size=64, max_num_batched_tokens=2048, vocab=256
     )
     logits = np.random.default_rng(0).random((32, 256), dtype=np.float32)
     system.executor.forward = lambda batch: logits[: len(batch.sample_rows)]  # type: ignore[method-assign]
     system.executor.last_finite = np.ones(32, np.bool_)
-    for i in range(32):
+    for i in range(32):  # all prompts fit the first step, so every step has 32 rows
         system.add(i, prompt(20 + i % 16, i), max_tokens=200)
     system.batcher.step()
     costs = []
@@ -293,6 +293,22 @@ def test_a_step_must_be_updated_or_discarded_before_the_next() -> None:
         system.scheduler.update(output, [1])
     system.drain()
     assert request.output_tokens == system.expected(request)
+
+
+@pytest.mark.parametrize(("vocab_size", "token"), [(16, 16), (None, 2**31), (16, -1)])
+def test_a_token_outside_the_vocabulary_ends_its_request_alone(vocab_size: int | None, token: int) -> None:
+    """A sampler of one's own may return anything: it must not be fed to the model in the next step."""
+    scheduler = Scheduler(System().pool, vocab_size=vocab_size)
+    bad, good = Request("bad", [1, 2], max_tokens=4), Request("good", [3, 4], max_tokens=1)
+    scheduler.add_request(bad)
+    scheduler.add_request(good)
+    output = scheduler.step()
+    assert output is not None
+    assert scheduler.update(output, [token, 5]) == [bad, good]
+    assert (bad.finish_reason, bad.output_tokens) == ("error", [])
+    assert f"token {token} was sampled" in str(bad.error)
+    assert (good.finish_reason, good.output_tokens) == ("length", [5])
+    audit(scheduler)
 
 
 def test_a_request_that_says_it_is_computed_already_is_refused() -> None:

@@ -547,6 +547,35 @@ def test_an_interrupted_run_leaves_nothing_queued() -> None:
     assert other.output_tokens == system.expected(other)
 
 
+def test_a_sampler_that_returns_too_few_tokens_ends_only_who_it_was_asked_for() -> None:
+    """The wrong number of tokens says nothing about whose is missing: asked again row by row, it does."""
+
+    class Forgetful(Sampler):
+        def sample(self, logits: Any, requests: Any, eos_token_ids: Any) -> list[int]:
+            tokens = super().sample(logits, requests, eos_token_ids)
+            return [token for token, r in zip(tokens, requests, strict=True) if r.req_id != "bad"]
+
+    system = System(chunk_size=8, sampler=Forgetful())
+    good, culprit = crowd(system, "bad")
+    ends_alone(system, good, culprit, "ValueError: not enough values")
+
+
+def test_an_executor_with_stale_finite_flags_is_an_error() -> None:
+    """Flags of another batch would fail, or spare, the wrong request."""
+    system = System()
+    request = system.add("a", prompt(5))
+    forward = system.executor.forward
+
+    def stale(batch: Any) -> Any:
+        logits = forward(batch)
+        system.executor.last_finite = np.ones(7, np.bool_)
+        return logits
+
+    system.executor.forward = stale  # type: ignore[method-assign]
+    system.drain()
+    assert "last_finite tells of 7 rows, there are 1" in str(request.error)
+
+
 @pytest.mark.parametrize("shape", [(0, 32), (2, 32), (32,)])
 def test_an_executor_that_returns_the_wrong_rows_is_an_error_not_a_mixup(shape: tuple[int, ...]) -> None:
     """Tokens are given out by row: a missing or extra row would give one request another's token."""

@@ -194,13 +194,14 @@ class ContinuousBatcher:
 
     def _run(self, batch: Batch) -> tuple[Logits, list[bool]]:
         logits = self.executor.forward(batch)
-        if logits.ndim != 2 or len(logits) != len(batch.sample_rows):
-            raise ValueError(
-                f"the executor gave logits of shape {logits.shape} for {len(batch.sample_rows)} rows"
-            )
+        rows = len(batch.sample_rows)
+        if logits.ndim != 2 or len(logits) != rows:
+            raise ValueError(f"the executor gave logits of shape {logits.shape} for {rows} rows")
         finite: NDArray[np.bool_] | None = getattr(self.executor, "last_finite", None)
         if finite is None:
             finite = np.asarray(np.isfinite(logits).all(axis=1))
+        elif len(finite) != rows:
+            raise ValueError(f"the executor's last_finite tells of {len(finite)} rows, there are {rows}")
         return logits, [bool(ok) for ok in finite]
 
     def _sample(
@@ -210,14 +211,16 @@ class ContinuousBatcher:
         eos = self.scheduler.eos_token_ids
         if not errors:
             try:
-                return self.sampler.sample(logits, requests, eos)
+                sampled = self.sampler.sample(logits, requests, eos)
+                if len(sampled) == len(requests):
+                    return sampled
             except Exception:  # find out below whose fault it is
                 pass
         tokens = [0] * len(requests)
         for row, request in enumerate(requests):
             if finite[row] and request.req_id not in errors:
                 try:
-                    tokens[row] = self.sampler.sample(logits[row : row + 1], [request], eos)[0]
+                    (tokens[row],) = self.sampler.sample(logits[row : row + 1], [request], eos)
                 except Exception as error:
                     errors[request.req_id] = _text(error)
         return tokens

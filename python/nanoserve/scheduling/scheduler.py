@@ -99,11 +99,11 @@ class Scheduler:
             kv_pool, self.radix_mgr, self.prefill_mgr, self.decode_mgr, self.pool, self.events
         )
         self.in_flight: SchedulerOutput | None = None
-        self.gone_in_flight: list[
-            Request
-        ] = []  # aborted between step and update: their pages may be written still
+        # Aborted between step and update: the forward may still write their pages.
+        self.gone_in_flight: list[Request] = []
         self._page_size: int = kv_pool.page_size
         self._max_len = 2**31 if max_model_len is None else max_model_len
+        self._vocab_size = 2**31 if vocab_size is None else vocab_size
 
     @property
     def stats(self) -> SchedulerStats:
@@ -287,6 +287,7 @@ class Scheduler:
                 raise ValueError(
                     f"{name}: {len(given)} given, {len(batch.sample_rows)} requests were sampled"
                 )
+        tokens = [int(token) for token in tokens]
         self._land(output)
         residents, new_tokens = self.residents, output.new_tokens
         self.stats.count(batch.size, batch.num_tokens, output.num_decode_rows)
@@ -304,8 +305,13 @@ class Scheduler:
             elif finite is not None and not finite[row]:
                 residents.fail(request, f"the logits at position {start + count - 1} are not finite")
             else:
+                token = tokens[row]
+                if not 0 <= token < self._vocab_size:
+                    residents.fail(
+                        request, f"token {token} was sampled, it must be in [0, {self._vocab_size})"
+                    )
+                    continue
                 request.cached_len = request.validated_len = start + count
-                token = int(tokens[row])
                 request.append_output(token)
                 new_tokens[request.req_id] = token
                 reason = self._stop_reason(request, token)
