@@ -59,6 +59,7 @@ class ModelExecutor:
         config, weights: as NanoServingEngine's.
         kv_pool: must have the model's layers, KV heads and head size.
         max_num_batched_tokens: most rows of one forward; sizes the activation buffers.
+        max_model_len: longest sequence; sizes the table of rotary positions. None takes the config's max_seq_len.
         num_threads: None takes the cores this process may use.
         on_progress: called as (done, total, kernel name) while kernels load.
 
@@ -73,6 +74,7 @@ class ModelExecutor:
         kv_pool: KVCachePool,
         *,
         max_num_batched_tokens: int = 2048,
+        max_model_len: int | None = None,
         num_threads: int | None = None,
         on_progress: Callable[[int, int, str], None] | None = None,
     ) -> None:
@@ -81,8 +83,10 @@ class ModelExecutor:
         self.config = config
         self.kv_pool = kv_pool
         self.num_threads = threads.num_threads
+        self.max_model_len = config.max_seq_len if max_model_len is None else max_model_len
+        self._rope: Arg | None = None
         self.last_finite: NDArray[np.bool_] = np.ones(0, dtype=np.bool_)
-        self._native = StepExecutor(kv_pool, threads, max_num_batched_tokens, config.max_seq_len)
+        self._native = StepExecutor(kv_pool, threads, max_num_batched_tokens, self.max_model_len)
         self._tensors = bind_weights(config, weights)
         self._buffers = {name: self._native.buffer(cols) for name, cols in buffers(config).items()}
         self._strides = {name: StepExecutor.stride(cols) for name, cols in buffers(config).items()}
@@ -188,8 +192,11 @@ class ModelExecutor:
                 )
                 args = [self._buffer(op.qkv)]
                 if rotary:
-                    table = kv_write.rope_table(config.max_seq_len, rotary, config.rope_theta)
-                    args += [self._weight(table), ("positions",)]
+                    if self._rope is None:  # one table for all layers
+                        self._rope = self._weight(
+                            kv_write.rope_table(self.max_model_len, rotary, config.rope_theta)
+                        )
+                    args += [self._rope, ("positions",)]
                 args += [("k", op.layer), ("v", op.layer), ("slots",)]
                 cost = 2 * (config.n_head + 2 * config.kv_heads) * config.dim_per_head
                 return _Bound(f"layers.{op.layer}.kv_write", (spec,), args, "rows", {"cost_per_unit": cost})

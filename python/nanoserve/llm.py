@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from nanoserve.cache.kv_pool import pages_for_budget
+from nanoserve.errors import CheckpointError
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.weights import load_weights
-from nanoserve.nano_engine import NanoServingEngine
+from nanoserve.nano_engine import NanoServingEngine, as_list
+from nanoserve.request import Request
 from nanoserve.sampling import SamplingParams
 
 _DEFAULT_KV_BYTES = 256 * 1024 * 1024
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ class LLM:
     ) -> None:
         if dtype != "float32":
             raise ValueError(f"dtype: {dtype!r} is not supported, only 'float32'")
+        if not Path(model).is_dir():
+            raise CheckpointError(f"model: {model} must be a checkpoint directory")
         config = ModelConfig.from_pretrained(model)
         page_size = engine_options.setdefault("page_size", 16)
         pages = pages_for_budget(
@@ -85,7 +90,8 @@ class LLM:
             on_progress=on_progress,
             **engine_options,
         )
-        self._byte_level = config.vocab_size == 256 and not (Path(model) / "tokenizer.json").exists()
+        has_tokenizer = any((Path(model) / name).exists() for name in _TOKENIZER_FILES)
+        self._byte_level = config.vocab_size == 256 and not has_tokenizer
 
     def generate(
         self,
@@ -97,14 +103,16 @@ class LLM:
         Raises:
             ValueError: naming the prompt, the field, its value and its limit.
         """
-        listed: Sequence[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else prompts
+        listed: list[str | Sequence[int]] = (
+            [prompts] if isinstance(prompts, str) else as_list("prompts", prompts)
+        )
         finished = self.engine.generate(
             [self.encode(p) if isinstance(p, str) else p for p in listed], sampling_params
         )
         return [
             RequestOutput(
-                prompt=prompt if isinstance(prompt, str) else list(prompt),
-                text=self.decode(self._without_eos(request.output_tokens)) if self._byte_level else None,
+                prompt=prompt if isinstance(prompt, str) else request.prompt_tokens,
+                text=self.decode(self._without_eos(request)) if self._byte_level else None,
                 token_ids=list(request.output_tokens),
                 finish_reason=str(request.finish_reason),
                 error=request.error,
@@ -119,7 +127,10 @@ class LLM:
             raise ValueError(
                 "prompts: this checkpoint's tokenizer is not supported yet, give token ids instead of text"
             )
-        return list(text.encode("utf-8"))
+        try:
+            return list(text.encode("utf-8"))
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompts: {text[:20]!r} is not valid Unicode text: {error.reason}") from error
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -127,5 +138,7 @@ class LLM:
             raise ValueError("tokens: this checkpoint's tokenizer is not supported yet")
         return bytes(tokens).decode("utf-8", errors="replace")
 
-    def _without_eos(self, tokens: list[int]) -> list[int]:
-        return tokens[:-1] if tokens and tokens[-1] in self.engine.eos_token_ids else tokens
+    def _without_eos(self, request: Request) -> list[int]:
+        tokens = request.output_tokens
+        ended = request.finish_reason == "stop" and not request.ignore_eos
+        return tokens[:-1] if ended and tokens[-1] in self.engine.eos_token_ids else tokens

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from nanoserve.cache.kv_pool import KVCachePool
 from nanoserve.cache.radix_manager import RadixCacheManager
+from nanoserve.checks import shown, truth, whole_number
 from nanoserve.errors import RequestRefused
 from nanoserve.executor import ModelExecutor
 from nanoserve.models.config import ModelConfig
@@ -77,17 +77,18 @@ class NanoServingEngine:
             ("max_num_batched_tokens", max_num_batched_tokens),
             ("page_size", page_size),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: {value!r} must be a whole number of at least 1")
+            whole_number(name, value, 1, 2**31 - 1)
         if max_num_batched_tokens < max_batch_size:
             raise ValueError(
                 f"max_num_batched_tokens: {max_num_batched_tokens} must be at least max_batch_size={max_batch_size}: "
                 "every running request computes a token per step"
             )
-        if max_model_len is not None and not 1 <= max_model_len <= config.max_seq_len:
-            raise ValueError(
-                f"max_model_len: {max_model_len} must be in [1, {config.max_seq_len}], what the model knows"
-            )
+        if max_model_len is None:
+            max_model_len = config.max_seq_len
+        whole_number("max_model_len", max_model_len, 1, config.max_seq_len, "the model's ")
+        if num_threads is not None:
+            whole_number("num_threads", num_threads, 1, 4096)
+        truth("enable_prefix_cache", enable_prefix_cache)
         self.config = config
         self.eos_token_ids = _eos_ids(config, eos_token_id)
         self.kv_pool = KVCachePool(
@@ -98,6 +99,7 @@ class NanoServingEngine:
             weights,
             self.kv_pool,
             max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
             num_threads=num_threads,
             on_progress=on_progress,
         )
@@ -109,7 +111,7 @@ class NanoServingEngine:
             DecodeManager(max_batch_size),
             self.eos_token_ids,
             max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=config.max_seq_len if max_model_len is None else max_model_len,
+            max_model_len=max_model_len,
             vocab_size=config.vocab_size,
             policy=policy,
             seed=seed,
@@ -129,10 +131,9 @@ class NanoServingEngine:
         Raises:
             ValueError: a bad token or parameter. RequestRefused (a ValueError): it can never fit; the message has the numbers.
         """
-        if req_id is None:
-            req_id = self._next_id
-            self._next_id += 1
-        request = Request(req_id, prompt_tokens, params=params or SamplingParams(), priority=priority)
+        params = SamplingParams() if params is None else params
+        req_id = self._unused_id() if req_id is None else req_id
+        request = Request(req_id, prompt_tokens, params=params, priority=priority)
         self.batcher.add_request(request)
         return request
 
@@ -160,19 +161,26 @@ class NanoServingEngine:
         Raises:
             ValueError: as add_request, naming the prompt's index.
         """
+        prompts = as_list("prompts", prompts)
         per_prompt = _per_prompt(params, len(prompts))
         requests = []
         for index, (prompt, one) in enumerate(zip(prompts, per_prompt, strict=True)):
             try:
-                request = Request(self._next_id + index, prompt, params=one)
+                request = Request(self._unused_id(), prompt, params=one)
                 self.batcher.check(request)
             except RequestRefused as error:
                 raise RequestRefused(f"prompts[{index}]: {error}") from error
             except ValueError as error:
                 raise ValueError(f"prompts[{index}]: {error}") from error
             requests.append(request)
-        self._next_id += len(requests)
         return self.batcher.run_until_complete(requests)
+
+    def _unused_id(self) -> int:
+        """The next number that no live request goes by."""
+        while self._next_id in self.batcher.scheduler.pool.live:
+            self._next_id += 1
+        self._next_id += 1
+        return self._next_id - 1
 
     def get_stats(self) -> dict[str, Any]:
         """Counters since the start or `reset_stats`: cache_hit_rate, avg_tokens_per_step, preemptions, kv_* and more."""
@@ -191,20 +199,23 @@ class NanoServingEngine:
 def _eos_ids(config: ModelConfig, given: int | Iterable[int] | None) -> tuple[int, ...]:
     if given is None:
         return config.eos_token_ids
-    ids = (given,) if isinstance(given, int | np.integer) else tuple(given)
-    for token in ids:
-        if not 0 <= token < config.vocab_size:
-            raise ValueError(f"eos_token_id: {token} must be in [0, {config.vocab_size})")
-    return tuple(int(token) for token in ids)
+    listed = list(given) if isinstance(given, Iterable) else [given]
+    return tuple(whole_number("eos_token_id", token, 0, config.vocab_size - 1) for token in listed)
 
 
-def _per_prompt(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> Sequence[SamplingParams]:
+def as_list(name: str, values: Any) -> list[Any]:
+    """Any iterable of entries as a list; a ValueError for text, a mapping, or a single value."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}: {shown(values)} must be a sequence with one entry per prompt")
+    return list(values)
+
+
+def _per_prompt(params: Any, count: int) -> list[SamplingParams]:
     if params is None:
         params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * count
-    if len(params) != count:
-        raise ValueError(f"params: {len(params)} sampling parameters for {count} prompts")
-    return params
+    listed: list[SamplingParams] = as_list("params", params)
+    if len(listed) != count:
+        raise ValueError(f"params: {len(listed)} sampling parameters for {count} prompts")
+    return listed

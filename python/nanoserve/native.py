@@ -51,7 +51,14 @@ def _load() -> ModuleType:
 
 
 if TYPE_CHECKING:
-    from nanoserve._ch16 import KVCachePool, PageTable, PoolExhausted, StepExecutor, ThreadPool, paged_attention
+    from nanoserve._ch16 import (
+        KVCachePool,
+        PageTable,
+        PoolExhausted,
+        StepExecutor,
+        ThreadPool,
+        paged_attention,
+    )
 else:
     _module = _load()
     KVCachePool = _module.KVCachePool

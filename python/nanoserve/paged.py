@@ -29,7 +29,7 @@ def write_kv(k: Any, v: Any, pool: KVCachePool, layer: int, slot_mapping: Any) -
         pool, layer: where to.
         slot_mapping: int32[T], `SchedulerOutput.slot_mapping`: page_id * page_size + offset of each token.
     """
-    pool.store_kv(_array("k", k), _array("v", v), np.asarray(slot_mapping, dtype=np.int32), layer)
+    pool.store_kv(_array("k", k), _array("v", v), _indices("slot_mapping", slot_mapping), layer)
 
 
 def paged_attention(
@@ -66,6 +66,8 @@ def paged_attention(
         raise ValueError(f"pool: page_size {pool.page_size} must be a multiple of 16")
     _, heads, head_dim = queries.shape
     factor = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    if not math.isfinite(factor):
+        raise ValueError(f"scale: {scale!r} must be finite")
     small, large = attention.row_tiles(heads // pool.num_heads)
     row = heads * head_dim
     specs = [
@@ -79,12 +81,19 @@ def paged_attention(
         _threads = ThreadPool()
     out = np.empty_like(queries)
     _native_attention(
-        pool, layer, queries, out, np.ascontiguousarray(block_tables, dtype=np.int32),
-        np.ascontiguousarray(starts, dtype=np.int32), np.ascontiguousarray(counts, dtype=np.int32),
+        pool, layer, queries, out, _indices("block_tables", block_tables),
+        _indices("starts", starts), _indices("counts", counts),
         addresses[specs[0]], small, addresses[specs[1]], large, _threads,
     )  # fmt: skip
     torch = sys.modules.get("torch")
     return torch.from_numpy(out) if torch is not None and isinstance(q, torch.Tensor) else out
+
+
+def _indices(name: str, value: Any) -> NDArray[np.int32]:
+    array = np.asarray(value)
+    if array.size and (array.dtype.kind not in "iu" or array.min() < -(2**31) or array.max() >= 2**31):
+        raise ValueError(f"{name}: must hold 32-bit integers, holds {array.dtype} up to {array.max()}")
+    return np.ascontiguousarray(array, dtype=np.int32)
 
 
 def _array(name: str, value: Any) -> NDArray[np.float32]:

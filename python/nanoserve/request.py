@@ -9,7 +9,7 @@ Three lengths describe it at any moment, as half-open intervals over its token p
 Before the first output `extend_len` is prompt - cached; while decoding it is 1, the token just sampled; after a
 preemption it is everything again. One formula serves all three, so no phase flag can disagree with it.
 
-Only RequestPool changes `state`; only the scheduler advances `cached_len`.
+Only RequestPool changes `state`; `cached_len` moves with what is computed or found in the cache, never ahead of it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from nanoserve.checks import shown, whole_number
 from nanoserve.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from nanoserve.native import PageTable
+
+
+MAX_PRIORITY = 1000  # bounded, so that waiting is (policies.py)
 
 
 class RequestState(Enum):
@@ -94,13 +98,17 @@ class Request:
         self.req_id = req_id
         self.prompt_tokens = _checked_tokens(prompt_tokens)
         self.num_prompt_tokens = len(self.prompt_tokens)
-        if not 0 <= cached_len < self.num_prompt_tokens:
-            raise ValueError(
-                f"cached_len: {cached_len} must be in [0, {self.num_prompt_tokens}): at least one prompt token is computed"
-            )
+        if not isinstance(req_id, int | str):
+            raise ValueError(f"req_id: {shown(req_id)} must be an integer or a string")
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params: {shown(params)} must be SamplingParams")
+        # At least one prompt token is computed: somebody has to produce the logits.
+        cached_len = whole_number(
+            "cached_len", cached_len, 0, self.num_prompt_tokens - 1, "prompt length - 1 = "
+        )
         self.params = params
         self.max_tokens = params.max_tokens
-        self.priority = priority
+        self.priority = whole_number("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
         self.cached_len = cached_len
         self.prefix_hit_len = 0  # tokens the prefix cache gave at the latest admission
         self.prefix_counted = False  # its first admission is in the cache statistics
@@ -168,14 +176,14 @@ class Request:
 
 
 def _checked_tokens(tokens: Sequence[int]) -> list[int]:
-    checked: list[int] = []
-    for position, token in enumerate(tokens):
-        if isinstance(token, bool) or not hasattr(token, "__index__"):
-            raise ValueError(f"prompt_tokens[{position}]: {token!r} is not an integer token id")
-        value = token.__index__()
-        if not 0 <= value < 2**31:
-            raise ValueError(f"prompt_tokens[{position}]: {value} must be in [0, 2**31)")
-        checked.append(value)
-    if not checked:
+    if (
+        isinstance(tokens, str | bytes)
+        or not hasattr(tokens, "__len__")
+        or not hasattr(tokens, "__getitem__")
+    ):
+        raise ValueError(f"prompt_tokens: {shown(tokens)} must be a sequence of token ids")
+    if not len(tokens):
         raise ValueError("prompt_tokens: empty, at least one token is needed")
-    return checked
+    if all(type(token) is int for token in tokens) and min(tokens) >= 0 and max(tokens) < 2**31:
+        return list(tokens)
+    return [whole_number(f"prompt_tokens[{i}]", token, 0, 2**31 - 1) for i, token in enumerate(tokens)]

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from nanoserve.checks import shown, whole_number
 
 if TYPE_CHECKING:
     from nanoserve.request import Request
@@ -90,21 +92,21 @@ class SamplingParams:
         self._check_int("min_tokens", 0, self.max_tokens, "max_tokens = ")
         self._check_stops()
         if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos: {_shown(self.ignore_eos)} must be True or False")
+            raise ValueError(f"ignore_eos: {shown(self.ignore_eos)} must be True or False")
         if self.seed is not None:
             self._check_int("seed", 0, 2**64 - 1)
         self._check_real("presence_penalty", -2.0, 2.0)
         self._check_real("frequency_penalty", -2.0, 2.0)
         self._check_real("repetition_penalty", 0.0, 100.0, above=True)
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
-            raise ValueError(f"logit_bias: {_shown(self.logit_bias)} must map token ids to numbers")
+            raise ValueError(f"logit_bias: {shown(self.logit_bias)} must map token ids to numbers")
         if self.logprobs is not None:
             self._check_int("logprobs", 0, 20)
         self._check_int("n", 1, 128)
         for name in UNSUPPORTED:
             if getattr(self, name) != _DEFAULTS[name]:
                 raise ValueError(
-                    f"{name}: {_shown(getattr(self, name))} is not supported yet, only {_DEFAULTS[name]!r} is"
+                    f"{name}: {shown(getattr(self, name))} is not supported yet, only {_DEFAULTS[name]!r} is"
                 )
 
     @property
@@ -121,46 +123,29 @@ class SamplingParams:
         limit = f"{'(' if above else '['}{low:g}, {high:g}]"
         is_number = isinstance(value, Real) and not isinstance(value, bool)
         if not is_number:
-            raise ValueError(f"{name}: {_shown(value)} must be a number in {limit}")
+            raise ValueError(f"{name}: {shown(value)} must be a number in {limit}")
         if not low <= value <= high or (above and value == low):  # a NaN fails the first
-            raise ValueError(f"{name}: {_shown(value)} must be in {limit}")
+            raise ValueError(f"{name}: {shown(value)} must be in {limit}")
         object.__setattr__(self, name, float(value))
 
     def _check_int(self, name: str, low: int, high: int, high_name: str = "") -> None:
-        object.__setattr__(self, name, _checked_int(name, getattr(self, name), low, high, high_name))
+        object.__setattr__(self, name, whole_number(name, getattr(self, name), low, high, high_name))
 
     def _check_stops(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
-            raise ValueError(f"stop: {_shown(self.stop)} must be a sequence of strings that are not empty")
+            raise ValueError(f"stop: {shown(self.stop)} must be a sequence of strings that are not empty")
         object.__setattr__(self, "stop", tuple(stop))
         ids = self.stop_token_ids
         if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
-            raise ValueError(f"stop_token_ids: {_shown(ids)} must be a sequence of token ids")
+            raise ValueError(f"stop_token_ids: {shown(ids)} must be a sequence of token ids")
         if len(ids) > MAX_STOP_IDS:
             raise ValueError(f"stop_token_ids: {len(ids)} ids, at most {MAX_STOP_IDS} are allowed")
-        checked = (_checked_int(f"stop_token_ids[{i}]", token, 0, MAX_TOKENS) for i, token in enumerate(ids))
+        checked = (whole_number(f"stop_token_ids[{i}]", token, 0, MAX_TOKENS) for i, token in enumerate(ids))
         object.__setattr__(self, "stop_token_ids", tuple(checked))
 
 
 _DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
-
-
-def _checked_int(name: str, value: object, low: int, high: int, high_name: str = "") -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{name}: {_shown(value)} must be an integer in [{low}, {high_name}{high}]")
-    number = int(value)
-    if not low <= number <= high:
-        raise ValueError(f"{name}: {_shown(number)} must be in [{low}, {high_name}{high}]")
-    return number
-
-
-def _shown(value: object) -> str:
-    """A value as an error message shows it: short, whatever was sent."""
-    if isinstance(value, Integral) and abs(int(value)) >= 10**40:  # repr may refuse thousands of digits
-        return f"an integer of {int(value).bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class Sampler:
@@ -188,7 +173,8 @@ class Sampler:
                 _forbid_stops(logits[row], params, eos_token_ids)
             (greedy if params.is_greedy else filtered if params.has_filters else plain).append(row)
         if len(greedy) == len(requests):
-            return logits.argmax(axis=1).tolist() if greedy else []
+            best: list[int] = logits.argmax(axis=1).tolist()
+            return best
         tokens = np.zeros(len(requests), dtype=np.int64)
         if greedy:
             tokens[greedy] = logits[greedy].argmax(axis=1)
@@ -211,8 +197,13 @@ class Sampler:
 
 def _forbid_stops(row: Float32Array, params: SamplingParams, eos_token_ids: Collection[int]) -> None:
     """Rules out, in place, every token that would end the request."""
-    stops = [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)]
-    row[[token for token in stops if token < len(row)]] = -np.inf
+    stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+    known = [token for token in stops if token < len(row)]
+    if len(known) == len(row):
+        raise ValueError(
+            f"min_tokens: {params.min_tokens}, but every token of the vocabulary ends the request"
+        )
+    row[known] = -np.inf
 
 
 def _seed(request: Request) -> int:

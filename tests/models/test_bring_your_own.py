@@ -22,7 +22,8 @@ def example() -> ModuleType:
     spec = importlib.util.spec_from_file_location(
         "bring_your_own_model", ROOT / "examples" / "bring_your_own_model.py"
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -112,6 +113,10 @@ def test_paged_calls_refuse_what_does_not_fit() -> None:
         (lambda: paged_attention(q, pool, 0, ok, [16], [1]), "17 tokens"),
         (lambda: paged_attention(q, pool, 0, ok, [0], [2]), "2"),
         (lambda: paged_attention(q, pool, 5, ok, [0], [1]), "5"),
+        (lambda: paged_attention(q, pool, 0, ok, [2**32], [1]), "starts: must hold 32-bit integers"),
+        (lambda: paged_attention(q, pool, 0, ok * 1.0, [0], [1]), "block_tables: must hold 32-bit integers"),
+        (lambda: paged_attention(q, pool, 0, ok, [0], [1], scale=float("nan")), "scale: nan"),
+        (lambda: write_kv(q[:, :2], q[:, :2], pool, 0, [2**32 + 3]), "slot_mapping: must hold"),
         (lambda: write_kv(q[:, :2], q[:, :2], pool, 0, [64]), "64"),
         (lambda: write_kv(q[:, :3], q[:, :3], pool, 0, [0]), "3"),
     ):

@@ -55,6 +55,7 @@ def test_round_trip_of_every_float_type(tmp_path: Path) -> None:
         ({"a": entry(offsets=(8, 0))}, bytes(8), "must lie in order"),
         ({"a": entry(offsets=(-8, 0))}, bytes(8), "must be two counts"),
         ({"a": entry(shape=(3,))}, bytes(8), "8 bytes, F32 [3] takes 12"),
+        ({"a": entry(shape=(2**62, 2**62, 0), offsets=(0, 0))}, b"", "has too many elements"),
         ({"a": entry(shape=(2**40, 2**40))}, bytes(8), "takes"),
         ({"a": entry(shape=(-2,))}, bytes(8), "must be at most 8 counts"),
         ({"a": entry(shape=(2.0,))}, bytes(8), "must be at most 8 counts"),
@@ -146,7 +147,7 @@ def test_missing_and_unexpected_tensors_are_listed() -> None:
             np.zeros((24, 8), np.float32),
             r"shape \(24, 8\), the config needs \(8, 24\)",
         ),
-        ("h.0.mlp.c_fc.bias", np.zeros((32, 1), np.float32), "2 dimensions"),
+        ("h.0.mlp.c_fc.bias", np.zeros((32, 1), np.float32), r"shape \(32, 1\), the config needs \(32,\)"),
         ("wpe.weight", np.zeros((8, 8), np.float32), r"shape \(8, 8\), the config needs \(16, 8\)"),
         ("ln_f.weight", np.zeros(8, np.int64), "dtype int64, must be floating point"),
     ],
@@ -155,6 +156,29 @@ def test_wrong_shapes_and_types_are_named(name: str, array: np.ndarray, words: s
     """The message has the checkpoint's own name, what was found and what the config needs, in the file's orientation."""
     with pytest.raises(CheckpointError, match=words):
         bind_weights(CONFIG, {**random_weights(CONFIG), name: array})
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"self_attn.q_proj": (8, 16), "self_attn.k_proj": (16, 16)}, r"q_proj.weight' has shape \(8, 16\)"),
+        ({"mlp.gate_proj": (30, 16), "mlp.up_proj": (10, 16)}, r"gate_proj.weight' has shape \(30, 16\)"),
+        ({"self_attn.v_proj": (8, 8)}, r"v_proj.weight' has shape \(8, 8\), the config needs \(8, 16\)"),
+    ],
+)
+def test_each_part_of_a_joined_weight_has_its_own_shape(
+    shapes: dict[str, tuple[int, ...]], words: str
+) -> None:
+    """q|k|v and gate|up are joined: wrong parts whose sum is right would give wrong answers in silence."""
+    config = ModelConfig(
+        vocab_size=11, n_layer=1, n_head=4, n_kv_head=2, n_embd=16, intermediate_size=20, norm="rmsnorm",
+        positions="rope", gated_mlp=True, activation="silu", qkv_bias=False, out_bias=False, mlp_bias=False, family="llama",
+    )  # fmt: skip
+    tensors = random_weights(config)
+    bind_weights(config, tensors)
+    wrong = {f"model.layers.0.{name}.weight": np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    with pytest.raises(CheckpointError, match=words):
+        bind_weights(config, {**tensors, **wrong})
 
 
 def test_tied_head_must_equal_the_embedding() -> None:
@@ -246,12 +270,19 @@ GOOD = {"model_type": "gpt2", "vocab_size": 11, "n_layer": 1, "n_head": 2, "n_em
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: True is not supported"),
         ({"activation_function": "relu"}, "activation 'relu' is not supported"),
         ({"n_head": 3}, "n_embd: 8 must be a multiple of n_head=3"),
-        ({"n_layer": 0}, r"n_layer: 0 must be a whole number in \[1,"),
+        ({"n_layer": 0}, r"n_layer: 0 must be in \[1,"),
         ({"n_layer": 1e3}, "n_layer: 1000.0 must be a whole number"),
         ({"n_layer": True}, "n_layer: True must be a whole number"),
         ({"vocab_size": 2**40}, "vocab_size: 1099511627776 must be"),
-        ({"layer_norm_epsilon": -1}, "norm_eps: -1 must be a finite number above 0"),
+        ({"layer_norm_epsilon": -1}, r"norm_eps: -1 must be a number in \(0,"),
         ({"layer_norm_epsilon": "x"}, "norm_eps: 'x' must be"),
+        ({"layer_norm_epsilon": True}, "norm_eps: True must be"),
+        ({"layer_norm_epsilon": 10**400}, "norm_eps: an integer of 1329 bits must be"),
+        ({"tie_word_embeddings": "no"}, "tie_embeddings: 'no' must be True or False"),
+        ({"activation_function": []}, r"activation \[\] is not supported"),
+        ({"eos_token_id": "2"}, "eos_token_id: '2' must be"),
+        ({"eos_token_id": [1, -1]}, "eos_token_id: -1 must be"),
+        ({"eos_token_id": True}, "eos_token_id: True must be"),
     ],
 )
 def test_config_fields_are_understood_or_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -274,6 +305,10 @@ def test_config_fields_are_understood_or_refused(tmp_path: Path, change: dict[st
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": 2}},
             "field 'factor' is not understood",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 7}},
+            "rope_theta is 500000.0, rope_parameters.rope_theta 7",
         ),
         ({"num_key_value_heads": 3}, "n_kv_head: 3 must divide n_head=4"),
         ({"pretraining_tp": 2}, "pretraining_tp: 2 is not supported"),

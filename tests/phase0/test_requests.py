@@ -42,7 +42,9 @@ def test_a_cached_prefix_shortens_what_is_left_to_compute() -> None:
 @pytest.mark.parametrize("cached_len", [-1, 4, 5])
 def test_cached_len_leaves_at_least_one_prompt_token(cached_len: int) -> None:
     """A prompt cached to its end would be a prefill of zero tokens, which yields no logits to sample from."""
-    with pytest.raises(ValueError, match=rf"cached_len: {cached_len} must be in \[0, 4\)"):
+    with pytest.raises(
+        ValueError, match=rf"cached_len: {cached_len} must be in \[0, prompt length - 1 = 3\]"
+    ):
         Request(1, [1, 2, 3, 4], cached_len=cached_len)
 
 
@@ -55,9 +57,12 @@ def test_cached_len_leaves_at_least_one_prompt_token(cached_len: int) -> None:
         ([1, 2.0], r"prompt_tokens\[1\]: 2.0"),
         ([True], r"prompt_tokens\[0\]: True"),
         (["7"], r"prompt_tokens\[0\]: '7'"),
+        ("text", "prompt_tokens: 'text' must be a sequence of token ids"),
+        (iter([1]), "prompt_tokens: .* must be a sequence of token ids"),
+        (5, "prompt_tokens: 5 must be a sequence of token ids"),
     ],
 )
-def test_bad_prompt_tokens_are_refused_by_position(tokens: list[object], message: str) -> None:
+def test_bad_prompt_tokens_are_refused_by_position(tokens: object, message: str) -> None:
     """Ids index memory later: each is checked at the door, and the message says which one is wrong."""
     with pytest.raises(ValueError, match=message):
         Request(1, tokens)  # type: ignore[arg-type]
@@ -84,6 +89,22 @@ def test_a_request_checks_its_parameters() -> None:
     """A shorthand passes through the same limits as SamplingParams."""
     with pytest.raises(ValueError, match="max_tokens: 0"):
         Request(1, [1], max_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("req_id", 1.5),
+        ("req_id", None),
+        ("params", {"max_tokens": 3}),
+        ("priority", 1001),
+        ("priority", "high"),
+    ],
+)
+def test_other_fields_of_a_request_are_checked_by_name(field: str, value: object) -> None:
+    """What is wrong with a request is said at its construction, not by the scheduler in the middle of a step."""
+    with pytest.raises(ValueError, match=f"^{field}: "):
+        Request(**{"req_id": 1, "prompt_tokens": [1], field: value})  # type: ignore[arg-type]
 
 
 def test_kv_pages_are_those_of_the_page_table() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -69,18 +70,22 @@ def test_bad_values_are_refused_by_name_and_value(name: str) -> None:
 
 def test_every_field_has_bad_values_in_this_test() -> None:
     """A field that is added without limits fails here."""
-    assert list(BAD) == list(DEFAULTS)
+    assert list(BAD) == [field.name for field in dataclasses.fields(SamplingParams)]
 
 
 @pytest.mark.parametrize(
     ("name", "limit"),
-    [("temperature", "[0, 100]"), ("top_p", "(0, 1]"), ("top_k", "[0, 2147483647]"), ("max_tokens", "[1, 2147483647]")],
+    [
+        ("temperature", "[0, 100]"),
+        ("top_p", "(0, 1]"),
+        ("top_k", "[0, 2147483647]"),
+        ("max_tokens", "[1, 2147483647]"),
+    ],
 )
 def test_the_message_has_the_limit(name: str, limit: str) -> None:
     """A refusal must say what would have been accepted."""
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(f"{name}: -1 must be in {limit}")):
         SamplingParams(**{name: -1})
-    assert str(caught.value) == f"{name}: -1 must be in {limit}"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +133,7 @@ def test_numpy_numbers_become_python_numbers() -> None:
 @pytest.mark.parametrize("value", [10**5000, -(10**5000), "x" * 10**6], ids=["huge", "huge-negative", "long"])
 def test_a_huge_value_gives_a_short_message(value: Any) -> None:
     """Error text reaches clients and logs: its length must not be the caller's choice."""
-    with pytest.raises(ValueError, match="^seed: ") as caught:
+    with pytest.raises(ValueError, match=r"^seed: ") as caught:
         SamplingParams(seed=value)
     assert len(str(caught.value)) < 200
 
@@ -148,4 +153,6 @@ def test_temperature_zero_is_greedy_and_filters_are_known() -> None:
     assert SamplingParams(temperature=0).is_greedy
     assert not SamplingParams(temperature=1e-9).is_greedy
     assert not SamplingParams().has_filters
-    assert all(SamplingParams(**field).has_filters for field in ({"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.1}))
+    assert all(
+        SamplingParams(**field).has_filters for field in ({"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.1})
+    )

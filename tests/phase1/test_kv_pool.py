@@ -13,7 +13,13 @@ from nanoserve.cache.kv_pool import KVCachePool, PageTable, PoolExhausted, pages
 def test_a_new_pool_has_all_its_pages_free() -> None:
     """Creation keeps the sizes asked for and hands nothing out; bytes count K and V of every layer in float32."""
     pool = KVCachePool(num_pages=8, page_size=16, num_layers=3, num_heads=2, head_dim=4)
-    assert (pool.num_pages, pool.page_size, pool.num_layers, pool.num_heads, pool.head_dim) == (8, 16, 3, 2, 4)
+    assert (pool.num_pages, pool.page_size, pool.num_layers, pool.num_heads, pool.head_dim) == (
+        8,
+        16,
+        3,
+        2,
+        4,
+    )
     assert (pool.num_free_pages, pool.num_used_pages) == (8, 0)
     assert pool.page_bytes == 2 * 3 * 2 * 4 * 16 * 4
     assert pool.bytes_total >= 8 * pool.page_bytes
@@ -87,7 +93,12 @@ def test_exhaustion_takes_nothing_and_says_how_much_was_missing() -> None:
 
 @pytest.mark.parametrize(
     ("pages", "message"),
-    [([1], "page 1 is free already"), ([4], "page 4 is out of range"), ([-1], "page -1"), ([0, 0], "page 0 is listed 2")],
+    [
+        ([1], "page 1 is free already"),
+        ([4], "page 4 is out of range"),
+        ([-1], "page -1"),
+        ([0, 0], "page 0 is listed 2"),
+    ],
 )
 def test_bad_and_double_frees_are_errors_that_change_nothing(pages: list[int], message: str) -> None:
     """A double free hands one page to two requests: it must be loud, and leave the rest of the list alone."""
@@ -158,7 +169,9 @@ def test_pages_for_a_budget() -> None:
     assert pages_for_budget(10 * page_bytes + 1, num_layers=2, num_heads=3, head_dim=8) == 10
     assert pages_for_budget(page_bytes, num_layers=2, num_heads=3, head_dim=8) == 1
     assert pages_for_budget(page_bytes, num_layers=2, num_heads=3, head_dim=8, page_size=8, itemsize=2) == 4
-    assert KVCachePool(num_pages=1, page_size=16, num_layers=2, num_heads=3, head_dim=8).page_bytes == page_bytes
+    assert (
+        KVCachePool(num_pages=1, page_size=16, num_layers=2, num_heads=3, head_dim=8).page_bytes == page_bytes
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,14 +179,16 @@ def test_pages_for_a_budget() -> None:
     [
         (100, {}, "kv_cache_bytes: 100 is less than one page of 6144 bytes"),
         (-1, {}, "kv_cache_bytes: -1"),
-        (1.5, {}, "kv_cache_bytes: 1.5"),
-        (True, {}, "kv_cache_bytes: True"),
+        (1e6, {}, "kv_cache_bytes: 1000000.0 must be an integer"),
+        (True, {}, "kv_cache_bytes: True must be an integer"),
         (10**6, {"num_layers": 0}, "num_layers: 0"),
         (10**6, {"page_size": -16}, "page_size: -16"),
         (10**6, {"head_dim": 8.0}, "head_dim: 8.0"),
     ],
 )
-def test_a_budget_that_cannot_work_is_refused_with_the_arithmetic(budget: int, sizes: dict[str, Any], message: str) -> None:
+def test_a_budget_that_cannot_work_is_refused_with_the_arithmetic(
+    budget: int, sizes: dict[str, Any], message: str
+) -> None:
     """The user sees which number to change."""
     with pytest.raises(ValueError, match=message):
         pages_for_budget(budget, **({"num_layers": 2, "num_heads": 3, "head_dim": 8} | sizes))

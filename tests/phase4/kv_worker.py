@@ -87,7 +87,9 @@ class KVWorker:
         found = self.pool.audit([self.manager.tree_pages(), *map(list, other_holders)])
         found += self.manager.audit(self.live)
         for request in self.live:
-            found += self._wrong_kv(f"request {request.req_id!r}", request.token_ids, request.kv_pages, request.cached_len)
+            found += self._wrong_kv(
+                f"request {request.req_id!r}", request.token_ids, request.kv_pages, request.cached_len
+            )
         tree = self.manager.tree
         for _, node in tree.walk():
             tokens = array("i")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from phase4.kv_worker import KVWorker
 
 from nanoserve.batch import Batch
+from phase4.kv_worker import KVWorker
 
 A, B, C, D = [1, 1, 1, 1], [2, 2, 2, 2], [3, 3, 3, 3], [4, 4, 4, 4]
 
@@ -126,7 +126,7 @@ def test_a_lone_request_whose_pin_holds_a_duplicate_gets_on_after_giving_its_pag
     preempt: released and admitted again it shares them, and the pool that is just large enough suffices.
     """
     worker = KVWorker(num_pages=4)
-    first, second = worker.admit(A + [5]), worker.admit(A + [5])
+    first, second = worker.admit([*A, 5]), worker.admit([*A, 5])
     for request in (first, second):
         worker.compute(request)
         worker.manager.commit(request)

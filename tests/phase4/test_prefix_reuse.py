@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-from phase4.kv_worker import KVWorker
 
 from nanoserve.cache.kv_pool import PageTable
 from nanoserve.errors import InvariantViolation
 from nanoserve.request import Request
+from phase4.kv_worker import KVWorker
 
 A, B, C, D = [1, 1, 1, 1], [2, 2, 2, 2], [3, 3, 3, 3], [4, 4, 4, 4]
 
@@ -31,7 +31,7 @@ def test_a_finished_prompt_is_reused_by_the_next(worker: KVWorker) -> None:
 
 def test_outputs_are_cached_for_the_next_turn_of_a_conversation(worker: KVWorker) -> None:
     """A chat's next prompt repeats the answer: its pages are there too."""
-    worker.run(A + [2, 2], [2, 2, 7])
+    worker.run([*A, 2, 2], [2, 2, 7])
     request = worker.admit(A + B + [7, 8, 9])
     assert request.cached_len == 8
     assert worker.problems() == []
@@ -138,8 +138,17 @@ def test_release_keeps_the_committed_and_frees_the_rest(worker: KVWorker) -> Non
     assert table is not None
     worker.finish(request)
     assert len(table) == 0
-    assert (request.cached_len, request.radix_node, request.page_table, request.validated_len) == (0, None, None, 0)
-    assert (worker.pool.num_free_pages, worker.manager.peek(A + B), worker.manager.num_available_pages) == (6, 8, 8)
+    assert (request.cached_len, request.radix_node, request.page_table, request.validated_len) == (
+        0,
+        None,
+        None,
+        0,
+    )
+    assert (worker.pool.num_free_pages, worker.manager.peek(A + B), worker.manager.num_available_pages) == (
+        6,
+        8,
+        8,
+    )
     assert worker.problems() == []
 
 

@@ -92,7 +92,9 @@ def test_allocation_that_cannot_fit_takes_nothing_and_evicts_nothing(manager: Ra
     """A refused admission must not cost the others their cache."""
     _, held = manager.get_or_allocate(D + D + D)
     cache(manager, A + B)
-    with pytest.raises(PoolExhausted, match=r"3 more pages are needed for 20 tokens \(8 cached\), 1 are free"):
+    with pytest.raises(
+        PoolExhausted, match=r"3 more pages are needed for 20 tokens \(8 cached\), 1 are free"
+    ):
         manager.get_or_allocate(A + B + C + C + C)
     assert (manager.peek(A + B), manager.total_evictions, manager.kv_pool.num_free_pages) == (8, 0, 1)
     assert balanced(manager, held)
@@ -162,7 +164,12 @@ def test_hits_and_misses_count_prompt_tokens(manager: RadixCacheManager) -> None
     assert (manager.cache_hits, manager.cache_misses) == (8, 13)
     assert manager.cache_hit_rate == pytest.approx(8 / 21)
     manager.clear_stats()
-    assert (manager.cache_hits, manager.cache_misses, manager.total_evictions, manager.cache_hit_rate) == (0, 0, 0, 0.0)
+    assert (manager.cache_hits, manager.cache_misses, manager.total_evictions, manager.cache_hit_rate) == (
+        0,
+        0,
+        0,
+        0.0,
+    )
 
 
 def test_clear_forgets_every_idle_prefix(manager: RadixCacheManager) -> None:

@@ -14,7 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own rank and below. `errors` and `native` are below everything; `observe` imports nothing.
 RANKS = [
-    {"errors", "native", "observe"},
+    {"checks", "errors", "native", "observe"},
     {"sampling", "request", "batch", "compiler"},
     {"cache", "kernels"},
     {"scheduling", "models", "paged"},

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from nanoserve.scheduling.policies import AGING_TOKENS_PER_STEP, LPM_WINDOW, MAX_PRIORITY, PRIORITY_TOKENS
+from nanoserve.request import MAX_PRIORITY
+from nanoserve.scheduling.policies import AGING_TOKENS_PER_STEP, LPM_WINDOW, PRIORITY_TOKENS
 from support.fakes import System, prompt
 
 # policy: (what the victim is, what the flood is): lengths, priorities, and the same prompt for all of the flood
@@ -40,7 +41,7 @@ def test_a_flood_of_favourites_starves_nobody(policy: str) -> None:
     system.drain()
     assert warm.is_finished
     for i in range(4):  # both seats are taken and somebody waits already
-        system.add(("first", i), prompt(flood_is["length"]), 2, priority=flood_is.get("priority", 0))
+        system.add(f"first {i}", prompt(flood_is["length"]), 2, priority=flood_is.get("priority", 0))
     system.step()
     victim = system.add("victim", prompt(victim_is["length"], 99), 2, priority=victim_is.get("priority", 0))
     overtaken = 0
@@ -49,7 +50,7 @@ def test_a_flood_of_favourites_starves_nobody(policy: str) -> None:
     )  # those that arrived before the bound are served first, two seats at a time
     for step in range(limit):
         for i in range(3):
-            system.add((step, i), prompt(flood_is["length"]), 2, priority=flood_is.get("priority", 0))
+            system.add(f"{step}.{i}", prompt(flood_is["length"]), 2, priority=flood_is.get("priority", 0))
         output = system.step()
         overtaken += sum(request is not victim for request in output.finished)
         if victim.is_finished:
@@ -88,7 +89,7 @@ def test_a_preempted_request_is_not_starved_by_arrivals() -> None:
 
 def test_the_bounds_are_bounds() -> None:
     """What the argument of policies.py rests on: terms are bounded, and lpm looks at a bounded part of the queue."""
-    with pytest.raises(ValueError, match=f"priority 1001 must be in \\[-{MAX_PRIORITY}, {MAX_PRIORITY}\\]"):
+    with pytest.raises(ValueError, match=f"priority: 1001 must be in \\[-{MAX_PRIORITY}, {MAX_PRIORITY}\\]"):
         System().add("a", [1], priority=MAX_PRIORITY + 1)
     system = System(policy="lpm", max_batch_size=1)
     for i in range(2 * LPM_WINDOW):

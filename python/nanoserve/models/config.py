@@ -9,12 +9,12 @@ a silently dropped option is a wrong answer with status 200.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanoserve.checks import shown, truth, whole_number
 from nanoserve.errors import CheckpointError
 
 NORMS = ("layernorm", "rmsnorm")
@@ -54,10 +54,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "max_seq_len"):
-            _check_count(name, getattr(self, name))
+            whole_number(name, getattr(self, name), 1, _LIMIT)
         for name in ("n_kv_head", "head_dim", "intermediate_size"):
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
+                whole_number(name, getattr(self, name), 1, _LIMIT)
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd: {self.n_embd} must be a multiple of n_head={self.n_head}, or set head_dim"
@@ -66,18 +66,19 @@ class ModelConfig:
             raise ValueError(f"n_kv_head: {self.kv_heads} must divide n_head={self.n_head}")
         for name, allowed in (("norm", NORMS), ("activation", ACTIVATIONS), ("positions", POSITIONS)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: {getattr(self, name)!r} must be one of {', '.join(allowed)}")
+                raise ValueError(f"{name}: {shown(getattr(self, name))} must be one of {', '.join(allowed)}")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-                raise ValueError(f"{name}: {value!r} must be a finite number above 0")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e30:
+                raise ValueError(f"{name}: {shown(value)} must be a number in (0, 1e30]")
+        for name in ("gated_mlp", "qkv_bias", "out_bias", "mlp_bias", "tie_embeddings"):
+            truth(name, getattr(self, name))
         if self.positions == "rope" and self.dim_per_head % 2:
             raise ValueError(f"head_dim: {self.dim_per_head} must be even for rotary positions")
         if self.family not in FAMILIES:
             raise ValueError(f"family: {self.family!r} must be one of {', '.join(FAMILIES)}")
         for token in self.eos_token_ids:
-            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
-                raise ValueError(f"eos_token_ids: {token!r} must be in [0, {self.vocab_size})")
+            whole_number("eos_token_ids", token, 0, self.vocab_size - 1)
 
     @property
     def kv_heads(self) -> int:
@@ -115,11 +116,6 @@ class ModelConfig:
         if not isinstance(raw, dict):
             raise CheckpointError(f"{file.name}: must hold an object, holds {type(raw).__name__}")
         return config_from_dict(raw)
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LIMIT:
-        raise ValueError(f"{name}: {value!r} must be a whole number in [1, {_LIMIT}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +213,9 @@ def config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:
             if value is not None:
                 values[family.fields[name]] = value
         elif name == "rope_parameters" and "rope_scaling" in family.required:
-            values["rope_theta"] = _default_rope(value, values.get("rope_theta", 10000.0))
+            theta = _default_rope(value, raw.get("rope_theta"))
+            if theta is not None:
+                values["rope_theta"] = theta
         elif name in family.required:
             if value not in family.required[name]:
                 raise CheckpointError(
@@ -229,20 +227,14 @@ def config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:
             )
     activation = values.get("activation")
     if activation is not None:
-        if activation not in _ACTIVATION_NAMES:
+        if not isinstance(activation, str) or activation not in _ACTIVATION_NAMES:
             raise CheckpointError(
-                f"config.json: activation {activation!r} is not supported, only {', '.join(_ACTIVATION_NAMES)}"
+                f"config.json: activation {shown(activation)} is not supported, only {', '.join(_ACTIVATION_NAMES)}"
             )
         values["activation"] = _ACTIVATION_NAMES[activation]
     if model_type == "llama":
         values["out_bias"] = values["qkv_bias"]
-    eos = raw.get("eos_token_id")
-    listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    # A stock config names an id outside a shrunken vocabulary (gpt2: 50256); it can never be sampled.
-    vocab = values.get("vocab_size")
-    values["eos_token_ids"] = tuple(
-        e for e in listed if isinstance(e, int) and isinstance(vocab, int) and 0 <= e < vocab
-    )
+    values["eos_token_ids"] = _eos_ids(raw.get("eos_token_id"), values.get("vocab_size"))
     missing = [name for name in ("vocab_size", "n_layer", "n_head", "n_embd") if name not in values]
     if missing:
         names = [theirs for theirs, ours in family.fields.items() if ours in missing]
@@ -253,18 +245,30 @@ def config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(f"config.json: {error}") from error
 
 
-def _default_rope(parameters: object, theta: float) -> float:
+def _eos_ids(eos: object, vocab_size: object) -> tuple[int, ...]:
+    listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    try:
+        ids = [whole_number("eos_token_id", token, 0) for token in listed]
+    except ValueError as error:
+        raise CheckpointError(f"config.json: {error}") from error
+    # A stock config names an id outside a shrunken vocabulary (gpt2: 50256); it can never be sampled.
+    return tuple(token for token in ids if isinstance(vocab_size, int) and token < vocab_size)
+
+
+def _default_rope(parameters: object, theta: object) -> object:
     """rope_theta out of transformers 5's `rope_parameters`; any scaling is refused."""
     if parameters is None:
         return theta
     if not isinstance(parameters, dict) or parameters.get("rope_type", "default") != "default":
         raise CheckpointError(
-            f"config.json: rope_parameters: {parameters!r} is not supported, only rope_type 'default'"
+            f"config.json: rope_parameters: {shown(parameters)} is not supported, only rope_type 'default'"
         )
     unknown = set(parameters) - {"rope_type", "rope_theta"}
     if unknown:
         raise CheckpointError(f"config.json: rope_parameters: field {min(unknown)!r} is not understood")
     value = parameters.get("rope_theta", theta)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CheckpointError(f"config.json: rope_parameters.rope_theta: {value!r} must be a number")
-    return float(value)
+    if theta is not None and value != theta:
+        raise CheckpointError(
+            f"config.json: rope_theta is {shown(theta)}, rope_parameters.rope_theta {shown(value)}: which one?"
+        )
+    return value

@@ -113,6 +113,8 @@ def _checked_entries(file: str, header: dict[str, Any], data_bytes: int) -> dict
             raise CheckpointError(
                 f"{file}: tensor {name!r}: {end - begin} bytes, {dtype} {shape} takes {expected}"
             )
+        if math.prod(max(size, 1) for size in shape) >= 2**62:  # empty, but too large for an array's strides
+            raise CheckpointError(f"{file}: tensor {name!r}: shape {shape!r} has too many elements")
         entries[name] = (dtype, tuple(shape), begin, end)
     position, previous = 0, ""
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):

@@ -182,24 +182,22 @@ def _join(
     name: str, shape: tuple[int, ...], source: Source, given: Mapping[str, NDArray[Any]], config: ModelConfig
 ) -> NDArray[Any]:
     parts = []
-    for part_name in source.names:
+    rows = _split_rows(name, config) if len(source.names) > 1 else [0, shape[0]]
+    for part_name, begin, end in zip(source.names, rows[:-1], rows[1:], strict=True):
         part = np.asarray(given[part_name])
         if part.dtype not in _FLOATS:
             raise CheckpointError(
                 f"weights: tensor {part_name!r} has dtype {part.dtype}, must be floating point"
             )
+        wanted = (end - begin, *shape[1:])
+        if name == "pos_embed.weight" and part.ndim == 2 and part.shape[0] > end:
+            part = part[:end]  # a shorter context than the model was trained for
+        found = part.shape[::-1] if source.transposed else part.shape
+        if found != wanted:
+            needed = wanted[::-1] if source.transposed else wanted
+            raise CheckpointError(f"weights: {part_name!r} has shape {part.shape}, the config needs {needed}")
         parts.append(part.T if source.transposed else part)
-    label = " + ".join(repr(part_name) for part_name in source.names)
-    if any(part.ndim != len(shape) for part in parts):
-        raise CheckpointError(f"weights: {label} has {parts[0].ndim} dimensions, {name} needs shape {shape}")
-    joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    if name == "pos_embed.weight" and joined.shape[0] > shape[0] and joined.shape[1:] == shape[1:]:
-        joined = joined[: shape[0]]  # a shorter context than the model was trained for
-    if joined.shape != shape:
-        found = tuple(reversed(joined.shape)) if source.transposed else joined.shape
-        wanted = tuple(reversed(shape)) if source.transposed else shape
-        raise CheckpointError(f"weights: {label} has shape {found}, the config needs {wanted}")
-    return joined
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _few(names: list[str], limit: int = 5) -> str:

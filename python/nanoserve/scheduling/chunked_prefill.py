@@ -14,10 +14,11 @@ from collections.abc import Sequence
 
 from nanoserve.batch import Batch
 from nanoserve.cache.kv_pool import KVCachePool
+from nanoserve.checks import whole_number
 from nanoserve.request import Request
 from nanoserve.scheduling.chunked_request import ChunkedRequest
 from nanoserve.scheduling.pages import grant, missing_pages
-from nanoserve.scheduling.prefill_manager import PrefillManager, _at_least_one, _computed
+from nanoserve.scheduling.prefill_manager import PrefillManager, _computed
 
 
 class ChunkedPrefillManager(PrefillManager):
@@ -30,10 +31,10 @@ class ChunkedPrefillManager(PrefillManager):
     """
 
     def __init__(self, kv_pool: KVCachePool, max_chunk_size: int = 256, max_batch_tokens: int = 2048) -> None:
-        _at_least_one("max_batch_tokens", max_batch_tokens)
+        whole_number("max_batch_tokens", max_batch_tokens, 1)
         super().__init__(kv_pool, max_batch_tokens)
         self.max_batch_tokens = max_batch_tokens
-        self.max_chunk_size = _at_least_one("max_chunk_size", max_chunk_size)
+        self.max_chunk_size = whole_number("max_chunk_size", max_chunk_size, 1)
         self.max_prompt_len = None
 
     def piece(self, chunks: ChunkedRequest, budget: int) -> int:

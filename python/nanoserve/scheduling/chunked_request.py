@@ -10,6 +10,7 @@ It keeps no position of its own: `request.cached_len` is the position, so the tw
 
 from __future__ import annotations
 
+from nanoserve.checks import whole_number
 from nanoserve.request import Request
 
 
@@ -24,10 +25,8 @@ class ChunkedRequest:
     __slots__ = ("_end", "_first", "chunk_size", "request")
 
     def __init__(self, request: Request, chunk_size: int = 256) -> None:
-        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(f"chunk_size: {chunk_size!r} must be a whole number of at least 1")
         self.request = request
-        self.chunk_size = chunk_size
+        self.chunk_size = whole_number("chunk_size", chunk_size, 1)
         self._first = request.cached_len
         self._end = request.total_len
 

@@ -3,7 +3,8 @@
 One request cannot hurt another. If the forward pass raises, each request of the batch is computed again alone: who raises
 alone ends with finish_reason "error", the others go on with the very same bits, because nothing in a batch changes its
 rows' results. The same holds for sampling. Logits that are not finite end their request alone. An interrupt (Ctrl-C)
-discards the step; the engine can go on after it.
+during the forward pass or sampling discards the step; while requests change state it waits until they are done. Either
+way the engine can go on after it.
 
 It decides nothing about order or memory (Scheduler) and nothing about values (executor, sampler).
 """
@@ -20,13 +21,16 @@ from numpy.typing import NDArray
 
 from nanoserve.batch import Batch
 from nanoserve.cache.radix_manager import RadixCacheManager
+from nanoserve.checks import whole_number
 from nanoserve.observe.events import EventLog, ReqId
 from nanoserve.request import Request
 from nanoserve.sampling import Sampler, derive_seed
 from nanoserve.scheduling.decode_manager import DecodeManager
+from nanoserve.scheduling.interrupts import uninterrupted
 from nanoserve.scheduling.policies import Policy
 from nanoserve.scheduling.prefill_manager import PrefillManager
 from nanoserve.scheduling.scheduler import Scheduler
+from nanoserve.scheduling.scheduler_output import SchedulerOutput
 
 Logits = NDArray[np.float32]
 
@@ -95,7 +99,7 @@ class ContinuousBatcher:
         self.executor = executor
         self.sampler = Sampler() if sampler is None else sampler
         self.radix_mgr = radix_mgr
-        self.seed = seed
+        self.seed = whole_number("seed", seed, 0, 2**64 - 1)
         self.scheduler = Scheduler(
             radix_mgr.kv_pool,
             radix_mgr,
@@ -109,7 +113,7 @@ class ContinuousBatcher:
             events=events,
         )
         self._clock = clock
-        self._scheduler_s = self._forward_s = 0.0
+        self._scheduler_s = self._forward_s = self._sampler_s = 0.0
 
     # ---- requests
 
@@ -153,23 +157,31 @@ class ContinuousBatcher:
     def step(self) -> StepOutput:
         """Computes one mixed batch and commits what it produced."""
         clock = self._clock
-        begin = clock()
-        output = self.scheduler.step()
-        if output is None:
-            return StepOutput(finished=self.scheduler.take_finished())
-        batch = output.batch
-        errors: dict[ReqId, str] = {}
+        output: SchedulerOutput | None = None
+        times = [clock()]
         try:
-            before = clock()
+            with uninterrupted():
+                output = self.scheduler.step()
+            if output is None:
+                return StepOutput(finished=self.scheduler.take_finished())
+            batch = output.batch
+            errors: dict[ReqId, str] = {}
+            times.append(clock())
             logits, finite = self._forward(batch, errors)
-            after = clock()
+            times.append(clock())
             tokens = self._sample(logits, batch.sampling_requests, finite, errors)
+            times.append(clock())
+            with uninterrupted():
+                finished = self.scheduler.update(output, tokens, errors, finite)
+            times.append(clock())
         except BaseException:
-            self.scheduler.discard(output)
+            if output is not None and self.scheduler.in_flight is output:
+                self.scheduler.discard(output)
             raise
-        finished = self.scheduler.update(output, tokens, errors, finite)
-        self._scheduler_s += before - begin + clock() - after
-        self._forward_s += after - before
+        begin, scheduled, computed, sampled, end = times
+        self._scheduler_s += scheduled - begin + end - sampled
+        self._forward_s += computed - scheduled
+        self._sampler_s += sampled - computed
         return StepOutput(batch, output.new_tokens, finished, output.preempted)
 
     def _forward(self, batch: Batch, errors: dict[ReqId, str]) -> tuple[Logits, list[bool]]:
@@ -213,14 +225,15 @@ class ContinuousBatcher:
             try:
                 sampled = self.sampler.sample(logits, requests, eos)
                 if len(sampled) == len(requests):
-                    return sampled
+                    return [int(token) for token in sampled]
             except Exception:  # find out below whose fault it is
                 pass
         tokens = [0] * len(requests)
         for row, request in enumerate(requests):
             if finite[row] and request.req_id not in errors:
                 try:
-                    (tokens[row],) = self.sampler.sample(logits[row : row + 1], [request], eos)
+                    (token,) = self.sampler.sample(logits[row : row + 1], [request], eos)
+                    tokens[row] = int(token)
                 except Exception as error:
                     errors[request.req_id] = _text(error)
         return tokens
@@ -251,13 +264,14 @@ class ContinuousBatcher:
             "evicted_pages": radix.total_evictions,
             "forward_s": self._forward_s,
             "scheduler_us_per_request_step": 1e6 * self._scheduler_s / max(1, stats.request_steps),
+            "sampler_us_per_request_step": 1e6 * self._sampler_s / max(1, stats.request_steps),
         }
 
     def reset_stats(self) -> None:
         """Counters back to zero; queues, cache and requests stay."""
         self.scheduler.stats.reset()
         self.radix_mgr.clear_stats()
-        self._scheduler_s = self._forward_s = 0.0
+        self._scheduler_s = self._forward_s = self._sampler_s = 0.0
 
 
 def _text(error: Exception) -> str:

@@ -8,9 +8,10 @@ when its next token begins one, and leaves out who cannot get it.
 from __future__ import annotations
 
 from nanoserve.batch import Batch
+from nanoserve.checks import whole_number
 from nanoserve.request import Request
 from nanoserve.scheduling.pages import grant
-from nanoserve.scheduling.prefill_manager import _at_least_one, _computed
+from nanoserve.scheduling.prefill_manager import _computed
 
 
 class DecodeManager:
@@ -21,7 +22,7 @@ class DecodeManager:
     """
 
     def __init__(self, max_batch_size: int = 32) -> None:
-        self.max_batch_size = _at_least_one("max_batch_size", max_batch_size)
+        self.max_batch_size = whole_number("max_batch_size", max_batch_size, 1)
         self._requests: list[Request] = []
 
     def add_request(self, request: Request) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from nanoserve.cache.kv_pool import KVCachePool
 from nanoserve.errors import RequestRefused
 from nanoserve.request import Request
-from nanoserve.scheduling.policies import MAX_PRIORITY
 
 
 class Door:
@@ -71,8 +70,4 @@ class Door:
         if request.cached_len:
             raise RequestRefused(
                 f"{name}: cached_len={request.cached_len}, but it holds no pages: cached prefixes are found here"
-            )
-        if abs(request.priority) > MAX_PRIORITY:
-            raise RequestRefused(
-                f"{name}: priority {request.priority} must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]"
             )

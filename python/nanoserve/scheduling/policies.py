@@ -22,7 +22,6 @@ from nanoserve.request import Request
 
 AGING_TOKENS_PER_STEP = 4
 PRIORITY_TOKENS = 256  # one level of priority is worth this much: 64 steps of waiting
-MAX_PRIORITY = 1000  # a bound, so that the bound on waiting is one
 LPM_WINDOW = 16
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from nanoserve.batch import Batch
 from nanoserve.cache.kv_pool import KVCachePool
+from nanoserve.checks import whole_number
 from nanoserve.request import Request
 from nanoserve.scheduling.chunked_request import ChunkedRequest
 from nanoserve.scheduling.pages import grant, missing_pages
@@ -32,7 +33,7 @@ class PrefillManager:
 
     def __init__(self, kv_pool: KVCachePool, max_prefill_tokens: int = 2048) -> None:
         self.kv_pool = kv_pool
-        self.max_prefill_tokens = _at_least_one("max_prefill_tokens", max_prefill_tokens)
+        self.max_prefill_tokens = whole_number("max_prefill_tokens", max_prefill_tokens, 1)
         self.max_chunk_size = max_prefill_tokens
         self.max_prompt_len: int | None = max_prefill_tokens  # None: any length, in chunks
         self._active: deque[ChunkedRequest] = deque()
@@ -118,9 +119,3 @@ def _computed(chosen: list[tuple[Request, int]]) -> Batch | None:
     for request, count in chosen:
         request.cached_len += count
     return batch
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: {value!r} must be a whole number of at least 1")
-    return value

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 
-from nanoserve.errors import IllegalTransition, RequestRefused
+from nanoserve.errors import IllegalTransition, InvariantViolation, RequestRefused
 from nanoserve.observe.events import ReqId
 from nanoserve.request import Request, RequestState
 from nanoserve.scheduling.policies import LPM_WINDOW, Policy, get_policy
@@ -160,4 +160,6 @@ class RequestPool:
     def _dequeue(self, request: Request) -> None:
         entry = self._entry(request)
         index = bisect_left(self._queue, entry[:3], key=itemgetter(0, 1, 2))
+        if index == len(self._queue) or self._queue[index][-1] is not request:
+            raise InvariantViolation(f"request {request.req_id!r} is not where its key puts it in the queue")
         del self._queue[index]

@@ -122,17 +122,17 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """Raises RequestRefused, with the numbers, for a request that can never be served; takes nothing."""
-        self.pool.check_new(request)
-        self.door.check(request)
-
-    def add_request(self, request: Request) -> None:
-        """Queues a request; RequestRefused if it can never be served."""
         try:
-            self.check(request)
+            self.pool.check_new(request)
+            self.door.check(request)
         except RequestRefused as error:
             self.stats.refused += 1
             self.events.record(self.steps, "refused", request.req_id, why=str(error))
             raise
+
+    def add_request(self, request: Request) -> None:
+        """Queues a request; RequestRefused if it can never be served."""
+        self.check(request)
         self.pool.add(request, self.steps)
         self.residents.may_admit = True
 
