@@ -37,7 +37,7 @@ def table(results: dict[str, Any]) -> str:
             (f"the two ratios with {one['prompt_tokens']} prompt tokens", f"{one['speedup_over_one_at_a_time']:.1f}x, {one['speedup_over_recompute']:.1f}x", one["model"])
             for one in shapes.values()
         ),
-        ("scheduler, per running request per step", f"{t['scheduler_us_per_request_step']:.1f} us", "all Python of a step but the forward"),
+        ("scheduler, per running request per step", f"{t['scheduler_us_per_request_step']:.1f} us", f"scheduling and commit; the sampler takes {t['sampler_us_per_request_step']:.1f} us more"),
         ("prefix cache, prompt tokens found", f"{100 * cache['cache_hit_rate']:.1f}%", f"{cache['requests']} requests of {cache['workload']}"),
         ("prefix cache, time to serve them all", f"{cache['speedup']:.2f}x faster", "identical answers"),
         ("KV memory at the peak", megabytes(memory["peak_kv_bytes"]), f"{memory['peak_running']} running requests"),

@@ -143,6 +143,7 @@ def throughput(rounds: int) -> dict[str, Any]:
         "speedup_over_recompute": ratio(naive, seconds["batched"]),
         "avg_tokens_per_step": stats["avg_tokens_per_step"],
         "scheduler_us_per_request_step": stats["scheduler_us_per_request_step"],
+        "sampler_us_per_request_step": stats["sampler_us_per_request_step"],
         "identical_tokens": True,
     }
 
