@@ -26,7 +26,7 @@ from nanoserve.observe.events import EventLog, ReqId
 from nanoserve.request import Request
 from nanoserve.sampling import Sampler, derive_seed
 from nanoserve.scheduling.decode_manager import DecodeManager
-from nanoserve.scheduling.interrupts import uninterrupted
+from nanoserve.scheduling.interrupts import InterruptGate
 from nanoserve.scheduling.policies import Policy
 from nanoserve.scheduling.prefill_manager import PrefillManager
 from nanoserve.scheduling.scheduler import Scheduler
@@ -113,6 +113,7 @@ class ContinuousBatcher:
             events=events,
         )
         self._clock = clock
+        self._gate = InterruptGate()
         self._scheduler_s = self._forward_s = self._sampler_s = 0.0
 
     # ---- requests
@@ -141,10 +142,11 @@ class ContinuousBatcher:
         If one is refused, or the run is interrupted, none of them stays behind.
         """
         try:
-            for request in requests:
-                self.add_request(request)
-            while not all(request.is_finished for request in requests):
-                self.step()
+            with self._gate:
+                for request in requests:
+                    self.add_request(request)
+                while not all(request.is_finished for request in requests):
+                    self.step()
         except BaseException:
             for request in requests:
                 if self.scheduler.pool.live.get(request.req_id) is request:
@@ -159,25 +161,29 @@ class ContinuousBatcher:
         clock = self._clock
         output: SchedulerOutput | None = None
         times = [clock()]
-        try:
-            with uninterrupted():
+        with self._gate as gate:
+            try:
+                gate.close()
                 output = self.scheduler.step()
-            if output is None:
-                return StepOutput(finished=self.scheduler.take_finished())
-            batch = output.batch
-            errors: dict[ReqId, str] = {}
-            times.append(clock())
-            logits, finite = self._forward(batch, errors)
-            times.append(clock())
-            tokens = self._sample(logits, batch.sampling_requests, finite, errors)
-            times.append(clock())
-            with uninterrupted():
+                gate.open()
+                if output is None:
+                    return StepOutput(finished=self.scheduler.take_finished())
+                batch = output.batch
+                errors: dict[ReqId, str] = {}
+                times.append(clock())
+                logits, finite = self._forward(batch, errors)
+                times.append(clock())
+                tokens = self._sample(logits, batch.sampling_requests, finite, errors)
+                times.append(clock())
+                gate.close()
                 finished = self.scheduler.update(output, tokens, errors, finite)
-            times.append(clock())
-        except BaseException:
-            if output is not None and self.scheduler.in_flight is output:
-                self.scheduler.discard(output)
-            raise
+                gate.open()
+            except BaseException:
+                gate.close()
+                if output is not None and self.scheduler.in_flight is output:
+                    self.scheduler.discard(output)
+                raise
+        times.append(clock())
         begin, scheduled, computed, sampled, end = times
         self._scheduler_s += scheduled - begin + end - sampled
         self._forward_s += computed - scheduled
