@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -65,7 +66,7 @@ class Demo:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.console = Console(width=100 if options.non_interactive else None)
+        self.console = Console(width=100 if options.non_interactive else None, record=options.svg is not None)
         self.config = ModelConfig.from_pretrained(MODEL)
         self.weights = load_weights(MODEL)
         self.prompts: list[str] = options.prompt or PROMPTS
@@ -338,6 +339,12 @@ def texts(requests: list[Request]) -> Group:
     return Group(*lines)
 
 
+def save_picture(console: Console, path: Path) -> None:
+    """The recorded output as one SVG that needs nothing from elsewhere: any monospaced font will do."""
+    drawn = console.export_svg(title="nanoserve: python3 demo.py")
+    path.write_text(re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -345,6 +352,7 @@ def main() -> None:
     parser.add_argument("--non-interactive", action="store_true", help="do not stop between phases")
     parser.add_argument("--prompt", action="append", help="a prompt of your own; may be given several times")
     parser.add_argument("--phase", type=int, choices=range(7), help="show one phase only")
+    parser.add_argument("--svg", type=Path, help="save what is shown as a picture")
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -358,6 +366,8 @@ def main() -> None:
             phase()
             if index + 1 < len(chosen):
                 demo.pause()
+        if options.svg is not None:
+            save_picture(demo.console, options.svg)
     except ValueError as error:
         sys.exit(f"demo.py: {error}")
     except (KeyboardInterrupt, EOFError):

@@ -167,28 +167,43 @@ def test_a_sampler_that_returns_no_token_ends_the_requests_it_did_that_to(result
     assert (bad.finish_reason, good.finish_reason) == ("error", "length")
 
 
-@pytest.mark.parametrize("place", ["forward", "sample", "schedule", "update"])
-def test_ctrl_c_at_any_point_of_a_step_leaves_a_working_engine(place: str) -> None:
+@pytest.mark.parametrize("place", ["forward", "sample", "schedule", "update", "append", "admit", "commit"])
+def test_ctrl_c_at_any_point_of_a_step_leaves_a_working_engine(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A real SIGINT: KeyboardInterrupt comes out, nothing leaks, and the same requests go on to the same answers."""
-    expected = [request.output_tokens for request in engine().generate([[1, 2, 3], [4, 5]], greedy(6))]
+    prompts = [[1, 2, 3], [4, 5], list(range(40))]
+    expected = [request.output_tokens for request in engine().generate(prompts, greedy(6))]
     served = engine()
-    requests = [served.add_request(prompt, greedy(6)) for prompt in ([1, 2, 3], [4, 5])]
+    requests = [served.add_request(prompt, greedy(6)) for prompt in prompts[:2]]
     served.step()
-    strikes = iter([False, True])
+    strikes = iter([True] if place in ("append", "admit", "commit") else [False, True])
 
     def strike() -> None:
         if next(strikes, False):
             os.kill(os.getpid(), signal.SIGINT)
+
+    def strike_after(owner: Any, name: str) -> None:
+        inner = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (inner(*args), strike())[0])
 
     batcher = served.batcher
     if place == "forward":
         batcher.executor = Disturbed(batcher.executor, "forward", strike)
     elif place == "sample":
         batcher.sampler = Disturbed(batcher.sampler, "sample", strike)  # type: ignore[assignment]
+    elif place == "append":  # a token is noted, nothing else of its step
+        strike_after(Request, "append_output")
+    elif place == "admit":  # running, but without a chunk
+        strike_after(batcher.scheduler.pool, "admit")
+    elif place == "commit":  # in the tree, but without the tree's references
+        strike_after(batcher.radix_mgr.tree, "insert")
     else:
         name = "step" if place == "schedule" else "update"
         batcher.scheduler = Disturbed(batcher.scheduler, name, strike)  # type: ignore[assignment]
-    served.step()
+    if place not in ("append", "admit", "commit"):
+        served.step()
+    requests.append(served.add_request(prompts[2], greedy(6)))
     with pytest.raises(KeyboardInterrupt):
         served.step()
     served.audit()
