@@ -185,7 +185,7 @@ def test_ctrl_c_at_any_point_of_a_step_leaves_a_working_engine(
 
     def strike_after(owner: Any, name: str) -> None:
         inner = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args: (inner(*args), strike())[0])
+        monkeypatch.setattr(owner, name, lambda *args, **named: (inner(*args, **named), strike())[0])
 
     batcher = served.batcher
     if place == "forward":
