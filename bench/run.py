@@ -33,13 +33,14 @@ from nanoserve import (
     SamplingParams,
     random_weights,
 )
+from nanoserve.models.decoder import num_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 SMALL = ModelConfig(vocab_size=256, n_layer=2, n_head=4, n_embd=64)
 LONGER = ModelConfig(vocab_size=256, n_layer=4, n_head=6, n_embd=192, max_seq_len=4096)
 LARGER = ModelConfig(vocab_size=256, n_layer=12, n_head=8, n_embd=512)
-REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 32, 64, 64
+REQUESTS = 32
 
 
 def machine() -> dict[str, Any]:
@@ -106,84 +107,80 @@ def recompute(engine: NanoServingEngine, prompt: list[int], count: int) -> list[
     return tokens[len(prompt) :]
 
 
+def describe(config: ModelConfig) -> str:
+    millions = num_parameters(config) / 1e6
+    size = f" ({millions:.0f}M)" if millions >= 10 else ""
+    shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide{size}"
+    return f"{shape}, vocabulary {config.vocab_size}, float32"
+
+
 def throughput(rounds: int) -> dict[str, Any]:
-    """32 running requests, one at a time with KV cache, and one at a time recomputing: the same prompts and tokens."""
-    weights = random_weights(SMALL, seed=5)
-    options: dict[str, Any] = {"kv_cache_pages": 512, "enable_prefix_cache": False}
-    batched = NanoServingEngine(SMALL, weights, max_batch_size=REQUESTS, **options)
-    single = NanoServingEngine(SMALL, weights, max_batch_size=1, **options)
-    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
-    asked = prompts(REQUESTS, PROMPT_TOKENS)
-    tokens = REQUESTS * OUTPUT_TOKENS
-    naive_requests = 4
+    """The 2-layer model, every way over all its tokens."""
+    return _three_ways(SMALL, 64, 64, rounds, single=REQUESTS, naive=4, naive_tokens=64)
+
+
+def other_shapes(rounds: int) -> dict[str, Any]:
+    """The same where the balance differs: long prompts, and weights that do not fit the caches.
+
+    The slow ways take long, so they get a part of the prompts and tokens.
+    """
+    rounds = max(3, rounds // 2)
+    return {
+        "long_prompts": _three_ways(LONGER, 512, 64, rounds, single=4, naive=2, naive_tokens=8),
+        "weights_in_memory": _three_ways(LARGER, 32, 32, rounds, single=4, naive=2, naive_tokens=4),
+    }
+
+
+def _three_ways(
+    config: ModelConfig,
+    prompt_tokens: int,
+    output: int,
+    rounds: int,
+    *,
+    single: int,
+    naive: int,
+    naive_tokens: int,
+) -> dict[str, Any]:
+    """32 running requests, one at a time with KV cache, and one at a time recomputing, compared per output token.
+
+    `single` and `naive` are how many of the prompts the slow ways get, `naive_tokens` how many tokens each of the latter.
+    """
+    weights = random_weights(config, seed=5)
+    options: dict[str, Any] = {"kv_cache_pages": 2048, "enable_prefix_cache": False}
+    batched = NanoServingEngine(config, weights, max_batch_size=REQUESTS, **options)
+    alone = NanoServingEngine(config, weights, max_batch_size=1, **options)
+    params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
+    asked = prompts(REQUESTS, prompt_tokens)
     answers = [request.output_tokens for request in batched.generate(asked, params)]
-    assert answers == [request.output_tokens for request in single.generate(asked, params)]
-    assert answers[0] == recompute(single, asked[0], OUTPUT_TOKENS)
+    assert answers[:single] == [request.output_tokens for request in alone.generate(asked[:single], params)]
+    assert answers[0][:naive_tokens] == recompute(alone, asked[0], naive_tokens)
     batched.reset_stats()
     seconds = interleaved(
         rounds,
         {
             "batched": lambda: batched.generate(asked, params),
-            "single": lambda: single.generate(asked, params),
-            "naive": lambda: [recompute(single, prompt, OUTPUT_TOKENS) for prompt in asked[:naive_requests]],
+            "single": lambda: alone.generate(asked[:single], params),
+            "naive": lambda: [recompute(alone, prompt, naive_tokens) for prompt in asked[:naive]],
         },
     )
-    per_request = REQUESTS / naive_requests
-    naive = [value * per_request for value in seconds["naive"]]
+    tokens = REQUESTS * output
+    single_s = [value * REQUESTS / single for value in seconds["single"]]
+    naive_s = [value * tokens / (naive * naive_tokens) for value in seconds["naive"]]
     stats = batched.get_stats()
     return {
-        "model": "2 layers, 4 heads, 64 wide, vocabulary 256, float32",
+        "model": describe(config),
         "running_requests": REQUESTS,
-        "prompt_tokens": PROMPT_TOKENS,
-        "output_tokens": OUTPUT_TOKENS,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output,
         "output_tokens_per_s": tokens / statistics.median(seconds["batched"]),
-        "one_at_a_time_tokens_per_s": tokens / statistics.median(seconds["single"]),
-        "recompute_tokens_per_s": tokens / statistics.median(naive),
-        "speedup_over_one_at_a_time": ratio(seconds["single"], seconds["batched"]),
-        "speedup_over_recompute": ratio(naive, seconds["batched"]),
+        "one_at_a_time_tokens_per_s": tokens / statistics.median(single_s),
+        "recompute_tokens_per_s": tokens / statistics.median(naive_s),
+        "speedup_over_one_at_a_time": ratio(single_s, seconds["batched"]),
+        "speedup_over_recompute": ratio(naive_s, seconds["batched"]),
         "avg_tokens_per_step": stats["avg_tokens_per_step"],
         "scheduler_us_per_request_step": stats["scheduler_us_per_request_step"],
         "sampler_us_per_request_step": stats["sampler_us_per_request_step"],
         "identical_tokens": True,
-    }
-
-
-def other_shapes(rounds: int) -> dict[str, Any]:
-    """The same three ways where the balance differs: long prompts, and weights that do not fit the caches."""
-    return {
-        "long_prompts": _three_ways(LONGER, "4 layers, 6 heads, 192 wide", 512, 64, rounds),
-        "weights_in_memory": _three_ways(LARGER, "12 layers, 8 heads, 512 wide (38M)", 32, 32, rounds),
-    }
-
-
-def _three_ways(
-    config: ModelConfig, shape: str, prompt_tokens: int, output: int, rounds: int
-) -> dict[str, Any]:
-    weights = random_weights(config, seed=5)
-    options: dict[str, Any] = {"kv_cache_pages": 2048, "enable_prefix_cache": False}
-    batched = NanoServingEngine(config, weights, max_batch_size=REQUESTS, **options)
-    single = NanoServingEngine(config, weights, max_batch_size=1, **options)
-    params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
-    asked = prompts(REQUESTS, prompt_tokens)
-    # One at a time takes long, so it gets a part of the prompts and tokens; each way is compared per output token.
-    few, part = 4, output // 8
-    seconds = interleaved(
-        max(3, rounds // 2),
-        {
-            "batched": lambda: batched.generate(asked, params),
-            "single": lambda: single.generate(asked[:few], params),
-            "naive": lambda: [recompute(single, prompt, part) for prompt in asked[:2]],
-        },
-    )
-    single_s = [value * REQUESTS / few for value in seconds["single"]]
-    naive_s = [value * (REQUESTS / 2) * (output / part) for value in seconds["naive"]]
-    return {
-        "model": f"{shape}, vocabulary 256, float32",
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output,
-        "output_tokens_per_s": REQUESTS * output / statistics.median(seconds["batched"]),
-        "speedup_over_one_at_a_time": ratio(single_s, seconds["batched"]),
-        "speedup_over_recompute": ratio(naive_s, seconds["batched"]),
     }
 
 
@@ -208,7 +205,7 @@ def prefix_cache(rounds: int) -> dict[str, Any]:
     stats = on.get_stats()
     return {
         "workload": "bench/workloads/assistant.json",
-        "model": "4 layers, 6 heads, 192 wide, vocabulary 256, float32",
+        "model": describe(LONGER),
         "requests": sum(len(conversation) for conversation in answers["on"]),
         "cache_hit_rate": stats["cache_hit_rate"],
         "seconds_on": statistics.median(seconds["on"]),

@@ -109,6 +109,11 @@ class Batch:
         return len(self.input_ids)
 
     @property
+    def tokens_by_request(self) -> dict[int | str, int]:
+        """Tokens each request computes."""
+        return {request.req_id: count for request, count in zip(self.requests, self.counts, strict=True)}
+
+    @property
     def is_decode(self) -> bool:
         """Every piece is one output token."""
         return self._decode_only

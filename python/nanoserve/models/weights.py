@@ -140,6 +140,12 @@ _PREFIXES = {"gpt2": "transformer.", "llama": ""}  # GPT2LMHeadModel has it, GPT
 _NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
+def _source(config: ModelConfig, name: str) -> Source:
+    """Where the decoder's weight `name` lies in a checkpoint of the config's family."""
+    layer = name.split(".")[1] if name.startswith("layers.") else "0"
+    return _NAME_MAPS[config.family](layer)[name]
+
+
 def bind_weights(config: ModelConfig, tensors: Mapping[str, NDArray[Any]]) -> Weights:
     """The decoder's weights by its own names, shapes checked against `config`.
 
@@ -158,8 +164,7 @@ def bind_weights(config: ModelConfig, tensors: Mapping[str, NDArray[Any]]) -> We
     used: set[str] = set()
     missing: list[str] = []
     for name, shape in weight_shapes(config).items():
-        layer = name.split(".")[1] if name.startswith("layers.") else "0"
-        source = _NAME_MAPS[config.family](layer)[name]
+        source = _source(config, name)
         absent = [part for part in source.names if part not in given]
         missing += absent
         used.update(source.names)
@@ -168,7 +173,7 @@ def bind_weights(config: ModelConfig, tensors: Mapping[str, NDArray[Any]]) -> We
     if missing:
         raise CheckpointError(f"weights: {len(missing)} tensors are missing: {_few(missing)}")
     extra = set(given) - used
-    head = _NAME_MAPS[config.family]("0")["head.weight"].names[0]
+    head = _source(config, "head.weight").names[0]
     if config.tie_embeddings and head in extra:
         if not np.array_equal(given[head], bound["embed.weight"]):
             raise CheckpointError(f"weights: {head!r} differs from the embedding, but the config ties them")
@@ -210,8 +215,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
     generator = np.random.default_rng(seed)
     tensors: Weights = {}
     for name, shape in weight_shapes(config).items():
-        layer = name.split(".")[1] if name.startswith("layers.") else "0"
-        source = _NAME_MAPS[config.family](layer)[name]
+        source = _source(config, name)
         array = generator.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
         if "norm.weight" in name:
             array += np.float32(1)

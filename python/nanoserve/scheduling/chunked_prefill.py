@@ -18,7 +18,7 @@ from nanoserve.checks import whole_number
 from nanoserve.request import Request
 from nanoserve.scheduling.chunked_request import ChunkedRequest
 from nanoserve.scheduling.pages import grant, missing_pages
-from nanoserve.scheduling.prefill_manager import PrefillManager, _computed
+from nanoserve.scheduling.prefill_manager import PrefillManager, computed_batch
 
 
 class ChunkedPrefillManager(PrefillManager):
@@ -66,7 +66,7 @@ class ChunkedPrefillManager(PrefillManager):
             if grant(self.kv_pool, request, request.cached_len + count) is None:
                 continue
             chosen.append((request, count))
-        batch = _computed(chosen)
+        batch = computed_batch(chosen)
         for request, _ in chosen:
             if request.extend_len == 0:
                 self.remove(request)

@@ -55,12 +55,7 @@ class StepOutput:
     @property
     def scheduled(self) -> dict[ReqId, int]:
         """Tokens computed, by request."""
-        if self.batch is None:
-            return {}
-        return {
-            request.req_id: count
-            for request, count in zip(self.batch.requests, self.batch.counts, strict=True)
-        }
+        return {} if self.batch is None else self.batch.tokens_by_request
 
 
 class ContinuousBatcher:

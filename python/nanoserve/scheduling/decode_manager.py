@@ -11,7 +11,7 @@ from nanoserve.batch import Batch
 from nanoserve.checks import whole_number
 from nanoserve.request import Request
 from nanoserve.scheduling.pages import grant
-from nanoserve.scheduling.prefill_manager import _computed
+from nanoserve.scheduling.prefill_manager import computed_batch
 
 
 class DecodeManager:
@@ -81,4 +81,4 @@ class DecodeManager:
             table = request.page_table
             if table is None or grant(table.pool, request, request.total_len) is not None:
                 chosen.append((request, 1))
-        return _computed(chosen)
+        return computed_batch(chosen)

@@ -108,10 +108,10 @@ class PrefillManager:
                 break
             chosen.append((request, count))
             budget -= count
-        return _computed(chosen)
+        return computed_batch(chosen)
 
 
-def _computed(chosen: list[tuple[Request, int]]) -> Batch | None:
+def computed_batch(chosen: list[tuple[Request, int]]) -> Batch | None:
     """The batch of these pieces, which count as computed from here on; None when there are none."""
     if not chosen:
         return None

@@ -46,10 +46,7 @@ class SchedulerOutput:
     @cached_property
     def num_scheduled_tokens(self) -> dict[ReqId, int]:
         """Tokens of each request in this step."""
-        return {
-            request.req_id: count
-            for request, count in zip(self.batch.requests, self.batch.counts, strict=True)
-        }
+        return self.batch.tokens_by_request
 
     @property
     def input_ids(self) -> Int32Array:
