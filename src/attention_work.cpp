@@ -15,6 +15,7 @@ void AttentionShape::validate(std::int64_t max_tokens) const {
     require_at_least("head_dim", head_dim, 1);
     require_at_least("small_rows", small_rows, 1);
     require_at_least("large_rows", large_rows, 1);
+    require_range("window", window, 0, std::numeric_limits<std::int32_t>::max());
     require_range("max_tokens * group",
                   checked_product("attention rows", {{"tokens", max_tokens}, {"group", group}}), 0,
                   std::numeric_limits<std::int32_t>::max());
@@ -69,7 +70,9 @@ void AttentionWork::add_sequence(const SequenceSpan& sequence) {
                                      .pos0 = narrow<std::int32_t>(sequence.start),
                                      .unused = {0, 0}};
             (rows <= shape_.small_rows ? small_items_ : items_).push_back(item);
-            const std::int64_t num_keys = sequence.start + (r0 + rows - 1) / shape_.group + 1;
+            const std::int64_t context = sequence.start + (r0 + rows - 1) / shape_.group + 1;
+            const std::int64_t num_keys =
+                shape_.window > 0 ? std::min(context, shape_.window + rows) : context;
             cost_ += rows * num_keys * shape_.head_dim * 2;
         }
     }

@@ -47,6 +47,7 @@ struct AttentionShape {
     std::int64_t head_dim;
     std::int64_t small_rows;  // the most rows the small kernel takes
     std::int64_t large_rows;
+    std::int64_t window = 0;  // keys a row sees, its own included; 0 for all of them
 
     // max_tokens: the most rows of one batch; flattened rows must fit in the items' int32.
     void validate(std::int64_t max_tokens) const;

@@ -10,6 +10,16 @@
 
 namespace nanoserve {
 
+namespace {
+
+constexpr std::int64_t kMaxPositions = std::numeric_limits<std::int32_t>::max();  // kernels read int32
+
+std::int32_t offset_of(const StepInputs& inputs, std::size_t sequence) {
+    return inputs.position_offsets.empty() ? 0 : inputs.position_offsets[sequence];
+}
+
+}  // namespace
+
 StepBatch::StepBatch(const StepLimits& limits) : limits_(limits) {
     require_range("max_tokens", limits.max_tokens, 1, std::numeric_limits<std::int32_t>::max());
     require_at_least("max_positions", limits.max_positions, 1);
@@ -25,6 +35,11 @@ void StepBatch::check_shapes(const StepInputs& inputs) const {
                                     " tables needs as many starts and " + "counts, got " +
                                     std::to_string(inputs.starts.size()) + " and " +
                                     std::to_string(inputs.counts.size()));
+    }
+    if (!inputs.position_offsets.empty() && inputs.position_offsets.size() != num_sequences) {
+        throw std::invalid_argument("a step of " + std::to_string(num_sequences) +
+                                    " tables needs as many position_offsets, got " +
+                                    std::to_string(inputs.position_offsets.size()));
     }
     std::int64_t total = 0;
     for (const std::int32_t count : inputs.counts) {
@@ -88,9 +103,13 @@ void StepBatch::check_sequence(const KVCachePool& pool, const StepInputs& inputs
         throw std::invalid_argument(name + " reaches " + std::to_string(end) + " tokens, its pages hold " +
                                     std::to_string(table.capacity()) + ": grow the table first");
     }
-    if (end > limits_.max_positions) {
-        throw std::invalid_argument(name + " reaches " + std::to_string(end) + " tokens, the model has " +
-                                    std::to_string(limits_.max_positions) + " positions");
+    const std::int64_t offset = offset_of(inputs, sequence);
+    require_at_least("every position offset", offset, 0);
+    const std::int64_t max_positions = std::min(limits_.max_positions, kMaxPositions);
+    if (end + offset > max_positions) {
+        throw std::invalid_argument(name + " reaches " + std::to_string(end) + " tokens" +
+                                    (offset > 0 ? " at position offset " + std::to_string(offset) : "") +
+                                    ", the model has " + std::to_string(max_positions) + " positions");
     }
     const std::int64_t page_size = pool.shape().page_size;
     for (std::int64_t index = start / page_size; index <= (end - 1) / page_size; ++index) {
@@ -123,7 +142,7 @@ void StepBatch::prepare(const KVCachePool& pool, const StepInputs& inputs) {
         const std::int64_t start = inputs.starts[sequence];
         const std::int64_t count = inputs.counts[sequence];
         const auto positions = std::span(positions_).subspan(at(row), at(count));
-        std::iota(positions.begin(), positions.end(), inputs.starts[sequence]);
+        std::iota(positions.begin(), positions.end(), inputs.starts[sequence] + offset_of(inputs, sequence));
         table.slots(start, std::span(slots_).subspan(at(row), at(count)));
         sequences_.push_back(
             {.first_row = row,

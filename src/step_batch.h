@@ -21,11 +21,14 @@ struct StepInputs {
     std::span<const std::int32_t> counts;       // how many tokens
     std::span<const std::int32_t> sample_rows;  // the rows whose logits are wanted
     std::int64_t vocab = 0;
+    // Per sequence, what is added to the positions kernels look up in the model's tables (a model may keep
+    // several, one after the other); empty for none. Pages, slots and attention know nothing of it.
+    std::span<const std::int32_t> position_offsets = {};
 };
 
 struct StepLimits {
     std::int64_t max_tokens;
-    std::int64_t max_positions;  // positions the model has tables for
+    std::int64_t max_positions;  // rows of the model's position tables
 };
 
 class StepBatch {

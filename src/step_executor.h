@@ -60,7 +60,7 @@ class StepExecutor {
     std::int64_t weight(const void* data);
     void op(Op op);
     void attention(Op op, std::int64_t group, std::int64_t kv_heads, std::int64_t small_rows,
-                   std::int64_t large_rows);
+                   std::int64_t large_rows, std::int64_t window = 0);
 
     // One step: prepare under Python's lock, run without it.
     [[nodiscard]] Step prepare(const StepInputs& inputs);

@@ -72,7 +72,7 @@ void StepExecutor::op(Op op) {
 }
 
 void StepExecutor::attention(Op op, std::int64_t group, std::int64_t kv_heads, std::int64_t small_rows,
-                             std::int64_t large_rows) {
+                             std::int64_t large_rows, std::int64_t window) {
     op.domain = Domain::attention;
     if (kv_heads != pool_->shape().num_heads) {
         throw std::invalid_argument("operation '" + op.name + "' has " + std::to_string(kv_heads) +
@@ -82,7 +82,8 @@ void StepExecutor::attention(Op op, std::int64_t group, std::int64_t kv_heads, s
                                .kv_heads = kv_heads,
                                .head_dim = pool_->shape().head_dim,
                                .small_rows = small_rows,
-                               .large_rows = large_rows};
+                               .large_rows = large_rows,
+                               .window = window};
     shape.validate(limits_.max_tokens);
     op.validate();
     require_idle();

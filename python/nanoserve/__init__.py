@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from nanoserve.cache.radix_node import INVALID_NODE, RadixNode
     from nanoserve.errors import CheckpointError, IllegalTransition, InvariantViolation, RequestRefused
     from nanoserve.executor import ModelExecutor
-    from nanoserve.llm import LLM, RequestOutput
+    from nanoserve.llm import LLM
+    from nanoserve.logprobs import TokenLogprob
+    from nanoserve.models.checkpoint import load_weights
     from nanoserve.models.config import ModelConfig
-    from nanoserve.models.weights import load_weights, random_weights
+    from nanoserve.models.weights import random_weights
     from nanoserve.nano_engine import NanoServingEngine
+    from nanoserve.outputs import Completion, RequestOutput, TextDelta
     from nanoserve.paged import paged_attention, write_kv
     from nanoserve.request import Request, RequestState
     from nanoserve.sampling import Sampler, SamplingParams
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Batch": "batch",
     "CheckpointError": "errors",
+    "Completion": "outputs",
     "ChunkedPrefillManager": "scheduling.chunked_prefill",
     "ChunkedRequest": "scheduling.chunked_request",
     "ContinuousBatcher": "scheduling.continuous_batcher",
@@ -55,7 +59,7 @@ _HOME = {
     "RadixCacheManager": "cache.radix_manager",
     "RadixNode": "cache.radix_node",
     "Request": "request",
-    "RequestOutput": "llm",
+    "RequestOutput": "outputs",
     "RequestPool": "scheduling.request_pool",
     "RequestRefused": "errors",
     "RequestState": "request",
@@ -63,7 +67,9 @@ _HOME = {
     "SamplingParams": "sampling",
     "Scheduler": "scheduling.scheduler",
     "SchedulerOutput": "scheduling.scheduler",
-    "load_weights": "models.weights",
+    "TextDelta": "outputs",
+    "TokenLogprob": "logprobs",
+    "load_weights": "models.checkpoint",
     "paged_attention": "paged",
     "random_weights": "models.weights",
     "write_kv": "paged",
@@ -75,6 +81,7 @@ __all__ = [
     "CheckpointError",
     "ChunkedPrefillManager",
     "ChunkedRequest",
+    "Completion",
     "ContinuousBatcher",
     "DecodeManager",
     "IllegalTransition",
@@ -98,6 +105,8 @@ __all__ = [
     "SamplingParams",
     "Scheduler",
     "SchedulerOutput",
+    "TextDelta",
+    "TokenLogprob",
     "load_weights",
     "paged_attention",
     "random_weights",

@@ -104,6 +104,7 @@ class StepExecutor:
         args: Sequence[tuple[Any, ...]],
         group: int,
         kv_heads: int,
+        window: int = 0,
     ) -> None: ...
     def forward(
         self,
@@ -113,6 +114,7 @@ class StepExecutor:
         counts: NDArray[np.int32] | Sequence[int],
         sample_rows: NDArray[np.int32] | Sequence[int],
         vocab: int,
+        position_offsets: NDArray[np.int32] | Sequence[int] | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]: ...
     def profile(self, enable: bool) -> None: ...
     def timings(self) -> list[tuple[str, int, int]]: ...

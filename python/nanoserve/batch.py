@@ -6,7 +6,9 @@ A batch is a list of (request, number of tokens) pieces laid end to end:
     positions             [r0.cached_len   ][r1.cached_len   ][r2.cached_len ...   ][r3.cached_len ... ]
 
 Decode rows and prefill chunks differ only in their length; the kernels need no other distinction. A piece that reaches
-its request's last known token yields one row of logits (`sample_rows`); a chunk that stops short of it yields none.
+its request's last known token yields a row of logits to sample from; a chunk that stops short of it yields none. Where
+prompt log-probabilities were asked for, the rows of the prompt that lack them yield logits too. `sample_rows` are all of
+these; `token_rows` says which of their logits are sampled from.
 
 The batch is a snapshot: `starts` and `counts` are fixed when it is built and stay valid while requests move on.
 """
@@ -46,6 +48,7 @@ class Batch:
         self.counts: list[int] = []
         self.starts: list[int] = []
         self.sampled: list[bool] = []  # per request: does its piece reach the last known token
+        self.prompt_rows: dict[int, range] = {}  # request's index: prompt positions it gets logits of, if any
         self._decode_only = True
         ids = array("i")
         rows: list[int] = []
@@ -58,6 +61,11 @@ class Batch:
             start = request.cached_len
             if count != 1 or start < request.num_prompt_tokens:
                 self._decode_only = False
+                if request.lacks_prompt_logprobs:
+                    positions = request.prompt_logprob_rows(start, count)
+                    if positions:
+                        self.prompt_rows[len(self.requests)] = positions
+                        rows.extend(len(ids) + position - start for position in positions)
             self.requests.append(request)
             self.counts.append(count)
             self.starts.append(start)
@@ -104,6 +112,11 @@ class Batch:
         return len(self.requests)
 
     @property
+    def num_sampled(self) -> int:
+        """Requests that get a token."""
+        return len(self.sample_rows) if self.token_rows is None else len(self.token_rows)
+
+    @property
     def num_tokens(self) -> int:
         """Rows of the forward pass."""
         return len(self.input_ids)
@@ -125,8 +138,21 @@ class Batch:
 
     @property
     def sampling_requests(self) -> list[Request]:
-        """The requests that get a row of logits, in row order."""
+        """The requests that get a token, in row order."""
         return [request for request, sampled in zip(self.requests, self.sampled, strict=True) if sampled]
+
+    @cached_property
+    def token_rows(self) -> NDArray[np.intp] | None:
+        """The rows of the logits that `sampling_requests` are sampled from, in their order; None for all rows."""
+        if not self.prompt_rows:
+            return None
+        chosen, row = [], 0
+        for index, sampled in enumerate(self.sampled):
+            row += len(self.prompt_rows.get(index, ()))
+            if sampled:
+                chosen.append(row)
+                row += 1
+        return np.array(chosen, dtype=np.intp)
 
     @property
     def tables(self) -> list[PageTable]:

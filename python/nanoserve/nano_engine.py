@@ -12,15 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from numpy.typing import NDArray
-
 from nanoserve.cache.kv_pool import KVCachePool
 from nanoserve.cache.radix_manager import RadixCacheManager
 from nanoserve.checks import shown, truth, whole_number
 from nanoserve.errors import RequestRefused
 from nanoserve.executor import ModelExecutor
 from nanoserve.models.config import ModelConfig
-from nanoserve.request import Request
+from nanoserve.models.weights import Tensors
+from nanoserve.request import Request, Watcher
 from nanoserve.sampling import SamplingParams
 from nanoserve.scheduling.audit import audit
 from nanoserve.scheduling.chunked_prefill import ChunkedPrefillManager
@@ -41,11 +40,12 @@ class NanoServingEngine:
         eos_token_id: token(s) that end a request; None takes the config's.
         page_size: tokens per page, a multiple of 16.
         policy: order of the waiting queue: fcfs, sjf, ljf, priority or lpm.
-        max_model_len: longest prompt + output; None takes the config's max_seq_len.
+        max_model_len: longest prompt + output; None takes the config's max_seq_len, or what the pool holds if that is less.
         enable_prefix_cache: keep finished prefixes in the radix tree for later requests.
         num_threads: threads of a forward pass; None takes the machine's cores.
         seed: source of the seeds of requests that bring none.
         on_progress: called as (done, total, kernel name) while kernels compile.
+        on_load: called as (bytes done, bytes in total, weight name) while weights are packed.
 
     Raises:
         ValueError: naming the field, its value and its limit.
@@ -55,7 +55,7 @@ class NanoServingEngine:
     def __init__(
         self,
         config: ModelConfig,
-        weights: Mapping[str, NDArray[Any]],
+        weights: Tensors,
         kv_cache_pages: int = 256,
         max_chunk_size: int = 256,
         max_batch_size: int = 32,
@@ -69,6 +69,7 @@ class NanoServingEngine:
         num_threads: int | None = None,
         seed: int = 0,
         on_progress: Callable[[int, int, str], None] | None = None,
+        on_load: Callable[[int, int, str], None] | None = None,
     ) -> None:
         for name, value in (
             ("kv_cache_pages", kv_cache_pages),
@@ -84,7 +85,7 @@ class NanoServingEngine:
                 "every running request computes a token per step"
             )
         if max_model_len is None:
-            max_model_len = config.max_seq_len
+            max_model_len = min(config.max_seq_len, kv_cache_pages * page_size)
         whole_number("max_model_len", max_model_len, 1, config.max_seq_len, "the model's ")
         if num_threads is not None:
             whole_number("num_threads", num_threads, 1, 4096)
@@ -102,6 +103,7 @@ class NanoServingEngine:
             max_model_len=max_model_len,
             num_threads=num_threads,
             on_progress=on_progress,
+            on_load=on_load,
         )
         self.radix_mgr = RadixCacheManager(self.kv_pool, enabled=enable_prefix_cache)
         self.batcher = ContinuousBatcher(
@@ -115,26 +117,43 @@ class NanoServingEngine:
             vocab_size=config.vocab_size,
             policy=policy,
             seed=seed,
+            switch_len=config.switch_len,
         )
         self._next_id = 0
 
-    def add_request(
+    def prepare(
         self,
         prompt_tokens: Sequence[int],
         params: SamplingParams | None = None,
         *,
         req_id: int | str | None = None,
         priority: int = 0,
+        bad_word_ids: Sequence[Sequence[int]] = (),
+        watcher: Watcher | None = None,
     ) -> Request:
-        """Queue a prompt.
+        """A request that `submit` will accept; nothing is queued yet. Arguments as Request's.
 
         Raises:
             ValueError: a bad token or parameter. RequestRefused (a ValueError): it can never fit; the message has the numbers.
         """
-        params = SamplingParams() if params is None else params
-        req_id = self._unused_id() if req_id is None else req_id
-        request = Request(req_id, prompt_tokens, params=params, priority=priority)
+        request = Request(
+            self._unused_id() if req_id is None else req_id, prompt_tokens,
+            params=SamplingParams() if params is None else params, priority=priority, bad_word_ids=bad_word_ids,
+            watcher=watcher,
+        )  # fmt: skip
+        self.batcher.check(request)
+        return request
+
+    def submit(self, request: Request) -> None:
+        """Queue a prepared request."""
         self.batcher.add_request(request)
+
+    def add_request(
+        self, prompt_tokens: Sequence[int], params: SamplingParams | None = None, **options: Any
+    ) -> Request:
+        """`prepare` and `submit` in one."""
+        request = self.prepare(prompt_tokens, params, **options)
+        self.submit(request)
         return request
 
     def step(self) -> StepOutput:
@@ -162,17 +181,15 @@ class NanoServingEngine:
             ValueError: as add_request, naming the prompt's index.
         """
         prompts = as_list("prompts", prompts)
-        per_prompt = _per_prompt(params, len(prompts))
+        per_prompt = params_per_prompt(params, len(prompts))
         requests = []
         for index, (prompt, one) in enumerate(zip(prompts, per_prompt, strict=True)):
             try:
-                request = Request(self._unused_id(), prompt, params=one)
-                self.batcher.check(request)
+                requests.append(self.prepare(prompt, one))
             except RequestRefused as error:
                 raise RequestRefused(f"prompts[{index}]: {error}") from error
             except ValueError as error:
                 raise ValueError(f"prompts[{index}]: {error}") from error
-            requests.append(request)
         return self.batcher.run_until_complete(requests)
 
     def _unused_id(self) -> int:
@@ -210,7 +227,8 @@ def as_list(name: str, values: Any) -> list[Any]:
     return list(values)
 
 
-def _per_prompt(params: Any, count: int) -> list[SamplingParams]:
+def params_per_prompt(params: Any, count: int) -> list[SamplingParams]:
+    """One SamplingParams for each prompt, from none, one for all, or a sequence."""
     if params is None:
         params = SamplingParams()
     if isinstance(params, SamplingParams):

@@ -40,6 +40,9 @@ def paged_attention(
     starts: Any,
     counts: Any,
     scale: float | None = None,
+    *,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> Any:
     """Causal attention of new tokens over their sequences' pages, decode rows and prompt chunks in one call.
 
@@ -49,6 +52,8 @@ def paged_attention(
         starts: int32[S], position of each sequence's first new token (tokens already in its pages).
         counts: int32[S], new tokens of each sequence; T is their sum. Their K and V must be written already.
         scale: factor on the scores, 1/sqrt(head_dim) by default.
+        window: keys a token sees, its own included; 0 for all before it.
+        softcap: bound of the scores, softcap * tanh(score / softcap); 0 for none.
 
     Returns:
         float32[T, heads, head_dim], a torch tensor when q is one.
@@ -72,7 +77,16 @@ def paged_attention(
     row = heads * head_dim
     specs = [
         attention.attention_spec(
-            heads, pool.num_heads, head_dim, pool.page_size, row, row, rows, scale=factor
+            heads,
+            pool.num_heads,
+            head_dim,
+            pool.page_size,
+            row,
+            row,
+            rows,
+            scale=factor,
+            window=window,
+            softcap=softcap,
         )
         for rows in (small, large)
     ]

@@ -10,16 +10,21 @@ Before the first output `extend_len` is prompt - cached; while decoding it is 1,
 preemption it is everything again. One formula serves all three, so no phase flag can disagree with it.
 
 Only RequestPool changes `state`; `cached_len` moves with what is computed or found in the cache, never ahead of it.
+
+A request knows tokens, not text. Who knows text (LLM, the server) gives it bad words as token sequences and a watcher,
+which is called with every committed token, once and in order, and may end the request.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from nanoserve.checks import shown, whole_number
+from nanoserve.logits_processors import LogitsProcessor
+from nanoserve.logprobs import TokenLogprob
 from nanoserve.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -27,6 +32,10 @@ if TYPE_CHECKING:
 
 
 MAX_PRIORITY = 1000  # bounded, so that waiting is (policies.py)
+MAX_BAD_WORD_IDS = 1024  # token sequences: a word has one per way to spell it
+MAX_BAD_WORD_LEN = 1024  # tokens of one
+
+Watcher = Callable[[int], str | None]
 
 
 class RequestState(Enum):
@@ -48,6 +57,16 @@ class Request:
         max_tokens, temperature, ignore_eos: shorthands for the fields of SamplingParams; `params` wins when given.
         cached_len: leading prompt tokens whose KV is already in pages; less than the prompt's length.
         priority: smaller runs earlier under the `priority` policy.
+        bad_word_ids: token sequences the output must not have: `params.bad_words`, tokenized.
+        watcher: called with each committed token; a string ends the request, with finish_reason "stop" and that string
+            as `stop_reason`, once there are more than min_tokens outputs. If it raises, its request fails.
+
+    Attributes:
+        output_tokens: the output so far, the token that ended it included.
+        finish_reason: "stop", "length", "abort" or "error"; None while it is live.
+        stop_reason: the stop id or the watcher's string that ended it; None for EOS and for other endings.
+        logprobs: one entry per output token if `params.logprobs` asks for them, else empty.
+        prompt_logprobs: None for the first prompt token, then an entry for each; None if they were not asked for.
 
     Raises:
         ValueError: naming the field, its value and its limit.
@@ -55,9 +74,13 @@ class Request:
 
     __slots__ = (
         "arrival",
+        "bad_word_ids",
         "cached_len",
         "error",
         "finish_reason",
+        "logits_processor",
+        "logprobs",
+        "long_context",
         "max_tokens",
         "num_preemptions",
         "num_prompt_tokens",
@@ -67,13 +90,16 @@ class Request:
         "prefix_counted",
         "prefix_hit_len",
         "priority",
+        "prompt_logprobs",
         "prompt_tokens",
         "radix_node",
         "req_id",
         "seed",
         "state",
+        "stop_reason",
         "token_ids",
         "validated_len",
+        "watcher",
     )
 
     def __init__(
@@ -87,6 +113,8 @@ class Request:
         *,
         params: SamplingParams | None = None,
         priority: int = 0,
+        bad_word_ids: Sequence[Sequence[int]] = (),
+        watcher: Watcher | None = None,
     ) -> None:
         if params is None:
             given: dict[str, Any] = {
@@ -117,14 +145,26 @@ class Request:
         )
         self.output_tokens: list[int] = []
         self.token_ids = array("i", self.prompt_tokens)  # prompt + output, the copy that is sliced and hashed
+        # Its KV has the rotary angles of long sequences (Rope.switch_len); changes only while it holds no pages.
+        self.long_context = False
         self.page_table: PageTable | None = None
         self.radix_node: int | None = None  # the pinned node of the prefix tree
         self.state = RequestState.WAITING
-        self.finish_reason: str | None = None  # "stop", "length", "abort" or "error"
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
         self.error: str | None = None
         self.num_preemptions = 0
         self.arrival = -1  # set once by RequestPool: seniority, which a preemption keeps
         self.seed: int | None = params.seed  # replaced by the engine's stream when the user gave none
+        self.bad_word_ids = _checked_words(bad_word_ids)
+        if watcher is not None and not callable(watcher):
+            raise ValueError(f"watcher: {shown(watcher)} must be callable")
+        self.watcher = watcher
+        self.logits_processor = LogitsProcessor.of(params, self.bad_word_ids)
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob | None] | None = (
+            None if params.prompt_logprobs is None else [None]
+        )
 
     @property
     def total_len(self) -> int:
@@ -151,9 +191,36 @@ class Request:
         """Physical pages held, in token order."""
         return [] if self.page_table is None else list(self.page_table.pages)
 
+    def cache_key(self, num_tokens: int | None = None) -> array[int]:
+        """The first tokens as the prefix cache knows them; None: all.
+
+        KV is the tokens' only under the same rotary angles. A long context's first token goes by its complement, negative
+        and so nobody else's, which sets everything below it in the tree apart.
+        """
+        key = self.token_ids[:num_tokens]
+        if self.long_context:
+            key[0] = ~key[0]
+        return key
+
     @property
     def is_finished(self) -> bool:
         return self.state is RequestState.FINISHED
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Some of the prompt's log-probabilities that were asked for are not known yet."""
+        known = self.prompt_logprobs
+        return known is not None and len(known) < self.num_prompt_tokens
+
+    def prompt_logprob_rows(self, start: int, count: int) -> range:
+        """Of the positions [start, start + count) those whose logits give a missing entry of `prompt_logprobs`.
+
+        The row at a position tells of the next token, so the last prompt position is none of them.
+        """
+        if self.prompt_logprobs is None:
+            return range(0)
+        known = len(self.prompt_logprobs)
+        return range(max(start, known - 1), min(start + count, self.num_prompt_tokens - 1))
 
     @property
     def temperature(self) -> float:
@@ -187,3 +254,23 @@ def _checked_tokens(tokens: Sequence[int]) -> list[int]:
     if all(type(token) is int for token in tokens) and min(tokens) >= 0 and max(tokens) < 2**31:
         return list(tokens)
     return [whole_number(f"prompt_tokens[{i}]", token, 0, 2**31 - 1) for i, token in enumerate(tokens)]
+
+
+def _checked_words(words: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    if isinstance(words, str | bytes) or not isinstance(words, Sequence):
+        raise ValueError(f"bad_word_ids: {shown(words)} must be a sequence of token sequences")
+    if len(words) > MAX_BAD_WORD_IDS:
+        raise ValueError(
+            f"bad_word_ids: {len(words)} token sequences, at most {MAX_BAD_WORD_IDS} are allowed"
+        )
+    checked = []
+    for i, word in enumerate(words):
+        name = f"bad_word_ids[{i}]"
+        if isinstance(word, str | bytes) or not isinstance(word, Sequence) or not word:
+            raise ValueError(f"{name}: {shown(word)} must be a sequence of token ids that is not empty")
+        if len(word) > MAX_BAD_WORD_LEN:
+            raise ValueError(f"{name}: {len(word)} tokens, at most {MAX_BAD_WORD_LEN} are allowed")
+        checked.append(
+            tuple(whole_number(f"{name}[{j}]", token, 0, 2**31 - 1) for j, token in enumerate(word))
+        )
+    return tuple(checked)

@@ -1,50 +1,35 @@
-"""What a user may ask of the sampler, and the sampler.
+"""What a user may ask of the sampler: every field works, or its value is refused by name with its limit.
 
-Invariants:
-  - a parameter works or is refused by name with its limit; nothing is parsed and dropped (`UNSUPPORTED` lists what
-    this version refuses);
-  - a row's token depends on its own logits, parameters, seed and position only: the same bits alone or in any batch.
-
-The draw is the inverse CDF at one uniform number per (seed, position), in float64 and in vocabulary order, from a
-counter-based generator: nothing is carried from token to token, so a preempted or replayed request draws the same. The
-price is one pass over the vocabulary per sampled row; a batch that is all greedy pays one argmax instead.
-
-Filters apply in the order of transformers: temperature, top_k, top_p, min_p. Among equal logits greedy takes the lowest
-token id; top_k keeps every token equal to the k-th; top_p prefers the lower ids among equals.
+Meanings are vLLM's where nothing else is said. The parameters know nothing of tokenizers: `stop` and `bad_words` are
+text, and whoever has the tokenizer (LLM, the server) turns them into a Request's `watcher` and `bad_word_ids`. How the
+numbers become a token is sampler.py's part, with logits_processors.py and random_stream.py below it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from nanoserve.checks import shown, truth, whole_number
+from nanoserve.random_stream import child_seed, derive_seed, mix64, random_bits, uniform
+from nanoserve.sampler import Sampler
 
-from nanoserve.checks import shown, whole_number
-
-if TYPE_CHECKING:
-    from nanoserve.request import Request
-
-Float32Array = NDArray[np.float32]
-Float64Array = NDArray[np.float64]
-Uint64Array = NDArray[np.uint64]
+__all__ = ["Sampler", "SamplingParams", "child_seed", "derive_seed", "mix64", "random_bits", "uniform"]
 
 MAX_TOKENS = 2**31 - 1  # positions are int32
+MAX_TEMPERATURE = 100.0
+MAX_PENALTY = 2.0  # presence and frequency, either sign
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0  # a factor and its inverse
+MAX_BIAS = 100.0
+MAX_BIASED_TOKENS = 1024
+MAX_STOP_STRINGS = 16
 MAX_STOP_IDS = 256
-
-# Checked but not implemented: only the default is accepted. An issue that implements a field deletes its row.
-UNSUPPORTED = (
-    "stop",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "logprobs",
-    "n",
-)
+MAX_BAD_WORDS = 256
+MAX_TEXT = 256  # characters of one stop string or bad word
+MAX_LOGPROBS = 20
+MAX_N = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +38,25 @@ class SamplingParams:
 
     Args:
         temperature: 0 is greedy, at most 100.
-        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_k: keep the k likeliest tokens; 0 (or -1) keeps all.
         top_p: keep the likeliest tokens until their mass reaches p.
         min_p: keep tokens at least this fraction as likely as the likeliest.
         max_tokens: most output tokens.
-        min_tokens: EOS and stop ids are not sampled before this many output tokens.
+        min_tokens: EOS and stop ids are not sampled, and stop strings not heeded, before this many output tokens.
+        stop: strings that end the request when the output's text has them; one string or several.
         stop_token_ids: sampled, they end the request.
         ignore_eos: EOS neither ends the request nor is held back by min_tokens.
         seed: of this request's own random stream; None lets the engine choose.
+        presence_penalty: subtracted from the logit of every token that is in the output.
+        frequency_penalty: subtracted once for each time a token is in the output.
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens in prompt or output.
+        logit_bias: added to the logits of these token ids.
+        logprobs: report each output token's log-probability and those of this many likeliest tokens.
+        n: sequences per prompt.
+        include_stop_str_in_output: the text ends with the stop string instead of before it.
+        bad_words: strings the output must not have; the token that would complete one is not sampled.
+        prompt_logprobs: as logprobs, for the prompt's tokens.
+        skip_special_tokens: the text leaves special tokens out.
 
     Raises:
         ValueError: naming the field, its value and its limit.
@@ -72,42 +68,48 @@ class SamplingParams:
     min_p: float = 0.0
     max_tokens: int = 128
     min_tokens: int = 0
-    stop: Sequence[str] = ()
+    stop: str | Sequence[str] = ()  # stored as a tuple
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] | None = None
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)  # stored as a dict of its own
     logprobs: int | None = None
     n: int = 1
+    include_stop_str_in_output: bool = False
+    bad_words: Sequence[str] = ()
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        self._check_real("temperature", 0.0, 100.0)
-        self._check_int("top_k", 0, MAX_TOKENS)
+        self._check_real("temperature", 0.0, MAX_TEMPERATURE)
+        self._check_int("top_k", -1, MAX_TOKENS)
+        object.__setattr__(self, "top_k", max(0, self.top_k))
         self._check_real("top_p", 0.0, 1.0, above=True)
         self._check_real("min_p", 0.0, 1.0)
         self._check_int("max_tokens", 1, MAX_TOKENS)
         self._check_int("min_tokens", 0, self.max_tokens, "max_tokens = ")
-        self._check_stops()
-        if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos: {shown(self.ignore_eos)} must be True or False")
-        if self.seed is not None:
-            self._check_int("seed", 0, 2**64 - 1)
-        self._check_real("presence_penalty", -2.0, 2.0)
-        self._check_real("frequency_penalty", -2.0, 2.0)
-        self._check_real("repetition_penalty", 0.0, 100.0, above=True)
-        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
-            raise ValueError(f"logit_bias: {shown(self.logit_bias)} must map token ids to numbers")
-        if self.logprobs is not None:
-            self._check_int("logprobs", 0, 20)
-        self._check_int("n", 1, 128)
-        for name in UNSUPPORTED:
-            if getattr(self, name) != _DEFAULTS[name]:
-                raise ValueError(
-                    f"{name}: {shown(getattr(self, name))} is not supported yet, only {_DEFAULTS[name]!r} is"
-                )
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        self._check_texts("stop", MAX_STOP_STRINGS)
+        self._check_stop_ids()
+        self._check_real("presence_penalty", -MAX_PENALTY, MAX_PENALTY)
+        self._check_real("frequency_penalty", -MAX_PENALTY, MAX_PENALTY)
+        self._check_real("repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
+        self._check_bias()
+        self._check_texts("bad_words", MAX_BAD_WORDS)
+        self._check_int("n", 1, MAX_N)
+        for name, high in (
+            ("seed", 2**64 - 1),
+            ("logprobs", MAX_LOGPROBS),
+            ("prompt_logprobs", MAX_LOGPROBS),
+        ):
+            if getattr(self, name) is not None:
+                self._check_int(name, 0, high)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            truth(name, getattr(self, name))
 
     @property
     def is_greedy(self) -> bool:
@@ -118,25 +120,36 @@ class SamplingParams:
         """Some tokens may be cut off before the draw."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
+    @property
+    def has_penalties(self) -> bool:
+        """Some logits depend on the tokens so far."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
     def _check_real(self, name: str, low: float, high: float, above: bool = False) -> None:
-        value: Any = getattr(self, name)
-        limit = f"{'(' if above else '['}{low:g}, {high:g}]"
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if not is_number:
-            raise ValueError(f"{name}: {shown(value)} must be a number in {limit}")
-        if not low <= value <= high or (above and value == low):  # a NaN fails the first
-            raise ValueError(f"{name}: {shown(value)} must be in {limit}")
-        object.__setattr__(self, name, float(value))
+        object.__setattr__(self, name, _real(name, getattr(self, name), low, high, above))
 
     def _check_int(self, name: str, low: int, high: int, high_name: str = "") -> None:
         object.__setattr__(self, name, whole_number(name, getattr(self, name), low, high, high_name))
 
-    def _check_stops(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
-            raise ValueError(f"stop: {shown(self.stop)} must be a sequence of strings that are not empty")
-        object.__setattr__(self, "stop", tuple(stop))
-        ids = self.stop_token_ids
+    def _check_texts(self, name: str, most: int) -> None:
+        texts: Any = getattr(self, name)
+        if (
+            isinstance(texts, str)
+            or not isinstance(texts, Sequence)
+            or not all(isinstance(text, str) and text for text in texts)
+        ):
+            raise ValueError(f"{name}: {shown(texts)} must be a sequence of strings that are not empty")
+        if len(texts) > most:
+            raise ValueError(f"{name}: {len(texts)} strings, at most {most} are allowed")
+        for i, text in enumerate(texts):
+            if len(text) > MAX_TEXT:
+                raise ValueError(
+                    f"{name}[{i}]: {shown(text)} has {len(text)} characters, at most {MAX_TEXT} are allowed"
+                )
+        object.__setattr__(self, name, tuple(texts))
+
+    def _check_stop_ids(self) -> None:
+        ids: Any = self.stop_token_ids
         if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
             raise ValueError(f"stop_token_ids: {shown(ids)} must be a sequence of token ids")
         if len(ids) > MAX_STOP_IDS:
@@ -144,130 +157,26 @@ class SamplingParams:
         checked = (whole_number(f"stop_token_ids[{i}]", token, 0, MAX_TOKENS) for i, token in enumerate(ids))
         object.__setattr__(self, "stop_token_ids", tuple(checked))
 
-
-_DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
-
-
-class Sampler:
-    """One token per row of logits. Keeps no state: everything that varies is in the arguments."""
-
-    def sample(
-        self, logits: Float32Array, requests: Sequence[Request], eos_token_ids: Collection[int]
-    ) -> list[int]:
-        """float32[R, V] logits and their R requests -> R token ids.
-
-        A row with a non-finite logit gets some token that means nothing (telling is the caller's part) and disturbs no
-        other row. `logits` is not modified.
-        """
-        if len(logits) != len(requests):
-            raise ValueError(f"sample: {len(logits)} rows of logits for {len(requests)} requests")
-        greedy: list[int] = []
-        plain: list[int] = []
-        filtered: list[int] = []
-        own_copy = False
-        for row, request in enumerate(requests):
-            params = request.params
-            if len(request.output_tokens) < params.min_tokens:
-                logits = logits if own_copy else logits.copy()
-                own_copy = True
-                _forbid_stops(logits[row], params, eos_token_ids)
-            (greedy if params.is_greedy else filtered if params.has_filters else plain).append(row)
-        if len(greedy) == len(requests):
-            best: list[int] = logits.argmax(axis=1).tolist()
-            return best
-        tokens = np.zeros(len(requests), dtype=np.int64)
-        if greedy:
-            tokens[greedy] = logits[greedy].argmax(axis=1)
-        drawn = plain + filtered
-        uniforms = uniform(
-            np.array([_seed(requests[row]) for row in drawn], dtype=np.uint64),
-            np.array([requests[row].total_len for row in drawn], dtype=np.uint64),
-        )
-        with np.errstate(all="ignore"):  # non-finite rows
-            if plain:
-                temperatures = np.array([requests[row].params.temperature for row in plain])
-                weights = _weights(logits[plain], temperatures[:, None])
-                cumulative = np.cumsum(weights, axis=1, out=weights)
-                targets = uniforms[: len(plain)] * cumulative[:, -1]
-                tokens[plain] = np.count_nonzero(cumulative <= targets[:, None], axis=1)
-            for row, u in zip(filtered, uniforms[len(plain) :], strict=True):
-                tokens[row] = _draw_filtered(logits[row], requests[row].params, u)
-        return tokens.tolist()
+    def _check_bias(self) -> None:
+        bias: Any = self.logit_bias
+        if bias is None:
+            return
+        if not isinstance(bias, Mapping):
+            raise ValueError(f"logit_bias: {shown(bias)} must map token ids to numbers")
+        if len(bias) > MAX_BIASED_TOKENS:
+            raise ValueError(f"logit_bias: {len(bias)} entries, at most {MAX_BIASED_TOKENS} are allowed")
+        checked = {}
+        for token, value in bias.items():
+            token = whole_number("logit_bias", token, 0, MAX_TOKENS)
+            checked[token] = _real(f"logit_bias[{token}]", value, -MAX_BIAS, MAX_BIAS)
+        object.__setattr__(self, "logit_bias", checked)
 
 
-def _forbid_stops(row: Float32Array, params: SamplingParams, eos_token_ids: Collection[int]) -> None:
-    """Rules out, in place, every token that would end the request."""
-    stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
-    known = [token for token in stops if token < len(row)]
-    if len(known) == len(row):
-        raise ValueError(
-            f"min_tokens: {params.min_tokens}, but every token of the vocabulary ends the request"
-        )
-    row[known] = -np.inf
-
-
-def _seed(request: Request) -> int:
-    if request.seed is None:
-        raise ValueError(f"sample: request {request.req_id!r} has no seed and is not greedy")
-    return request.seed
-
-
-def _weights(logits: Float32Array, temperature: Float64Array | float) -> Float64Array:
-    """exp((logits - max) / temperature): probabilities but for their sum. The likeliest token's weight is 1."""
-    weights = logits.astype(np.float64)
-    weights -= weights.max(axis=-1, keepdims=True)
-    weights /= temperature
-    return np.exp(weights, out=weights)
-
-
-def _draw_filtered(row: Float32Array, params: SamplingParams, u: float) -> int:
-    if not np.isfinite(row.max()):
-        return 0
-    weights = _weights(row, params.temperature)
-    kept = np.arange(len(row))
-    if 0 < params.top_k < len(row):
-        kept = np.flatnonzero(row >= np.partition(row, len(row) - params.top_k)[len(row) - params.top_k])
-    if params.top_p < 1.0:
-        kept = _nucleus(weights, kept, params.top_p)
-    if params.min_p > 0.0:
-        kept = kept[weights[kept] >= params.min_p]
-    cumulative = np.cumsum(weights[kept])
-    return int(kept[np.searchsorted(cumulative, u * cumulative[-1], side="right")])
-
-
-def _nucleus(weights: Float64Array, kept: NDArray[np.int64], top_p: float) -> NDArray[np.int64]:
-    """The fewest of the `kept` tokens, likeliest first, whose mass reaches top_p of theirs; in vocabulary order."""
-    total = weights[kept].sum()
-    # Tokens this unlikely weigh less together than the tail that is cut: leave them out of the sort. Half of the bound
-    # keeps the likeliest token in it whatever is rounded.
-    kept = kept[weights[kept] > 0.5 * (1.0 - top_p) / len(kept) * total]
-    ranked = kept[np.argsort(-weights[kept], kind="stable")]
-    count = np.searchsorted(np.cumsum(weights[ranked]), top_p * total, side="left") + 1
-    return np.sort(ranked[:count])
-
-
-# ---- the generator: the output function of SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
-# Generators", OOPSLA 2014), keyed by the mixed seed so that neighbouring seeds do not give shifted streams.
-
-
-def mix64(x: Uint64Array) -> Uint64Array:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def random_bits(seeds: Uint64Array, positions: Uint64Array) -> Uint64Array:
-    """64 random bits for each (seed, position)."""
-    gamma = np.uint64(0x9E3779B97F4A7C15)
-    return mix64(mix64(seeds + gamma) + (positions + np.uint64(1)) * gamma)
-
-
-def uniform(seeds: Uint64Array, positions: Uint64Array) -> Float64Array:
-    """float64 in [0, 1) for each (seed, position): 53 random bits."""
-    bits = random_bits(seeds, positions) >> np.uint64(11)
-    return bits.astype(np.float64) * 2.0**-53
-
-
-def derive_seed(engine_seed: int, arrival: int) -> int:
-    """The seed of the `arrival`-th request that brings none of its own."""
-    return int(random_bits(np.array([engine_seed], np.uint64), np.array([arrival], np.uint64))[0])
+def _real(name: str, value: Any, low: float, high: float, above: bool = False) -> float:
+    limit = f"{'(' if above else '['}{low:g}, {high:g}]"
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number:
+        raise ValueError(f"{name}: {shown(value)} must be a number in {limit}")
+    if not low <= value <= high or (above and value == low):  # a NaN fails the first
+        raise ValueError(f"{name}: {shown(value)} must be in {limit}")
+    return float(value)

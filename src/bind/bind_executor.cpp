@@ -58,12 +58,13 @@ void add_op(StepExecutor& executor, const std::string& name, std::uintptr_t addr
 
 void add_attention(StepExecutor& executor, const std::string& name, std::uintptr_t small_address,
                    std::int64_t small_rows, std::uintptr_t large_address, std::int64_t large_rows,
-                   const std::vector<py::tuple>& args, std::int64_t group, std::int64_t kv_heads) {
+                   const std::vector<py::tuple>& args, std::int64_t group, std::int64_t kv_heads,
+                   std::int64_t window) {
     executor.attention({.name = name,
                         .kernel = kernel_at(small_address),
                         .large_kernel = kernel_at(large_address),
                         .args = parse_args(args)},
-                       group, kv_heads, small_rows, large_rows);
+                       group, kv_heads, small_rows, large_rows, window);
 }
 
 std::int64_t add_weight(StepExecutor& executor, const py::array& array) {
@@ -92,7 +93,7 @@ py::array_t<float> new_logits(std::int64_t rows, std::int64_t vocab, std::int64_
 
 py::tuple forward(StepExecutor& executor, const py::object& input_ids, const py::sequence& tables,
                   const py::object& starts, const py::object& counts, const py::object& sample_rows,
-                  std::int64_t vocab) {
+                  std::int64_t vocab, const std::optional<py::object>& position_offsets) {
     std::vector<const PageTable*> table_list;
     table_list.reserve(tables.size());
     for (const py::handle table : tables) {
@@ -102,12 +103,15 @@ py::tuple forward(StepExecutor& executor, const py::object& input_ids, const py:
     const std::vector<std::int32_t> start_list = int32_vector("starts", starts);
     const std::vector<std::int32_t> count_list = int32_vector("counts", counts);
     const std::vector<std::int32_t> sample_list = int32_vector("sample_rows", sample_rows);
+    const std::vector<std::int32_t> offset_list =
+        position_offsets ? int32_vector("position_offsets", *position_offsets) : std::vector<std::int32_t>{};
     const StepExecutor::Step step = executor.prepare({.input_ids = ids,
                                                       .tables = table_list,
                                                       .starts = start_list,
                                                       .counts = count_list,
                                                       .sample_rows = sample_list,
-                                                      .vocab = vocab});
+                                                      .vocab = vocab,
+                                                      .position_offsets = offset_list});
     const std::int64_t row_stride = StepExecutor::logits_stride(vocab);
     py::array_t<float> logits = new_logits(std::ssize(sample_list), vocab, row_stride);
     py::array_t<bool> finite(std::ssize(sample_list));
@@ -151,7 +155,8 @@ void populate_executor(py::module_& m) {
              }),
              py::arg("pool").none(false), py::arg("threads").none(false), py::arg("max_tokens"),
              py::arg("max_positions") = py::none(),
-             "max_positions: refuse sequences longer than the model's position tables.")
+             "max_positions: rows of the model's position tables; no position, with its offset, lies past "
+             "them.")
         .def_static("stride", &StepExecutor::stride, py::arg("cols"), "Row stride of a buffer, in floats.")
         .def_static("logits_stride", &StepExecutor::logits_stride, py::arg("vocab"),
                     "Row stride of the logits.")
@@ -167,10 +172,13 @@ void populate_executor(py::module_& m) {
              py::arg("cost_per_unit") = 0)
         .def("attention", &add_attention, py::arg("name"), py::arg("small_address"), py::arg("small_rows"),
              py::arg("large_address"), py::arg("large_rows"), py::arg("args"), py::arg("group"),
-             py::arg("kv_heads"))
+             py::arg("kv_heads"), py::arg("window") = 0,
+             "window: keys a row sees, its own included, 0 for all; the kernels must agree.")
         .def("forward", &forward, py::arg("input_ids"), py::arg("tables"), py::arg("starts"),
              py::arg("counts"), py::arg("sample_rows"), py::arg("vocab"),
-             "(logits [samples, vocab], finite [samples]). Runs without Python's lock.")
+             py::arg("position_offsets") = py::none(),
+             "(logits [samples, vocab], finite [samples]). Runs without Python's lock. position_offsets: per "
+             "sequence, added to what the source `positions` gives.")
         .def("profile", &StepExecutor::profile, py::arg("enable"))
         .def("timings", &timing_list,
              "[(operation, nanoseconds, calls)] since profile(True), as thread 0 saw it.");

@@ -8,11 +8,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from itertools import product
 
 import numpy as np
 
 from compiler.packed_call import call
 from nanoserve.kernels import attention, embedding, gated, gemm, kv_write, norm
+from nanoserve.models.rope import Rope
 
 _maps: list[mmap.mmap] = []
 
@@ -46,7 +48,9 @@ def run_gemm() -> None:
         width = gemm.panel_width(n)
         padded = -(-n // width) * width
         ldx, ldy = k + 16, padded + 16
-        spec = gemm.gemm_spec(k, n, ldx, ldy, bias=True, residual=True, activation="gelu_tanh")
+        spec = gemm.gemm_spec(
+            k, n, ldx, ldy, bias=True, residual=True, activation="gelu_tanh", softcap=3.0, scale=2.0
+        )
         w, b = guarded(gemm.pack(np.ones((n, k)))), guarded(gemm.pack_bias(np.ones(n)))
         for m in (*range(1, 20), 63, 64, 65, 70):
             units = padded // width * -(-m // gemm.ROW_BLOCK)
@@ -61,14 +65,15 @@ def run_attention() -> None:
             entries = -(-(-(-length // 64) + 1) * 64 // page_size)
             table = ints(*(min(i, pages - 1) for i in range(entries)))
             q, out = (rows(length, heads * d + 5, heads * d) for _ in range(2))
-            for tile in attention.row_tiles(heads // kv):
+            for tile, window in product(attention.row_tiles(heads // kv), (0, 20, 64)):
                 total = length * heads // kv
                 items = [
                     (0, head, 0, r0, min(tile, total - r0), 0, 0, 0)
                     for head in range(kv)
                     for r0 in range(0, total, tile)
                 ]
-                spec = attention.attention_spec(heads, kv, d, page_size, heads * d + 5, heads * d + 5, tile)
+                row = heads * d + 5
+                spec = attention.attention_spec(heads, kv, d, page_size, row, row, tile, window=window)
                 call(spec, q, k, v, table, guarded(np.array(items, dtype=np.int32)), out, 0, len(items))
 
 
@@ -79,6 +84,12 @@ def run_norm() -> None:
         call(spec, rows(4, cols + 3, cols), weight, bias, rows(4, cols + 5, cols), 0, 4)
         spec = norm.norm_spec("rmsnorm", cols, cols + 3, cols + 5, 1e-5, gather=True)
         call(spec, rows(4, cols + 3, cols), ints(3, 0), weight, rows(2, cols + 5, cols), 0, 2)
+        spec = norm.norm_spec("rmsnorm", cols, cols + 3, cols + 5, 1e-5, residual=True)
+        call(spec, rows(4, cols + 3, cols), weight, rows(4, cols + 5, cols), 0, 4)
+        used = 2 + 3 * cols
+        spec = norm.norm_spec("rmsnorm", cols, used + 3, used + 3, 1e-5, first=2, groups=3)
+        x = rows(4, used + 3, used)
+        call(spec, x, weight, x, 0, 4)
 
 
 def run_embedding() -> None:
@@ -94,6 +105,10 @@ def run_embedding() -> None:
             0,
             2,
         )
+        for vocab in (48, 50):
+            spec = embedding.embedding_spec(cols, cols + 3, panel=gemm.panel_width(vocab), scale=2.0)
+            table = guarded(gemm.pack(np.ones((vocab, cols))))
+            call(spec, ints(vocab - 1, 0), ints(0, 0), table, rows(2, cols + 3, cols), 0, 2)
 
 
 def run_gated() -> None:
@@ -106,7 +121,7 @@ def run_kv_write() -> None:
     for heads, kv, d, rotary in ((4, 2, 20, 20), (2, 2, 7, 0), (1, 1, 80, 34)):
         row = (heads + 2 * kv) * d
         spec = kv_write.kv_write_spec(heads, kv, d, 16, row + 3, rotary)
-        rope = [guarded(kv_write.rope_table(9, rotary, 1e4)), ints(8, 0)] if rotary else []
+        rope = [guarded(Rope(rotary, 1e4).table(9)), ints(8, 0)] if rotary else []
         k, v = (guarded(np.ones((2, kv, d, 16), dtype=np.float32)) for _ in range(2))
         call(spec, rows(2, row + 3, row), *rope, k, v, ints(31, 0), 0, 2)
 

@@ -2,106 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from compiler.packed_call import call
-from nanoserve.compiler.target import AVX2, Target, host
+from compiler.paged_inputs import JUNK, exact, make_pages, make_queries, run
+from nanoserve.compiler.target import AVX2, host
 from nanoserve.kernels import attention
-
-JUNK = np.float32(1e30)  # finite, and ruinous if a masked token had any weight
-
-
-@dataclass
-class Pages:
-    """Sequences in shuffled pages; every slot that holds no token holds junk."""
-
-    k: np.ndarray
-    v: np.ndarray
-    pages: list[list[int]]
-    keys: list[np.ndarray]  # per sequence float32[length, Hkv, D]
-    values: list[np.ndarray]
-    page_size: int
-
-
-def make_pages(lengths: list[int], kv: int, d: int, page_size: int, seed: int = 0) -> Pages:
-    rng = np.random.default_rng(seed)
-    counts = [-(-length // page_size) for length in lengths]
-    ids = rng.permutation(sum(counts) + 2).tolist()
-    k = np.full((len(ids), kv, d, page_size), JUNK, dtype=np.float32)
-    v = np.full((len(ids), kv, page_size, d), -JUNK, dtype=np.float32)
-    pages, keys, values = [], [], []
-    for length, count in zip(lengths, counts, strict=True):
-        own, ids = ids[:count], ids[count:]
-        pages.append(own)
-        keys.append(rng.standard_normal((length, kv, d)).astype(np.float32))
-        values.append(rng.standard_normal((length, kv, d)).astype(np.float32))
-        for t in range(length):
-            k[own[t // page_size], :, :, t % page_size] = keys[-1][t]
-            v[own[t // page_size], :, t % page_size] = values[-1][t]
-    return Pages(k, v, pages, keys, values, page_size)
-
-
-def run(
-    pages: Pages,
-    queries: list[np.ndarray],
-    heads: int,
-    rows: int,
-    splits: int = 1,
-    target: Target | None = None,
-) -> list[np.ndarray]:
-    """Attention of each sequence's last len(queries[s]) tokens; items of up to `rows` rows."""
-    kv, d = pages.k.shape[1], pages.k.shape[2]
-    group, row = heads // kv, heads * d
-    table: list[int] = []
-    items = []
-    q0 = 0
-    for own, keys, q in zip(pages.pages, pages.keys, queries, strict=True):
-        tokens = (-(-len(keys) // 64) + 1) * 64
-        entries = -(-tokens // pages.page_size)
-        for head in range(kv):
-            for r0 in range(0, len(q) * group, rows):
-                items.append(
-                    [len(table), head, q0, r0, min(rows, len(q) * group - r0), len(keys) - len(q), 0, 0]
-                )
-        table += own + [own[-1]] * (entries - len(own))
-        q0 += len(q)
-    ldq, ldo = row + 5, row + 3
-    q_rows = np.zeros((q0, ldq), dtype=np.float32)
-    q_rows[:, :row] = np.concatenate([q.reshape(len(q), row) for q in queries])
-    out = np.full((q0, ldo), 7, dtype=np.float32)
-    spec = attention.attention_spec(heads, kv, d, pages.page_size, ldq, ldo, rows)
-    flat_table, flat_items = np.array(table, dtype=np.int32), np.array(items, dtype=np.int32)
-    edges = np.linspace(0, len(items), splits + 1).astype(int).tolist()
-    for begin, end in pairwise(edges):
-        call(spec, q_rows, pages.k, pages.v, flat_table, flat_items, out, begin, end, target=target)
-    assert (out[:, row:] == 7).all(), "padding columns were written"
-    result = np.split(out[:, :row].reshape(q0, heads, d), np.cumsum([len(q) for q in queries])[:-1])
-    return [part.copy() for part in result]
-
-
-def exact(keys: np.ndarray, values: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Float64 causal attention of the last len(q) tokens."""
-    heads, d = q.shape[1:]
-    group = heads // keys.shape[1]
-    out = np.empty(q.shape)
-    for t in range(len(q)):
-        seen = len(keys) - len(q) + t + 1
-        for h in range(heads):
-            scores = keys[:seen, h // group].astype(np.float64) @ q[t, h].astype(np.float64) / np.sqrt(d)
-            weights = np.exp(scores - scores.max())
-            out[t, h] = weights / weights.sum() @ values[:seen, h // group].astype(np.float64)
-    return out
-
-
-def make_queries(counts: list[int], heads: int, d: int, seed: int = 1) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.standard_normal((count, heads, d)).astype(np.float32) for count in counts]
 
 
 @pytest.mark.parametrize(
@@ -150,16 +58,17 @@ def test_the_smaller_instruction_set_gives_the_same_bits() -> None:
     data=st.data(),
     company=st.lists(st.integers(1, 100), max_size=3),
     page_size=st.sampled_from([16, 32]),
+    window=st.sampled_from([0, 30, 100]),
 )
 def test_same_bits_for_every_chunking_and_company(
-    length: int, data: st.DataObject, company: list[int], page_size: int
+    length: int, data: st.DataObject, company: list[int], page_size: int, window: int
 ) -> None:
     """A prompt whole and alone, against its chunks each in a batch with others, in other pages, among other junk."""
     heads, kv, d = 4, 2, 12
     small, large = attention.row_tiles(heads // kv)
     alone = make_pages([length], kv, d, 16)
     q = make_queries([length], heads, d)[0]
-    (reference,) = run(alone, [q], heads, large)
+    (reference,) = run(alone, [q], heads, large, window=window)
     cuts = sorted(data.draw(st.sets(st.integers(1, length), max_size=4)) | {length})
     start = 0
     for cut in cuts:
@@ -170,7 +79,8 @@ def test_same_bits_for_every_chunking_and_company(
             page, slot = pages.pages[own][t // page_size], t % page_size
             pages.k[page, :, :, slot], pages.v[page, :, slot] = alone.keys[0][t], alone.values[0][t]
         others = make_queries([1] * own, heads, d, seed=5)
-        got = run(pages, [*others, q[start:cut]], heads, data.draw(st.sampled_from([small, large])))[own]
+        rows = data.draw(st.sampled_from([small, large]))
+        got = run(pages, [*others, q[start:cut]], heads, rows, window=window)[own]
         assert got.tobytes() == reference[start:cut].tobytes(), f"tokens {start}..{cut}"
         start = cut
 
@@ -203,6 +113,20 @@ def test_far_scores_underflow_quietly() -> None:
     np.testing.assert_allclose(got[0, 0], pages.values[0][winner, 0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("window", [0, 10])
+def test_scores_far_below_zero_are_not_taken_for_masked(window: int) -> None:
+    """All scores near -10,000: a masked token's stand-in must lie below every one of them."""
+    pages = make_pages([150], 1, 16, 16)
+    pages.keys[0][:, 0, 0] = -400
+    for t in range(150):
+        pages.k[pages.pages[0][t // 16], 0, 0, t % 16] = -400
+    q = make_queries([40], 1, 16)[0]
+    q[:, 0, 0] = 100
+    (got,) = run(pages, [q], 1, 8, window=window)
+    expected = exact(pages.keys[0], pages.values[0], q, window=window)
+    np.testing.assert_allclose(got, expected, atol=0.02)  # a score's last place is 0.001 here
+
+
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 def test_nan_comes_out(where: str) -> None:
     """A NaN must reach the logits, where the request fails; a clamp or a maximum could hide it."""
@@ -231,6 +155,10 @@ def test_nan_comes_out(where: str) -> None:
         ({"rows": 17}, r"rows=17 must be in \[1, 16\]"),
         ({"kv_heads": 3}, "4 heads over 3 of 16"),
         ({"ldq": 63}, "rows of 63"),
+        ({"window": -1}, r"window=-1 must be in \[0, 2"),
+        ({"window": 2**31}, "window=2147483648"),
+        ({"softcap": -1.0}, "softcap=-1.0"),
+        ({"softcap": float("nan")}, "softcap=nan"),
         ({"dtype": "f16"}, "dtype 'f16'"),
     ],
 )

@@ -51,7 +51,9 @@ class Problem:
         y = self.x[:, : self.k].astype(np.float64) @ self.weight.T.astype(np.float64)
         if self.options.get("bias"):
             y += self.bias
-        y = act64(self.options.get("activation"), y)  # type: ignore[arg-type]
+        y = act64(self.options.get("activation"), y) * self.options.get("scale", 1.0)  # type: ignore[arg-type]
+        if cap := self.options.get("softcap"):
+            y = cap * np.tanh(y / cap)
         return y + self.y0[: self.m, : self.n] if self.options.get("residual") else y
 
     def check(self, y: np.ndarray) -> None:
@@ -84,6 +86,27 @@ def test_every_m_matches_float64_and_its_own_row_alone(k: int, n: int) -> None:
 def test_epilogues(activation: str | None, bias: bool, residual: bool) -> None:
     problem = Problem(13, 40, 70, activation=activation, bias=bias, residual=residual)
     problem.check(problem.run())
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.3, 12.0])
+@pytest.mark.parametrize("softcap", [0.0, 2.5])
+@pytest.mark.parametrize("residual", [False, True])
+def test_scaled_and_capped_epilogues(scale: float, softcap: float, residual: bool) -> None:
+    """In this order: activation, scale, cap, residual."""
+    options = {"scale": scale, "softcap": softcap, "residual": residual, "activation": "silu", "bias": True}
+    problem = Problem(13, 40, 70, **options)
+    problem.check(problem.run())
+    assert problem.run(0, 1, problem.units).tobytes() == problem.run().tobytes()
+
+
+def test_logits_beyond_the_cap_stay_below_it() -> None:
+    problem = Problem(5, 40, 70, softcap=30.0)
+    problem.x[:, :40] *= 1e4
+    y = problem.run()[:5, :70]
+    assert np.abs(y).max() <= 30
+    assert (np.abs(y) > 29.9).mean() > 0.9
+    problem.x[2, 3] = np.nan
+    assert np.isnan(problem.run()[2, :70]).all()
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -142,6 +165,47 @@ def test_pack_puts_every_weight_where_the_kernel_looks() -> None:
     assert gemm.pack_bias(weight[:, 0]).shape == (packed.shape[0] * width,)
 
 
+class Stored:
+    """A weight that is read from elsewhere: a shape, and rows by slice."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows, self.shape = rows, rows.shape
+        self.reads: list[tuple[int, int]] = []
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        self.reads.append((rows.start, rows.stop))
+        return self.rows[rows]
+
+
+@pytest.mark.parametrize("n", [5, 96, 97, 1000, 1001])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_pack_reads_blocks_of_whole_panels(n: int, dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row once, a block at a time, and nothing uninitialised behind the last row."""
+    monkeypatch.setattr(gemm, "_PACK_BLOCK_BYTES", 300 * 7 * 4)
+    monkeypatch.setattr(np, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
+    weight = Stored(np.random.default_rng(1).standard_normal((n, 7)).astype(dtype))
+    packed, width = gemm.pack(weight), gemm.panel_width(n)
+    assert packed.dtype == np.float32
+    flat = packed.transpose(0, 2, 1).reshape(-1, 7)
+    assert flat[:n].tobytes() == weight.rows.astype(np.float32).tobytes()
+    assert not flat[n:].any()
+    reads = sorted(weight.reads)
+    assert [begin for begin, _ in reads] == [0, *(end for _, end in reads[:-1])]
+    assert reads[-1][1] == n
+    assert all(end - begin <= 300 and begin % width == 0 for begin, end in reads)
+
+
+def test_pack_passes_a_reading_error_on() -> None:
+    class Broken(Stored):
+        def __getitem__(self, rows: slice) -> np.ndarray:
+            raise OSError("the file is gone")
+
+    with pytest.raises(OSError, match="the file is gone"):
+        gemm.pack(Broken(np.ones((20, 3))))
+    with pytest.raises(ValueError, match=r"shape \(3,\) must have 2 dimensions"):
+        gemm.pack(np.ones(3))
+
+
 def test_nan_stays_in_its_row() -> None:
     problem = Problem(10, 40, 70, activation="gelu_tanh", bias=True)
     problem.x[3, 7] = np.nan
@@ -157,6 +221,8 @@ def test_nan_stays_in_its_row() -> None:
         ({"ldy": 99}, "rows of 99"),
         ({"n_in": 0}, "n_in=0"),
         ({"activation": "relu"}, "relu"),
+        ({"scale": float("inf")}, "scale=inf"),
+        ({"softcap": -1.0}, "softcap=-1.0"),
     ],
 )
 def test_refusals(options: dict[str, object], said: str) -> None:

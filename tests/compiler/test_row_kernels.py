@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from compiler.packed_call import act64, call, padded
-from nanoserve.kernels import embedding, gated, kv_write, norm
+from nanoserve.kernels import embedding, gated, gemm, kv_write, norm
+from nanoserve.models.rope import Rope
 
 COLS = [1, 2, 3, 15, 16, 17, 31, 60, 64, 65, 72, 100, 127, 128, 191, 259]
 rng = np.random.default_rng(0)
@@ -37,6 +38,26 @@ def test_embedding(cols: int, positions: bool) -> None:
     assert outside_is(x, 7, cols, 7)
 
 
+@pytest.mark.parametrize("vocab", [16, 50, 97, 200])
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 3.7])
+def test_embedding_of_a_packed_head(vocab: int, positions: bool, scale: float) -> None:
+    """Every id of a vocabulary of whole and of broken panels: bit for bit what the table of rows gives."""
+    cols, ldx = 33, padded(33)
+    table, pos_table = random(vocab, cols), random(40, cols)
+    ids, pos = rng.permutation(vocab).astype(np.int32), rng.integers(0, 40, vocab).astype(np.int32)
+    more = [pos_table] if positions else []
+    expected = table[ids] * np.float32(scale) + (pos_table[pos] if positions else np.float32(0))
+    for panel, weight in ((0, table), (gemm.panel_width(vocab), gemm.pack(table))):
+        spec = embedding.embedding_spec(cols, ldx, positions=positions, scale=scale, panel=panel)
+        x = np.full((vocab + 2, ldx), 7, dtype=np.float32)
+        call(spec, ids, pos, weight, *more, x, 0, 5)
+        assert (x[5:] == 7).all()
+        call(spec, ids, pos, weight, *more, x, 5, vocab)
+        assert x[:vocab, :cols].tobytes() == expected.tobytes(), f"panel={panel}"
+        assert outside_is(x, vocab, cols, 7)
+
+
 @pytest.mark.parametrize("cols", COLS)
 @pytest.mark.parametrize("kind", norm.KINDS)
 @pytest.mark.parametrize("gather", [False, True])
@@ -61,6 +82,49 @@ def test_norm(cols: int, kind: str, gather: bool) -> None:
     whole = np.full_like(out, 7)
     call(spec, *args[:-1], whole, 0, count)
     assert whole.tobytes() == out.tobytes()
+
+
+@pytest.mark.parametrize("cols", [1, 33, 64, 100])
+@pytest.mark.parametrize("kind", norm.KINDS)
+@pytest.mark.parametrize("gather", [False, True])
+def test_a_residual_norm_adds_once(cols: int, kind: str, gather: bool) -> None:
+    """Bit for bit out + norm: the norm is rounded before it is added."""
+    ldx, ldo = padded(cols), cols + 3
+    x, weight, before = random(9, ldx), random(cols), random(9, ldo)
+    rows = [rng.permutation(9).astype(np.int32)] if gather else []
+    plain, added = np.zeros_like(before), before.copy()
+    call(norm.norm_spec(kind, cols, ldx, ldo, 1e-6, gather=gather), x, *rows, weight, plain, 0, 9)
+    spec = norm.norm_spec(kind, cols, ldx, ldo, 1e-6, gather=gather, residual=True)
+    call(spec, x, *rows, weight, added, 2, 9)
+    assert added[:2].tobytes() == before[:2].tobytes()
+    call(spec, x, *rows, weight, added, 0, 2)
+    assert added[:, :cols].tobytes() == (before + plain)[:, :cols].tobytes()
+    assert added[:, cols:].tobytes() == before[:, cols:].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("cols", "first", "groups"), [(48, 0, 3), (80, 5, 3), (96, 96, 1), (7, 3, 6), (64, 128, 4), (240, 0, 1)]
+)
+@pytest.mark.parametrize("kind", norm.KINDS)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_norm_of_groups(cols: int, first: int, groups: int, kind: str, in_place: bool) -> None:
+    """Each group of a row has the bits it has as a row of its own; the columns around them stay."""
+    bias = kind == "layernorm"
+    used, eps = slice(first, first + groups * cols), 1e-6
+    x, weight, shift = random(7, padded(first + groups * cols + 9)), random(cols), random(cols)
+    before = x.copy()
+    out = x if in_place else np.full((7, used.stop + 2), 7, dtype=np.float32)
+    outside = np.delete(out, used, axis=1)
+    operands = [weight, *([shift] if bias else [])]
+    spec = norm.norm_spec(kind, cols, x.shape[1], out.shape[1], eps, bias=bias, first=first, groups=groups)
+    call(spec, x, *operands, out, 0, 3)
+    call(spec, x, *operands, out, 3, 7)
+
+    alone = np.ascontiguousarray(before[:, used]).reshape(7 * groups, cols)
+    expected = np.empty_like(alone)
+    call(norm.norm_spec(kind, cols, cols, cols, eps, bias=bias), alone, *operands, expected, 0, 7 * groups)
+    assert out[:, used].tobytes() == expected.tobytes()
+    assert np.delete(out, used, axis=1).tobytes() == outside.tobytes()
 
 
 def test_layernorm_keeps_its_digits_at_a_large_mean() -> None:
@@ -106,7 +170,7 @@ def test_kv_write(heads: int, kv: int, d: int, page_size: int, rotary: int) -> N
     k, v = np.full((5, kv, d, page_size), 7, np.float32), np.full((5, kv, page_size, d), 7, np.float32)
     slots = rng.permutation(5 * page_size)[:count].astype(np.int32)
     positions = rng.integers(0, 300, count).astype(np.int32)
-    table = kv_write.rope_table(300, rotary, 10000.0) if rotary else np.empty(0)
+    table = Rope(rotary).table(300) if rotary else np.empty(0)
     spec = kv_write.kv_write_spec(heads, kv, d, page_size, ld, rotary)
     args = [qkv, *([table, positions] if rotary else []), k, v, slots]
     call(spec, *args, 0, 5)
@@ -130,22 +194,22 @@ def test_kv_write(heads: int, kv: int, d: int, page_size: int, rotary: int) -> N
     assert v.tobytes() == expected_v.tobytes()
 
 
-def test_rope_table_is_that_of_transformers() -> None:
-    torch = pytest.importorskip("torch")
-    dim, theta = 24, 10000.0
-    inverse = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
-    angles = torch.arange(4096).float()[:, None] * inverse
-    expected = torch.cat([angles.cos(), angles.sin()], dim=1).numpy()
-    assert np.abs(kv_write.rope_table(4096, dim, theta) - expected).max() < 1e-3
-    assert np.abs(kv_write.rope_table(512, dim, theta) - expected[:512]).max() < 1e-4
-
-
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda: embedding.embedding_spec(65, 64), "cols=65"),
         (lambda: norm.norm_spec("batchnorm", 4, 4, 4, 1e-5), "batchnorm"),
         (lambda: norm.norm_spec("rmsnorm", 5, 5, 4, 1e-5), "cols=5"),
+        (
+            lambda: norm.norm_spec("rmsnorm", 5, 20, 19, 1e-5, first=5, groups=3),
+            "groups=3 of cols=5 from first=5",
+        ),
+        (lambda: norm.norm_spec("rmsnorm", 5, 20, 20, 1e-5, first=-1), "first=-1"),
+        (lambda: norm.norm_spec("rmsnorm", 5, 20, 20, 1e-5, groups=0), "groups=0"),
+        (lambda: norm.norm_spec("rmsnorm", 5, 20, 20, 1e-5, groups=2, gather=True), "for groups=2"),
+        (lambda: norm.norm_spec("rmsnorm", 5, 20, 20, 1e-5, first=1, residual=True), "from first=1"),
+        (lambda: embedding.embedding_spec(5, 5, scale=float("inf")), "scale=inf"),
+        (lambda: embedding.embedding_spec(5, 5, panel=-1), "panel=-1"),
         (lambda: gated.gated_spec(5, "silu", 9, 5), "columns each in rows of 9"),
         (lambda: gated.gated_spec(5, "relu", 10, 5), "relu"),
         (lambda: kv_write.kv_write_spec(2, 1, 8, 16, 31), "rows of 31"),

@@ -1,4 +1,4 @@
-"""exp, tanh, erf and the activations against float64, in units of the last place; special values."""
+"""exp, tanh, erf, the soft cap and the activations against float64, in units of the last place; special values."""
 
 from __future__ import annotations
 
@@ -99,3 +99,19 @@ def test_activations(name: str) -> None:
     assert np.isnan(y[0])
     assert y[1:4].tolist() == [np.inf, 0, np.float32(1e30)]
     assert abs(y[4]) < 1e-5
+
+
+@pytest.mark.parametrize("cap", [1.0, 30.0, 50.0])
+def test_soft_cap(cap: float) -> None:
+    def function(x):  # type: ignore[no-untyped-def]
+        from nanoserve.compiler.vector_math import soft_cap
+
+        return soft_cap(x, cap)
+
+    x = samples(-9 * cap, 9 * cap, 1 << 14)
+    got = elementwise(f"check_soft_cap_{int(cap)}", function, x)
+    assert ulp_error(got, cap * np.tanh(x.astype(np.float64) / cap)).max() <= 4
+    special = np.array([np.nan, np.inf, -np.inf, 0.0, 3e38, -3e38] + [0.0] * 10, dtype=np.float32)
+    y = elementwise(f"check_soft_cap_{int(cap)}", function, special)
+    assert np.isnan(y[0])
+    assert y[1:6].tolist() == [cap, -cap, 0, cap, -cap]

@@ -85,6 +85,22 @@ TEST(long_contexts_come_first) {
     CHECK(work.cost() > 500 * 8);
 }
 
+// What decides how many threads share the work: a window of keys costs the window, not the context.
+TEST(a_window_bounds_the_cost) {
+    const auto cost = [](std::int64_t window, std::int64_t start, std::int64_t count) {
+        AttentionWork work(
+            {.group = 2, .kv_heads = 3, .head_dim = 8, .small_rows = 2, .large_rows = 8, .window = window});
+        work.build(std::vector<SequenceSpan>{{0, start, count, 0}});
+        return work.cost();
+    };
+    CHECK_EQ(cost(0, 999, 1), 3 * 2 * 1000 * 8 * 2);          // 3 KV heads, 2 rows, 1000 keys
+    CHECK_EQ(cost(100, 999, 1), 3 * 2 * (100 + 2) * 8 * 2);   // the window, and what its rows add
+    CHECK_EQ(cost(100, 99'999, 1), cost(100, 999, 1));        // whatever came before
+    CHECK_EQ(cost(5000, 999, 1), cost(0, 999, 1));            // never more than there is
+    CHECK_EQ(cost(100, 1000, 4), 3 * 8 * (100 + 8) * 8 * 2);  // one tile of 8 rows
+    CHECK_EQ(cost(2'147'483'647, 99, 1), cost(0, 99, 1));
+}
+
 TEST(attention_shapes_are_checked) {
     const auto shape = [](std::int64_t group, std::int64_t small, std::int64_t large) {
         return AttentionShape{
@@ -95,6 +111,11 @@ TEST(attention_shapes_are_checked) {
     CHECK_THROWS(std::invalid_argument, "small_rows is 0", shape(4, 0, 8).validate(1024));
     CHECK_THROWS(std::invalid_argument, "large_rows is -1", shape(4, 4, -1).validate(1024));
     CHECK_THROWS(std::invalid_argument, "max_tokens * group", shape(1 << 20, 4, 8).validate(1 << 20));
+    for (const std::int64_t window : {std::int64_t{-1}, std::int64_t{1} << 31}) {
+        AttentionShape wrong = shape(4, 4, 8);
+        wrong.window = window;
+        CHECK_THROWS(std::invalid_argument, "window is " + std::to_string(window), wrong.validate(1024));
+    }
 }
 
 namespace {

@@ -86,7 +86,7 @@ struct Fixture {
     std::shared_ptr<ThreadPool> threads;
     StepExecutor executor;
     std::vector<std::unique_ptr<PageTable>> tables;
-    std::vector<std::int32_t> ids, starts, counts, sample_rows;
+    std::vector<std::int32_t> ids, starts, counts, sample_rows, position_offsets;
     std::int64_t vocab = kVocab;
     std::vector<float> logits;
 
@@ -119,7 +119,8 @@ struct Fixture {
                                  .starts = starts,
                                  .counts = counts,
                                  .sample_rows = sample_rows,
-                                 .vocab = vocab});
+                                 .vocab = vocab,
+                                 .position_offsets = position_offsets});
     }
 
     std::vector<int> forward() {
@@ -185,6 +186,61 @@ TEST(rows_samples_and_batch_arrays) {
             CHECK_EQ(f.logits[s * kLogitsStride + 99], base + 99.0F);
         }
     }
+}
+
+// A second position table lies behind the first: one sequence reads that one. Slots and ids stay.
+TEST(position_offsets_move_positions_only) {
+    Fixture f(2, 200);
+    f.sequence(0, 9);
+    f.sequence(6, 3);
+    const std::int64_t x = f.executor.buffer(3);
+    f.executor.op(
+        make_op("embed", embed, {{Source::ids}, {Source::positions}, {Source::slots}, {Source::buffer, x}}));
+    f.forward();
+    const auto rows = [&] {
+        const auto data = f.executor.buffer_data(x);
+        return std::vector<float>(data.begin(), data.begin() + 12 * kStride);
+    };
+    const std::vector<float> before = rows();
+    f.position_offsets = {0, 100};
+    f.forward();
+    std::vector<float> want = before;
+    for (std::size_t row = 9; row < 12; ++row) {
+        want[row * kStride + 1] += 100.0F;
+    }
+    CHECK(rows() == want);
+    f.position_offsets = {0, 0};
+    f.forward();
+    CHECK(rows() == before);
+}
+
+TEST(position_offsets_are_checked) {
+    Fixture f(1, 30);
+    f.sequence(0, 6);
+    f.sequence(8, 2);
+    f.position_offsets = {24, 20};
+    f.forward();  // each ends at the last position
+    f.position_offsets = {24, 21};
+    CHECK_THROWS(std::invalid_argument,
+                 "sequence 1 reaches 10 tokens at position offset 21, the model has 30 positions",
+                 f.forward());
+    f.position_offsets = {2'147'483'647, 0};
+    CHECK_THROWS(std::invalid_argument, "sequence 0 reaches 6 tokens at position offset 2147483647",
+                 f.forward());
+    f.position_offsets = {0, -1};
+    CHECK_THROWS(std::invalid_argument, "every position offset is -1", f.forward());
+    f.position_offsets = {0};
+    CHECK_THROWS(std::invalid_argument, "2 tables needs as many position_offsets, got 1", f.forward());
+    f.position_offsets = {};
+    f.forward();
+
+    // Without a limit of the model's, the limit is what kernels can read.
+    Fixture boundless(1, std::numeric_limits<std::int64_t>::max());
+    boundless.sequence(0, 6);
+    boundless.position_offsets = {2'147'483'641};
+    boundless.forward();
+    boundless.position_offsets = {2'147'483'642};
+    CHECK_THROWS(std::invalid_argument, "the model has 2147483647 positions", boundless.forward());
 }
 
 TEST(every_unit_is_done_once) {
@@ -320,6 +376,8 @@ TEST(attention_needs_two_kernels_and_the_pools_heads) {
     CHECK_THROWS(std::invalid_argument, "has 3 KV heads, the pool has 2",
                  f.executor.attention(op(), 2, 3, 2, 6));
     CHECK_THROWS(std::invalid_argument, "small_rows is 0", f.executor.attention(op(), 2, 2, 0, 6));
+    f.executor.attention(op(), 2, 2, 2, 6, 128);
+    CHECK_THROWS(std::invalid_argument, "window is -1", f.executor.attention(op(), 2, 2, 2, 6, -1));
     Op half = op();
     half.large_kernel = nullptr;
     CHECK_THROWS(std::invalid_argument, "has no kernel", f.executor.attention(half, 2, 2, 2, 6));

@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,16 @@ def forward_cases() -> list[tuple[str, dict[str, object], type[Exception], str]]
         ),
         ("no vocabulary", {"vocab": 0}, ValueError, "vocab is 0"),
         ("two starts", {"starts": [0, 0]}, ValueError, "got 2 and 1"),
+        (
+            "past the positions by its offset",
+            {"position_offsets": [1]},
+            ValueError,
+            "sequence 0 reaches 7 tokens at position offset 1, the model has 7 positions",
+        ),
+        ("negative offset", {"position_offsets": [-1]}, ValueError, "every position offset is -1"),
+        ("huge offset", {"position_offsets": [2**31]}, ValueError, r"position_offsets\[0\] is 2147483648"),
+        ("two offsets", {"position_offsets": [0, 0]}, ValueError, "as many position_offsets, got 2"),
+        ("float offsets", {"position_offsets": [0.5]}, TypeError, "position_offsets has dtype float64"),
         ("no table", {"tables": []}, ValueError, "at least one sequence"),
         ("None as table", {"tables": [None]}, ValueError, "belongs to another pool"),
         ("pages as table", {"tables": [[0, 1]]}, RuntimeError, "Unable to cast"),
@@ -181,6 +192,26 @@ def test_forward_checks_everything(change: dict[str, object], error: type[Except
     assert kernel.ranges == []
     executor.forward(**good)
     assert kernel.ranges != []
+
+
+@pytest.mark.parametrize("make_offsets", [list, np.array, lambda values: np.array(values, np.int32)])
+def test_position_offsets(make_offsets: Callable[[list[int]], object]) -> None:
+    """Added to the positions kernels see, per sequence; slots are where they were."""
+    pool, executor = make(max_positions=150)
+    seen: list[list[list[int]]] = []
+
+    def record(args: Args) -> None:
+        seen.append([args.array(i, (5,), np.int32).tolist() for i in range(2)])
+
+    kernel = PythonKernel(record, 2)
+    executor.op("record", kernel.address, [("positions",), ("slots",)], "rows", cost_per_unit=1)
+    batch = [1, 2, 3, 4, 5], [sequence(pool, 6), sequence(pool, 3)], [3, 1], [3, 2], [], VOCAB
+    executor.forward(*batch)
+    executor.forward(*batch, position_offsets=make_offsets([0, 100]))
+    executor.forward(*batch, position_offsets=None)
+    assert kernel.errors == []
+    assert [positions for positions, _ in seen] == [[3, 4, 5, 1, 2], [3, 4, 5, 101, 102], [3, 4, 5, 1, 2]]
+    assert seen[0][1] == seen[1][1] == seen[2][1]
 
 
 def test_shared_pages_are_never_written() -> None:
@@ -224,6 +255,8 @@ def test_plans_are_checked() -> None:
         executor.op("op", 0, [], "rows")
     with pytest.raises(ValueError, match="5 KV heads, the pool has 2"):
         executor.attention("attention", kernel.address, 2, kernel.address, 4, [], 2, 5)
+    with pytest.raises(ValueError, match="window is -3"):
+        executor.attention("attention", kernel.address, 2, kernel.address, 4, [], 2, 2, window=-3)
     with pytest.raises(ValueError, match="C-contiguous"):
         executor.weight(np.zeros((4, 4), np.float32)[:, ::2])
     with pytest.raises(ValueError, match="is empty"):

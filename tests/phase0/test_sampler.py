@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -13,45 +12,20 @@ from hypothesis import strategies as st
 from nanoserve.request import Request
 from nanoserve.sampling import Sampler, SamplingParams, derive_seed
 from phase0.chi_square import chi_square_z
+from support.reference_sampler import filtered_distribution
 
 VOCAB = 40
 
 
-def request(seed: int = 0, position: int = 1, **fields: Any) -> Request:
+def request(seed: int = 0, position: int = 1, bad_word_ids: Any = (), **fields: Any) -> Request:
     """A request whose next token has index `position`."""
-    return Request(seed, [0] * position, params=SamplingParams(seed=seed, **fields))
+    return Request(
+        seed, [0] * position, params=SamplingParams(seed=seed, **fields), bad_word_ids=bad_word_ids
+    )
 
 
 def rows(count: int, vocab: int = VOCAB, seed: int = 0, scale: float = 3.0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal((count, vocab)) * scale).astype(np.float32)
-
-
-def reference_distribution(row: np.ndarray, params: SamplingParams) -> list[float]:
-    """The meaning of the filters, token by token, in the order of transformers: temperature, top_k, top_p, min_p."""
-    logits = [float(x) / params.temperature for x in row]
-    alive = list(range(len(logits)))
-    if params.top_k:
-        kth = sorted((logits[i] for i in alive), reverse=True)[: params.top_k][-1]
-        alive = [i for i in alive if logits[i] >= kth]
-
-    def probabilities() -> dict[int, float]:
-        top = max(logits[i] for i in alive)
-        total = math.fsum(math.exp(logits[i] - top) for i in alive)
-        return {i: math.exp(logits[i] - top) / total for i in alive}
-
-    if params.top_p < 1:
-        chances, mass, kept = probabilities(), 0.0, []
-        for i in sorted(alive, key=lambda i: (-logits[i], i)):
-            if mass >= params.top_p:
-                break
-            kept.append(i)
-            mass += chances[i]
-        alive = sorted(kept)
-    if params.min_p:
-        chances = probabilities()
-        alive = [i for i in alive if chances[i] >= params.min_p * max(chances.values())]
-    chances = probabilities()
-    return [chances.get(i, 0.0) for i in range(len(logits))]
 
 
 def draws(row: np.ndarray, params: SamplingParams, count: int) -> np.ndarray:
@@ -77,7 +51,7 @@ def test_temperature_zero_takes_the_largest_logit_and_the_lowest_id_among_equals
 def test_draws_follow_the_softmax_at_each_temperature(temperature: float) -> None:
     """20,000 draws against exact probabilities by chi-square: a biased sampler looks fine to the eye."""
     row, params = rows(1)[0], SamplingParams(temperature=temperature)
-    exact = np.array(reference_distribution(row, params))
+    exact = np.array(filtered_distribution(row, params))
     assert chi_square_z(draws(row, params, 20_000), exact * 20_000) < 4
 
 
@@ -94,7 +68,7 @@ def test_draws_follow_the_softmax_at_each_temperature(temperature: float) -> Non
 def test_draws_follow_the_filtered_distribution(fields: dict[str, Any]) -> None:
     """The filters cut exactly the tokens of the reference, and what is left keeps its proportions."""
     row, params = rows(1, seed=3, scale=1.5)[0], SamplingParams(**fields)
-    exact = np.array(reference_distribution(row, params))
+    exact = np.array(filtered_distribution(row, params))
     counts = draws(row, params, 10_000)
     assert not counts[exact == 0].any()
     assert (counts[exact > 1e-2] > 0).all()
@@ -104,7 +78,7 @@ def test_draws_follow_the_filtered_distribution(fields: dict[str, Any]) -> None:
 def test_the_chi_square_check_can_fail() -> None:
     """Draws at temperature 1 are told apart from those of temperature 1.1: the statistic has the power it needs."""
     row = rows(1)[0]
-    exact = np.array(reference_distribution(row, SamplingParams(temperature=1.1)))
+    exact = np.array(filtered_distribution(row, SamplingParams(temperature=1.1)))
     assert chi_square_z(draws(row, SamplingParams(), 20_000), exact * 20_000) > 6
 
 
@@ -122,7 +96,7 @@ def test_filters_keep_the_tokens_of_the_reference(
     """Many equal logits and extreme limits: a drawn token is always one the reference keeps, and one always is."""
     row = np.array(logits, dtype=np.float32)
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    exact = reference_distribution(row, params)
+    exact = filtered_distribution(row, params)
     batch = [
         request(seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p) for seed in range(20)
     ]
@@ -154,14 +128,22 @@ field_sets = st.fixed_dictionaries(
         "top_p": st.sampled_from([1.0, 1.0, 0.3, 0.9]),
         "min_p": st.sampled_from([0.0, 0.0, 0.2]),
         "min_tokens": st.sampled_from([0, 0, 3]),
+        "repetition_penalty": st.sampled_from([1.0, 1.0, 1.5]),
+        "presence_penalty": st.sampled_from([0.0, 0.0, 0.5]),
+        "logit_bias": st.sampled_from([None, None, {0: 4.0, 1: -1.0}]),
+        "bad_word_ids": st.sampled_from([(), (), ((1,),)]),
         "seed": st.integers(0, 2**64 - 1),
         "position": st.integers(1, 5),
     }
 )
 
 
-@given(st.lists(field_sets, min_size=1, max_size=9), st.integers(2, 70), st.randoms(use_true_random=False))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.lists(field_sets, min_size=1, max_size=9),
+    st.integers(3, 70) | st.sampled_from([255, 256, 257, 700, 30_000]),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=250, deadline=None, derandomize=True)
 def test_a_token_is_the_same_alone_and_in_any_batch(
     cases: list[dict[str, Any]], vocab: int, random: Any
 ) -> None:
@@ -221,7 +203,7 @@ def test_min_tokens_does_not_hold_back_an_ignored_eos() -> None:
 
 def test_a_vocabulary_of_stops_is_refused_rather_than_sampled() -> None:
     """If min_tokens forbids every token there is no answer: the request is told so instead of getting token 0."""
-    with pytest.raises(ValueError, match="min_tokens: 1, but every token"):
+    with pytest.raises(ValueError, match=r"min_tokens .*leave no token of the vocabulary"):
         Sampler().sample(rows(1, 2), [request(min_tokens=1, stop_token_ids=[1, 1])], (0,))
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from nanoserve.errors import RequestRefused
+from nanoserve.logprobs import token_logprob
 from nanoserve.native import KVCachePool
 from nanoserve.request import Request
 from nanoserve.scheduling.prefill_manager import PrefillManager
-from support.fakes import System, rollout
+from support.fakes import PairWatcher, System, logits_after, prefix_hashes, rollout
 
 NUM_SEEDS, OPERATIONS = 50, 200  # 10,000 operations
 
@@ -65,6 +66,17 @@ class Simulation:
         }
         max_tokens = rng.randint(1, 20)
         params["min_tokens"] = rng.choice([0, 0, rng.randint(0, max_tokens)])
+        if rng.random() < 0.3:
+            params["repetition_penalty"] = rng.choice([1.0, 1.3])
+            params["frequency_penalty"] = rng.choice([0.0, 0.5])
+            params["logit_bias"] = rng.choice([None, {rng.randrange(32): 5.0}])
+            params["bad_word_ids"] = rng.choice(
+                [(), [(rng.randrange(32),), (rng.randrange(32), rng.randrange(32))]]
+            )
+        if rng.random() < 0.3:
+            params["watcher"] = PairWatcher()
+        params["logprobs"] = rng.choice([None, None, 0, 2])
+        params["prompt_logprobs"] = rng.choice([None, None, None, 1])
         try:
             request = self.system.add(req_id, tokens, max_tokens, priority=rng.randint(-2, 2), **params)
         except RequestRefused as refused:
@@ -127,6 +139,7 @@ class Simulation:
             longest = self.system.scheduler.door.max_model_len or 2**31
             expected = rollout(request, self.system.eos, longest)
             assert request.is_finished
+            self.verify_reports(request)
             assert request.output_tokens == expected[: len(request.output_tokens)], request
             if request.req_id in self.aborted and request.finish_reason == "abort":
                 continue
@@ -137,6 +150,25 @@ class Simulation:
             assert request.finish_reason in ("stop", "length"), (request, request.error)
             assert request.output_tokens == expected, request
         self.system.check_nothing_is_held()
+
+    def verify_reports(self, request: Request) -> None:
+        """Whatever happened on the way, each token was told, and its log-probability kept, once."""
+        hashes = prefix_hashes(request.token_ids)
+        params, known = request.params, request.token_ids
+        if isinstance(request.watcher, PairWatcher):
+            assert request.watcher.seen == request.output_tokens
+        if params.logprobs is not None:
+            assert request.logprobs == [
+                token_logprob(logits_after(hashes[at - 1]), known[at], params.logprobs)
+                for at in range(request.num_prompt_tokens, len(known))
+            ]
+        if request.prompt_logprobs is not None:
+            had = len(request.prompt_logprobs)
+            assert had == request.num_prompt_tokens or not request.output_tokens
+            assert request.prompt_logprobs[1:] == [
+                token_logprob(logits_after(hashes[at - 1]), known[at], params.prompt_logprobs or 0)
+                for at in range(1, had)
+            ]
 
 
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))

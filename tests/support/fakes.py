@@ -58,19 +58,36 @@ def logits_after(row: NDArray[np.float32], vocab: int = VOCAB) -> NDArray[np.flo
     return ((mixed >> np.uint64(40)).astype(np.float64) * (8.0 / 2**24)).astype(np.float32)
 
 
+class PairWatcher:
+    """Ends a request at two equal tokens in a row; `seen` is what it was told."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def __call__(self, token: int) -> str | None:
+        self.seen.append(token)
+        return f"{token} twice" if self.seen[-2:] == [token, token] else None
+
+
 def rollout(
     request: Request, eos: Collection[int] = (), max_len: int = 2**31, vocab: int = VOCAB
 ) -> list[int]:
     """The output the request must get, computed alone and from scratch for every token."""
-    copy = Request(request.req_id, request.prompt_tokens, params=request.params)
+    copy = Request(
+        request.req_id, request.prompt_tokens, params=request.params, bad_word_ids=request.bad_word_ids
+    )
     copy.seed = request.seed
     params, sampler = copy.params, Sampler()
+    watcher = None if request.watcher is None else type(request.watcher)()
     while len(copy.output_tokens) < params.max_tokens and copy.total_len < max_len:
         logits = logits_after(prefix_hashes(copy.token_ids)[-1], vocab)
         (token,) = sampler.sample(logits[None], [copy], eos)
         copy.append_output(token)
         stops = (*params.stop_token_ids, *(() if params.ignore_eos else eos))
-        if token in stops and len(copy.output_tokens) > params.min_tokens:
+        ends = token in stops
+        if watcher is not None:
+            ends = watcher(token) is not None or ends
+        if ends and len(copy.output_tokens) > params.min_tokens:
             break
     return copy.output_tokens
 
@@ -111,15 +128,17 @@ class FakeExecutor:
         assert len({int(slot) for slot in batch.out_loc}) == batch.num_tokens, "two rows write one slot"
         rows = []
         pieces = zip(batch.requests, batch.tables, batch.starts, batch.counts, batch.sampled, strict=True)
-        for request, table, start, count, sampled in pieces:
+        for index, (request, table, start, count, sampled) in enumerate(pieces):
             end = start + count
             expected = prefix_hashes(request.token_ids[:end])
             poisoned = request.req_id in self.poisoned
             self._check_prefix(request, table, expected[:start])
             self._write(table, expected[start:] * np.float32(np.nan if poisoned else 1), start)
-            if sampled:
-                logits = logits_after(expected[-1], self.vocab)
+            positions = [*batch.prompt_rows.get(index, ()), *([end - 1] if sampled else [])]
+            for position in positions:
+                logits = logits_after(expected[position], self.vocab)
                 rows.append(logits * np.float32(np.nan) if poisoned else logits)
+        assert len(rows) == len(batch.sample_rows)
         logits = np.stack(rows) if rows else np.zeros((0, self.vocab), np.float32)
         self.last_finite = np.isfinite(logits).all(axis=1)
         if self.after is not None:
@@ -180,10 +199,27 @@ class System:
         )
         self.scheduler = self.batcher.scheduler
 
-    def add(self, req_id: Any, prompt: Any, max_tokens: int = 4, priority: int = 0, **params: Any) -> Request:
+    def add(
+        self,
+        req_id: Any,
+        prompt: Any,
+        max_tokens: int = 4,
+        priority: int = 0,
+        *,
+        watcher: Any = None,
+        bad_word_ids: Any = (),
+        **params: Any,
+    ) -> Request:
         """Queue a greedy request that ignores EOS, unless told otherwise."""
         fields = {"temperature": 0.0, "ignore_eos": True, "max_tokens": max_tokens, **params}
-        request = Request(req_id, prompt, params=SamplingParams(**fields), priority=priority)
+        request = Request(
+            req_id,
+            prompt,
+            params=SamplingParams(**fields),
+            priority=priority,
+            bad_word_ids=bad_word_ids,
+            watcher=watcher,
+        )
         self.batcher.add_request(request)
         return request
 

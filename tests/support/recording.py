@@ -24,13 +24,14 @@ class RecordingExecutor:
 
     def forward(self, batch: Batch) -> np.ndarray:
         logits = self.inner.forward(batch)
-        ends = [
-            start + count - 1
-            for start, count, s in zip(batch.starts, batch.counts, batch.sampled, strict=True)
-            if s
-        ]
-        for request, position, row in zip(batch.sampling_requests, ends, logits, strict=True):
-            self.rows.setdefault(request.req_id, {})[position] = row.copy()
+        row = 0
+        pieces = zip(batch.requests, batch.starts, batch.counts, batch.sampled, strict=True)
+        for index, (request, start, count, sampled) in enumerate(pieces):
+            end = start + count - 1
+            for position in (*batch.prompt_rows.get(index, ()), *((end,) if sampled else ())):
+                self.rows.setdefault(request.req_id, {})[position] = logits[row].copy()
+                row += 1
+        assert row == len(logits)
         return logits
 
 

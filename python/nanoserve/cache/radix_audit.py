@@ -84,7 +84,7 @@ def audit_requests(tree: RadixCache, requests: Iterable[Request]) -> list[str]:
         holders[request.radix_node] += 1
         node = tree.node(request.radix_node)
         name = f"request {request.req_id!r} pins node {node.node_id}"
-        if tree.path_key(node.node_id) != request.token_ids[: node.end_page * tree.page_size].tobytes():
+        if tree.path_key(node.node_id) != request.cache_key(node.end_page * tree.page_size).tobytes():
             problems.append(f"{name}, which spells other tokens than its own")
         if request.page_table is None:
             problems.append(f"{name} but has no pages")

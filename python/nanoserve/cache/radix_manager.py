@@ -59,7 +59,7 @@ class RadixCacheManager:
             raise InvariantViolation(f"request {request.req_id!r} acquires a prefix but has pages already")
         cached = 0
         if self.enabled:
-            request.radix_node, cached = self._adopt_prefix(request.token_ids, page_table)
+            request.radix_node, cached = self._adopt_prefix(request.cache_key(), page_table)
         request.page_table = page_table
         request.cached_len = request.prefix_hit_len = request.validated_len = cached
         if not request.prefix_counted:
@@ -79,7 +79,7 @@ class RadixCacheManager:
             raise InvariantViolation(
                 f"request {request.req_id!r}: {request.validated_len} validated tokens, {request.cached_len} computed"
             )
-        tokens = request.token_ids[: num_pages * self.page_size]
+        tokens = request.cache_key(num_pages * self.page_size)
         result = self.tree.insert(tokens, table.pages, start=held)
         if result.new_pages:
             self.kv_pool.ref(result.new_pages)

@@ -6,7 +6,7 @@ first extent of an array is never needed (UNBOUNDED), because every loop gets it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from nanoserve.compiler.bindings import mlir
@@ -58,14 +58,17 @@ def scratch(*shape: int, element: str = "f32") -> Buffer:
     return Buffer(memref.alloca(type_of(array(*shape, element=element)), [], [], alignment=64))
 
 
-def kernel(symbol: str, **arguments: str) -> Callable[[Callable[..., None]], None]:
+def kernel(
+    symbol: str, *, overlap: Collection[str] = (), **arguments: str
+) -> Callable[[Callable[..., None]], None]:
     """@kernel("name", x=array(...), m="index") def _(x, m): ... - a function in the module being built.
 
-    Pointer arguments arrive as Buffer, the others as Value. Pointers must not overlap.
+    Pointer arguments arrive as Buffer, the others as Value. No pointer but those named in `overlap` may share memory
+    with another.
     """
 
     def define(body: Callable[..., None]) -> None:
-        _function(symbol, arguments, body)
+        _function(symbol, arguments, body, overlap)
 
     return define
 
@@ -91,13 +94,15 @@ def helper(symbol: str, **arguments: str) -> Callable[[Callable[..., None]], Cal
     return define
 
 
-def _function(symbol: str, arguments: dict[str, str], body: Callable[..., None]) -> Any:
+def _function(
+    symbol: str, arguments: dict[str, str], body: Callable[..., None], overlap: Collection[str] = ()
+) -> Any:
     types = [type_of(text) for text in arguments.values()]
     f = func.FuncOp(symbol, ir.FunctionType.get(types, []))
     f.attributes["arg_attrs"] = ir.ArrayAttr.get(
         [
-            ir.DictAttr.parse("{llvm.noalias}" if text.startswith("memref") else "{}")
-            for text in arguments.values()
+            ir.DictAttr.parse("{llvm.noalias}" if text.startswith("memref") and name not in overlap else "{}")
+            for name, text in arguments.items()
         ]
     )
     with ir.InsertionPoint(f.add_entry_block()):

@@ -1,4 +1,4 @@
-"""Authoring layer, part three: exp, tanh, erf and the activations, on float32 vectors or scalars.
+"""Authoring layer, part three: exp, tanh, erf, the soft cap and the activations, on float32 vectors or scalars.
 
 MLIR's math.exp would become 16 calls into libm, and the pass that expands it is not in the wheels. These are short
 polynomials: branch free, the same on every machine, and NaN in gives NaN out (a request with bad numbers must be seen).
@@ -69,6 +69,11 @@ def erf(x: Value) -> Value:
     t = fmin(4.0, a)  # erf rounds to 1 from 3.92 on; the polynomial turns around later
     large = copysign(1.0 - exp(_polynomial(t, _ERFC) * (0.0 - t), at_most_zero=True), x)
     return select(a < 0.9, small, large)
+
+
+def soft_cap(x: Value, cap: float) -> Value:
+    """cap * tanh(x / cap): x while it is small, never beyond cap."""
+    return tanh(x * (1.0 / cap)) * cap
 
 
 def activate(name: str | None, x: Value) -> Value:

@@ -14,6 +14,10 @@ scores are one fused chain over the dims, the maximum and the sum are kept per r
 token by token. A masked token contributes an exact zero, and a block wholly masked multiplies by exactly 1. So a row's
 bits depend on the tokens up to its own position only, not on `rows`, the item, the batch, or the chunking. Page memory
 must be finite, because 0 * inf is not 0.
+
+With a sliding window the walk begins at the block of the first token that the item's first row sees, and costs the window
+instead of the context. A later row of the item may see nothing of that block; such a block changes nothing either: the
+maximum stays _MASKED, the factor exp(0) is exactly 1, and the sums stay exactly 0.
 """
 
 from __future__ import annotations
@@ -40,11 +44,12 @@ def row_tiles(group: int, target: Target | None = None) -> tuple[int, int]:
 
 def attention_spec(
     heads: int, kv_heads: int, head_dim: int, page_size: int, ldq: int, ldo: int, rows: int, *,
-    scale: float | None = None, dtype: str = "f32",
+    scale: float | None = None, window: int = 0, softcap: float = 0.0, dtype: str = "f32",
 ) -> KernelSpec:  # fmt: skip
     """Args: q[.][ldq], k, v of the layer, table, items, out[.][ldo], begin, end over items.
 
-    `scale` multiplies the scores, 1 / sqrt(head_dim) by default; `rows` is the most rows an item has.
+    `scale` multiplies the scores, 1 / sqrt(head_dim) by default; `rows` is the most rows an item has. With `window` > 0 a
+    query sees that many keys, its own included. With `softcap` > 0 a scaled score s becomes softcap * tanh(s / softcap).
     """
     if min(heads, kv_heads, head_dim) < 1 or heads % kv_heads or min(ldq, ldo) < heads * head_dim:
         raise ValueError(
@@ -56,12 +61,16 @@ def attention_spec(
         )
     if not 1 <= rows <= _MAX_ROWS:
         raise ValueError(f"attention: rows={rows} must be in [1, {_MAX_ROWS}]")
+    if not 0 <= window < 2**31:
+        raise ValueError(f"attention: window={window} must be in [0, 2^31), 0 for none")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"attention: softcap={softcap} must be finite and at least 0, 0 for none")
     if dtype != "f32":
         raise ValueError(f"attention: dtype {dtype!r} is not supported, only 'f32'")
     factor = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     return KernelSpec.make(
         "attention", h=heads, kv=kv_heads, d=head_dim, r=rows, page_size=page_size, ldq=ldq, ldo=ldo, scale=factor,
-        dtype=dtype,
+        window=window, softcap=float(softcap), dtype=dtype,
     )  # fmt: skip
 
 
@@ -75,7 +84,7 @@ def _passes(vectors: int, rows: int, budget: int) -> list[range]:
 
 def build(
     symbol: str, target: Target, *, h: int, kv: int, d: int, page_size: int, ldq: int, ldo: int, r: int, scale: float,
-    dtype: str,
+    window: int, softcap: float, dtype: str,
 ) -> None:  # fmt: skip
     from nanoserve.compiler.builder import (
         Value,
@@ -95,7 +104,7 @@ def build(
         zeros,
     )
     from nanoserve.compiler.control import UNBOUNDED, array, helper, kernel, loop, scratch
-    from nanoserve.compiler.vector_math import exp
+    from nanoserve.compiler.vector_math import exp, soft_cap
 
     group = h // kv
     columns = chunks(d)
@@ -147,11 +156,20 @@ def build(
         before = top.load(0)
 
         def visible(row: Value, j: int) -> Value:
-            return lanes + i32(first + 16 * j) <= splat(position[row])
+            token, own = lanes + i32(first + 16 * j), position[row]
+            seen = token <= splat(own)
+            return seen & (token > splat(own - window)) if window else seen
+
+        def capped(row: Value, j: int) -> Value:
+            value: Value = score.load(row, 16 * j)
+            if softcap:
+                value = soft_cap(value, softcap)
+                score.store(value, row, 16 * j)
+            return value
 
         @loop(0, num_rows)
         def _(row: Value) -> None:
-            seen = [select(visible(row, j), score.load(row, 16 * j), _MASKED) for j in range(_GROUPS)]
+            seen = [select(visible(row, j), capped(row, j), _MASKED) for j in range(_GROUPS)]
             top[row] = fmax(htree(fmax(fmax(seen[0], seen[1]), fmax(seen[2], seen[3])), fmax), top[row])
 
         scaled.store(exp(before - top.load(0), at_most_zero=True), 0)
@@ -232,8 +250,12 @@ def build(
 
             top.store(const(_MASKED, "vector<16xf32>"), 0)
             visible = place(num_rows - 1)[1] + 1  # tokens the last row sees
+            start: Value | int = 0
+            if window:
+                earliest = place(index(0))[1]
+                start = (earliest - imin(earliest, window - 1)) // BLOCK * BLOCK
 
-            @loop(0, visible, BLOCK)
+            @loop(start, visible, BLOCK)
             def _(first: Value) -> None:
                 scores(query, k, table, score, table_off, kv_head, first)
                 softmax(score, position, top, scaled, total, first, num_rows)

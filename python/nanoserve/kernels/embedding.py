@@ -1,34 +1,51 @@
-"""x[row] = table[ids[row]] (+ pos_table[positions[row]]): the first operation of a forward pass.
+"""x[row] = table[ids[row]] * scale (+ pos_table[positions[row]]): the first operation of a forward pass.
 
-Numerics: a copy, or one addition per element. Ids and positions must be in range; the caller checks them, because a wrong
-one would read foreign memory here. Work units are rows.
+Numerics: a copy; a product and a sum per element where there are any, not fused. Ids and positions must be in range; the
+caller checks them, because a wrong one would read foreign memory here. Work units are rows.
+
+A tied model keeps one copy of its table, the one gemm.pack made for the head: row `id` is then a column of a panel, and
+each of its elements lies on a cache line of its own. Price: some microseconds per token, against hundreds of megabytes.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from nanoserve.compiler.target import Target
 from nanoserve.kernels.library import KernelSpec
 
 
-def embedding_spec(cols: int, ldx: int, *, positions: bool = False, dtype: str = "f32") -> KernelSpec:
-    """Args: ids, positions, table[V][cols], (pos_table[S][cols]), x[.][ldx], begin, end over rows."""
+def embedding_spec(
+    cols: int, ldx: int, *, positions: bool = False, scale: float = 1.0, panel: int = 0, dtype: str = "f32"
+) -> KernelSpec:
+    """Args: ids, positions, table[V][cols], (pos_table[S][cols]), x[.][ldx], begin, end over rows.
+
+    With `panel` > 0 the table is gemm.pack's [ceil(V / panel)][cols][panel]; panel is gemm.panel_width(V).
+    """
     if not 1 <= cols <= ldx:
         raise ValueError(f"embedding: cols={cols} must be in [1, ldx={ldx}]")
+    if not math.isfinite(scale):
+        raise ValueError(f"embedding: scale={scale} must be finite")
+    if panel < 0:
+        raise ValueError(f"embedding: panel={panel} must be at least 0, 0 for a table of rows")
     if dtype != "f32":
         raise ValueError(f"embedding: dtype {dtype!r} is not supported, only 'f32'")
-    return KernelSpec.make("embedding", c=cols, ldx=ldx, positions=positions, dtype=dtype)
+    return KernelSpec.make(
+        "embedding", c=cols, ldx=ldx, positions=positions, scale=float(scale), panel=panel, dtype=dtype
+    )
 
 
-def build(symbol: str, target: Target, *, c: int, ldx: int, positions: bool, dtype: str) -> None:
-    from nanoserve.compiler.builder import index
+def build(
+    symbol: str, target: Target, *, c: int, ldx: int, positions: bool, scale: float, panel: int, dtype: str
+) -> None:
+    from nanoserve.compiler.builder import LANES, index
     from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop, over
 
     arguments = {
         "ids": array(UNBOUNDED, element="i32"),
         "positions": array(UNBOUNDED, element="i32"),
-        "table": array(UNBOUNDED, c),
+        "table": array(UNBOUNDED, c, panel) if panel else array(UNBOUNDED, c),
     }
     if positions:
         arguments["pos_table"] = array(UNBOUNDED, c)
@@ -42,9 +59,12 @@ def build(symbol: str, target: Target, *, c: int, ldx: int, positions: bool, dty
             token = index(ids[row])
             position = index(position_of[row]) if positions else None
 
-            @over(c)
+            @over(c, 1 if panel else LANES)
             def _(at: Any, width: int) -> None:
-                value = table.load(token, at, width=width)
+                place = (token // panel, at, token % panel) if panel else (token, at)
+                value = table.load(*place, width=width)
+                if scale != 1.0:
+                    value = value * scale
                 if position is not None:
                     value = value + rest[0].load(position, at, width=width)
                 x.store(value, row, at)

@@ -1,21 +1,25 @@
-"""y[m, n] = act(sum_k x[m, k] * w[n, k] + bias[n]) (+ y[m, n]): every matrix product of the decoder.
+"""y[m, n] = cap(act(sum_k x[m, k] * w[n, k] + bias[n]) * scale) (+ y[m, n]): every matrix product of the decoder.
 
 The weight is packed once at load into panels [N/NR][K][NR], so that the inner loop streams it: per k one row of a panel,
 multiplied with a broadcast element of each of up to 8 rows of x, accumulated in registers. x is read where it lies.
 
-Numerics: one accumulator per output, k ascending, fused multiply-add; then + bias, activation, + residual (y itself). No
-part of that depends on m, on the row tile, or on how units are split, so an output's bits depend on its own row only.
+Numerics: one accumulator per output, k ascending, fused multiply-add; then + bias, activation, * scale, soft cap,
++ residual (y itself), each only where the spec has it. No part of that depends on m, on the row tile, or on how units are
+split, so an output's bits depend on its own row only.
 
 Work units are (panel, block of ROW_BLOCK rows), panel-major: unit t is panel t // RB, row block t % RB, RB = ceil(m /
 ROW_BLOCK). In a block rows go by full tiles, then by one smaller tile; rows beyond m are neither read nor written: the
 last tile may compute a row twice but stores it once.
 
-Columns n >= N of y, up to the padded N, are written with what the zero padding gives (act(0) + 0, or y + that).
+Columns n >= N of y, up to the padded N, are written with what the zero padding gives (act(0) is 0, or y + that).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 ROW_BLOCK = 64  # rows of x that stay in L1/L2 while a panel is used
 ACTIVATIONS = (None, "gelu_tanh", "gelu_erf", "silu")
 _K_BLOCK_BYTES = 512 * 1024  # of a panel: what stays in a core's L2 beside x
+_PACK_BLOCK_BYTES = 4 * 1024 * 1024  # of packed weights: enough to pay for a hand-over between threads
+_PACK_THREADS = 4  # beyond these, memory is what packing waits for
 
 
 def panel_width(n: int, target: Target | None = None) -> int:
@@ -52,16 +58,44 @@ def row_tiles(width: int, target: Target) -> tuple[int, ...]:
     return tuple(rows for rows in (8, 6, 4, 2, 1) if rows <= largest and (rows != 6 or largest == 6))
 
 
-def pack(weight: NDArray[Any], target: Target | None = None) -> NDArray[np.float32]:
-    """weight[N, K] -> panels[N/NR][K][NR], zero beyond N."""
+class Rows(Protocol):
+    """A matrix that can be read a few rows at a time: a NumPy array, or a checkpoint's tensor that is still on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+def pack(weight: Rows, target: Target | None = None) -> NDArray[np.float32]:
+    """weight[N, K] -> panels[N/NR][K][NR], zero beyond N.
+
+    Reads a few megabytes of whole panels at a time, so that no second copy of a large weight exists, and from several
+    threads: `weight[begin:end]` must be float32 or convertible to it, and safe to call concurrently.
+
+    Raises:
+        ValueError: a weight that is not a matrix.
+    """
+    if len(weight.shape) != 2:
+        raise ValueError(f"pack: a weight of shape {weight.shape} must have 2 dimensions")
     n, k = weight.shape
     width = panel_width(n, target)
     panels = -(-n // width)
-    packed = np.zeros((panels, k, width), dtype=np.float32)
-    whole = n // width
-    packed[:whole] = weight[: whole * width].reshape(whole, width, k).transpose(0, 2, 1)
-    if whole < panels:
-        packed[whole, :, : n - whole * width] = weight[whole * width :].T
+    packed = np.empty((panels, k, width), dtype=np.float32)
+    each = max(1, _PACK_BLOCK_BYTES // (4 * max(1, k) * width))
+
+    def copy(first: int) -> None:
+        block = packed[first : first + each]
+        rows = np.asarray(weight[first * width : min((first + each) * width, n)], dtype=np.float32)
+        whole, left = divmod(len(rows), width)
+        block[:whole] = rows[: whole * width].reshape(whole, width, k).transpose(0, 2, 1)
+        if left:
+            block[whole, :, :left] = rows[whole * width :].T
+            block[whole, :, left:] = 0
+
+    with ThreadPoolExecutor(min(_PACK_THREADS, os.cpu_count() or 1)) as threads:
+        for _ in threads.map(copy, range(0, panels, each)):
+            pass  # an error of a block is raised here
     return packed
 
 
@@ -75,9 +109,11 @@ def pack_bias(bias: NDArray[Any], target: Target | None = None) -> NDArray[np.fl
 
 def gemm_spec(
     n_in: int, n_out: int, ldx: int, ldy: int, *, bias: bool = False, activation: str | None = None,
-    residual: bool = False, dtype: str = "f32",
+    residual: bool = False, scale: float = 1.0, softcap: float = 0.0, dtype: str = "f32",
 ) -> KernelSpec:  # fmt: skip
     """Args: x[.][ldx], pack(w), (pack_bias(b)), y[.][ldy], m, begin, end over panels * ceil(m / ROW_BLOCK) units.
+
+    With `softcap` > 0, v becomes softcap * tanh(v / softcap) before the residual.
 
     Raises:
         ValueError: sizes that do not fit, or an option that is not known.
@@ -89,19 +125,25 @@ def gemm_spec(
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"gemm: activation {activation!r} must be one of {ACTIVATIONS}")
+    if not math.isfinite(scale):
+        raise ValueError(f"gemm: scale={scale} must be finite")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"gemm: softcap={softcap} must be finite and at least 0, 0 for none")
     if dtype != "f32":
         raise ValueError(f"gemm: dtype {dtype!r} is not supported, only 'f32'")
-    options = {"bias": bias, "activation": activation, "residual": residual, "dtype": dtype}
-    return KernelSpec.make("gemm", k=n_in, n=n_out, ldx=ldx, ldy=ldy, **options)
+    return KernelSpec.make(
+        "gemm", k=n_in, n=n_out, ldx=ldx, ldy=ldy, bias=bias, activation=activation, residual=residual,
+        scale=float(scale), softcap=float(softcap), dtype=dtype,
+    )  # fmt: skip
 
 
 def build(
     symbol: str, target: Target, *, k: int, n: int, ldx: int, ldy: int, bias: bool, activation: str | None,
-    residual: bool, dtype: str,
+    residual: bool, scale: float, softcap: float, dtype: str,
 ) -> None:  # fmt: skip
     from nanoserve.compiler.builder import ceildiv, fma, imin, index, select, splat, zeros
     from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop, scratch, when
-    from nanoserve.compiler.vector_math import activate
+    from nanoserve.compiler.vector_math import activate, soft_cap
 
     width = panel_width(n, target)
     vectors = range(0, width, 16)
@@ -192,6 +234,10 @@ def build(
                     if b is not None:
                         value = value + b.load(column)
                     value = activate(activation, value)
+                    if scale != 1.0:
+                        value = value * scale
+                    if softcap:
+                        value = soft_cap(value, softcap)
                     if residual:
                         value = value + y.load(row, column)
                     y.store(value, row, column)

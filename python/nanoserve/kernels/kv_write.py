@@ -4,7 +4,8 @@
     v[page][head][offset][dim]
 
 q is rotated in place, and so is k on its way (the row is scratch from then on). Rotation is of the half-split kind: with
-half = rotary / 2, the pair (x[i], x[i + half]) turns by the angle of frequency i; dims from `rotary` on stay.
+half = rotary / 2, the pair (x[i], x[i + half]) turns by the angle whose cosine and sine stand in columns i and i + half of
+the position's row of a table (models/rope.py makes it); dims from `rotary` on stay.
 
 Numerics: two products and one sum per element, not fused, as the models were trained with. Work units are rows.
 """
@@ -13,22 +14,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from nanoserve.compiler.target import Target
 from nanoserve.kernels.library import KernelSpec
-
-
-def rope_table(max_positions: int, rotary: int, theta: float) -> NDArray[np.float32]:
-    """float32[max_positions, rotary]: cosines of a position's rotary / 2 angles, then their sines.
-
-    Angles are float32 products, as in the reference implementations: at large positions that rounding is part of the model.
-    """
-    exponents = np.arange(0, rotary, 2, dtype=np.float32) / np.float32(rotary)
-    frequencies = (1.0 / np.power(np.float32(theta), exponents)).astype(np.float32)
-    angles = np.arange(max_positions, dtype=np.float32)[:, None] * frequencies
-    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 
 
 def kv_write_spec(

@@ -1,10 +1,14 @@
-"""out[row] = norm(x[row]) * weight (+ bias): RMSNorm and LayerNorm, optionally of gathered rows.
+"""out[row] (+)= norm(x[row]) * weight (+ bias): RMSNorm and LayerNorm, of rows, gathered rows, or heads within a row.
 
 Numerics: a row's sum runs in four accumulators of 16 lanes (64 columns a turn), then one accumulator per leftover chunk
 of 16, 8, 4, 2, 1 columns; they are added in that order and halved lane-wise to a scalar. The pattern depends on the number
 of columns only. LayerNorm subtracts the mean before it squares (two passes), so a large offset costs no digits.
 
-With `gather`, row i of out is the norm of x[rows[i]]: only rows that sample reach the head. Work units are rows of out.
+With `gather`, row i of out is the norm of x[rows[i]]: only rows that sample reach the head. With `residual` it is added to
+what out holds: one addition per element, not fused. With `groups`, consecutive runs of a row's columns are normalised each
+on its own, with the same weight: queries and keys before they are rotated. x and out may be one buffer.
+
+Work units are rows of out.
 """
 
 from __future__ import annotations
@@ -30,18 +34,31 @@ def norm_spec(
     *,
     bias: bool = False,
     gather: bool = False,
+    residual: bool = False,
+    first: int = 0,
+    groups: int = 1,
     dtype: str = "f32",
 ) -> KernelSpec:
-    """Args: x[.][ldx], (rows), weight[cols], (bias[cols]), out[.][ldo], begin, end over rows of out."""
+    """Args: x[.][ldx], (rows), weight[cols], (bias[cols]), out[.][ldo], begin, end over rows of out.
+
+    Group g of a row is columns [first + g * cols, first + (g + 1) * cols) of x and of out.
+    """
     if kind not in KINDS:
         raise ValueError(f"norm: kind {kind!r} must be one of {KINDS}")
-    if not 1 <= cols <= min(ldx, ldo):
-        raise ValueError(f"norm: cols={cols} must be in [1, min(ldx={ldx}, ldo={ldo})]")
+    if min(cols, groups) < 1 or first < 0 or first + groups * cols > min(ldx, ldo):
+        raise ValueError(
+            f"norm: groups={groups} of cols={cols} from first={first} on do not fit in rows of {ldx} and {ldo}"
+        )
+    if (gather or residual) and (first, groups) != (0, 1):
+        raise ValueError(
+            f"norm: gather and residual are for whole rows, not for groups={groups} from first={first}"
+        )
     if dtype != "f32":
         raise ValueError(f"norm: dtype {dtype!r} is not supported, only 'f32'")
     return KernelSpec.make(
-        "norm", kind=kind, c=cols, ldx=ldx, ldo=ldo, eps=float(eps), bias=bias, gather=gather, dtype=dtype
-    )
+        "norm", kind=kind, c=cols, ldx=ldx, ldo=ldo, eps=float(eps), bias=bias, gather=gather, residual=residual,
+        first=first, g=groups, dtype=dtype,
+    )  # fmt: skip
 
 
 def build(
@@ -55,6 +72,9 @@ def build(
     eps: float,
     bias: bool,
     gather: bool,
+    residual: bool,
+    first: int,
+    g: int,
     dtype: str,
 ) -> None:
     from nanoserve.compiler.builder import add, chunks, fma, htree, index, sqrt, zeros
@@ -67,7 +87,7 @@ def build(
     if bias:
         arguments["bias"] = array(c)
 
-    @kernel(symbol, **arguments, out=array(UNBOUNDED, ldo), begin="index", end="index")
+    @kernel(symbol, overlap=("x", "out"), **arguments, out=array(UNBOUNDED, ldo), begin="index", end="index")
     def _(x: Any, *rest: Any) -> None:
         out, begin, end = rest[-3:]
         rows = rest[0] if gather else None
@@ -78,32 +98,38 @@ def build(
         def _(row: Value) -> None:
             source = index(rows[row]) if rows is not None else row
 
-            def total(accumulate: Callable[[Value, Value], Value]) -> Value:
-                """The sum over the row of what accumulate(acc, x chunk) adds, in the fixed order of the module head."""
-                whole = c // 64 * 64
+            @loop(0, g)
+            def _(group: Value) -> None:
+                start = group * c + first
 
-                def turn(at: Any, acc: list[Value]) -> list[Value]:
-                    return [accumulate(acc[j], x.load(source, at + 16 * j)) for j in range(4)]
+                def total(accumulate: Callable[[Value, Value], Value]) -> Value:
+                    """The sum over the columns of what accumulate(acc, x chunk) adds, in the module head's fixed order."""
+                    whole = c // 64 * 64
 
-                acc = loop(0, whole, 64, carry=[zeros()] * 4)(turn) if whole else [zeros()] * 4
-                result = htree((acc[0] + acc[1]) + (acc[2] + acc[3]), add)
-                for at, width in chunks(c - whole):
-                    result = result + htree(
-                        accumulate(zeros(width), x.load(source, whole + at, width=width)), add
-                    )
-                return result
+                    def turn(at: Any, acc: list[Value]) -> list[Value]:
+                        return [accumulate(acc[j], x.load(source, at + 16 * j + start)) for j in range(4)]
 
-            mean = total(add) * (1.0 / c) if kind == "layernorm" else None
+                    acc = loop(0, whole, 64, carry=[zeros()] * 4)(turn) if whole else [zeros()] * 4
+                    result = htree((acc[0] + acc[1]) + (acc[2] + acc[3]), add)
+                    for at, width in chunks(c - whole):
+                        chunk = x.load(source, start + (whole + at), width=width)
+                        result = result + htree(accumulate(zeros(width), chunk), add)
+                    return result
 
-            def centred(v: Value) -> Value:
-                return v if mean is None else v - mean
+                mean = total(add) * (1.0 / c) if kind == "layernorm" else None
 
-            squares = total(lambda acc, v: fma(centred(v), centred(v), acc))
-            scale = 1.0 / sqrt(squares * (1.0 / c) + eps)
+                def centred(v: Value) -> Value:
+                    return v if mean is None else v - mean
 
-            @over(c)
-            def _(at: Any, width: int) -> None:
-                value = centred(x.load(source, at, width=width)) * scale * weight.load(at, width=width)
-                if shift is not None:
-                    value = value + shift.load(at, width=width)
-                out.store(value, row, at)
+                squares = total(lambda acc, v: fma(centred(v), centred(v), acc))
+                scale = 1.0 / sqrt(squares * (1.0 / c) + eps)
+
+                @over(c)
+                def _(at: Any, width: int) -> None:
+                    v = x.load(source, at + start, width=width)
+                    value = centred(v) * scale * weight.load(at, width=width)
+                    if shift is not None:
+                        value = value + shift.load(at, width=width)
+                    if residual:
+                        value = out.load(row, at + start, width=width) + value
+                    out.store(value, row, at + start)

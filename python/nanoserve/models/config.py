@@ -1,26 +1,34 @@
 """ModelConfig: everything that distinguishes one decoder from another, as numbers and names.
 
-With only the sizes set it describes a GPT-2-like model (layer norm, learned positions, GELU, biases, tied head). A
-family is a row of `FAMILIES`: which config.json field feeds which of ours, which fields must hold one value because any
-other would change the result, and which cannot matter. A field in none of the three is refused by name, never ignored:
-a silently dropped option is a wrong answer with status 200.
+With only the sizes set it describes a GPT-2-like model (layer norm, learned positions, GELU, biases, tied head). config_file.py
+fills the rest from a checkpoint's config.json.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nanoserve.checks import shown, truth, whole_number
-from nanoserve.errors import CheckpointError
+from nanoserve.models.rope import Rope
+from nanoserve.models.weight_names import WEIGHT_NAMES
 
 NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("gelu_tanh", "gelu_erf", "silu")
 POSITIONS = ("learned", "rope")
-_LIMIT = 2**31 - 1
+QK_NORMS = ("head", "row")
+# Beyond any model there is, and small enough that no loop over them and no product of two of them runs away.
+_LIMITS = {
+    "vocab_size": 2**24,
+    "n_layer": 4096,
+    "n_head": 2**14,
+    "n_embd": 2**20,
+    "n_kv_head": 2**14,
+    "head_dim": 2**14,
+    "max_seq_len": 2**31 - 1,
+    "intermediate_size": 2**22,
+    "sliding_window": 2**31 - 1,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,41 +52,83 @@ class ModelConfig:
     activation: str = "gelu_tanh"
     gated_mlp: bool = False  # act(gate) * up instead of act(up)
     positions: str = "learned"
-    rope_theta: float = 10000.0
+    rope_theta: float = 10000.0  # of plain rotary positions; `rope` says more
     qkv_bias: bool = True
     out_bias: bool = True  # attention output projection
     mlp_bias: bool = True
     tie_embeddings: bool = True
-    family: str = "gpt2"  # which weight names a checkpoint uses
+    family: str = "gpt2"  # which names a checkpoint uses (WEIGHT_NAMES)
     eos_token_ids: tuple[int, ...] = ()
+    # Normalisation beyond one norm before each half of a layer.
+    pre_norm: bool = True
+    post_norm: bool = False  # of what each half adds to the residual stream
+    qk_norm: str | None = None  # RMS norm of queries and keys: per "head", or over the whole "row" of heads
+    # Attention.
+    rope: Rope | None = None  # None: plain, of the whole head
+    local_rope: Rope | None = None  # of the sliding layers; None: as the others
+    rope_layers: tuple[bool, ...] | None = None  # layers that rotate; None: all
+    sliding_window: int | None = None  # keys a token sees, itself included; None: all
+    sliding_layers: tuple[bool, ...] | None = None  # layers with the window; None: all
+    attention_scale: float | None = None  # of scores; None: 1 / sqrt(head_dim)
+    attention_softcap: float = 0.0  # cap * tanh(score / cap); 0: none
+    # Multipliers.
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what each half of a layer adds
+    logits_scale: float = 1.0
+    logits_softcap: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "max_seq_len"):
-            whole_number(name, getattr(self, name), 1, _LIMIT)
-        for name in ("n_kv_head", "head_dim", "intermediate_size"):
-            if getattr(self, name) is not None:
-                whole_number(name, getattr(self, name), 1, _LIMIT)
+        for name, most in _LIMITS.items():
+            optional = name in ("n_kv_head", "head_dim", "intermediate_size", "sliding_window")
+            if not optional or getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), 1, most)
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd: {self.n_embd} must be a multiple of n_head={self.n_head}, or set head_dim"
             )
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_kv_head: {self.kv_heads} must divide n_head={self.n_head}")
-        for name, allowed in (("norm", NORMS), ("activation", ACTIVATIONS), ("positions", POSITIONS)):
+        for name, allowed in (("norm", NORMS), ("activation", ACTIVATIONS), ("positions", POSITIONS),
+                              ("qk_norm", (None, *QK_NORMS)), ("family", tuple(WEIGHT_NAMES))):  # fmt: skip
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: {shown(getattr(self, name))} must be one of {', '.join(allowed)}")
-        for name in ("norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e30:
-                raise ValueError(f"{name}: {shown(value)} must be a number in (0, 1e30]")
-        for name in ("gated_mlp", "qkv_bias", "out_bias", "mlp_bias", "tie_embeddings"):
+                listed = ", ".join(map(str, allowed))
+                raise ValueError(f"{name}: {shown(getattr(self, name))} must be one of {listed}")
+        for name in ("norm_eps", "rope_theta", "embedding_scale", "residual_scale", "logits_scale"):
+            self._check_number(name, zero=False)
+        for name in ("attention_softcap", "logits_softcap"):
+            self._check_number(name, zero=True)
+        if self.attention_scale is not None:
+            self._check_number("attention_scale", zero=False)
+        for name in (
+            "gated_mlp",
+            "qkv_bias",
+            "out_bias",
+            "mlp_bias",
+            "tie_embeddings",
+            "pre_norm",
+            "post_norm",
+        ):
             truth(name, getattr(self, name))
-        if self.positions == "rope" and self.dim_per_head % 2:
+        for name in ("rope_layers", "sliding_layers"):
+            layers = getattr(self, name)
+            if layers is not None and len(layers) != self.n_layer:
+                raise ValueError(f"{name}: {len(layers)} entries, there are n_layer={self.n_layer} layers")
+        if self.positions == "rope" and self.rope is None and self.dim_per_head % 2:
             raise ValueError(f"head_dim: {self.dim_per_head} must be even for rotary positions")
-        if self.family not in FAMILIES:
-            raise ValueError(f"family: {self.family!r} must be one of {', '.join(FAMILIES)}")
+        for name in ("rope", "local_rope"):
+            rope = getattr(self, name)
+            if rope is not None and rope.dims > self.dim_per_head:
+                raise ValueError(f"{name}: {rope.dims} dimensions rotate, a head has {self.dim_per_head}")
+        if self.post_norm and self.residual_scale != 1:
+            raise ValueError(f"residual_scale: {self.residual_scale} with post_norm is not supported, only 1")
         for token in self.eos_token_ids:
             whole_number("eos_token_ids", token, 0, self.vocab_size - 1)
+
+    def _check_number(self, name: str, *, zero: bool) -> None:
+        value = getattr(self, name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not (0 < value <= 1e30 or (zero and value == 0)):
+            raise ValueError(f"{name}: {shown(value)} must be a number in {'[' if zero else '('}0, 1e30]")
 
     @property
     def kv_heads(self) -> int:
@@ -97,6 +147,24 @@ class ModelConfig:
         """Bytes of K and V one token takes in the pool (float32)."""
         return 2 * 4 * self.n_layer * self.kv_heads * self.dim_per_head
 
+    @property
+    def switch_len(self) -> int | None:
+        """Sequences longer than this turn by other angles, all of their tokens (Rope.switch_len)."""
+        return None if self.rope is None else self.rope.switch_len
+
+    def window(self, layer: int) -> int:
+        """Keys a token of the layer sees, itself included; 0: all before it."""
+        slides = self.sliding_layers is None or self.sliding_layers[layer]
+        return self.sliding_window if slides and self.sliding_window is not None else 0
+
+    def layer_rope(self, layer: int) -> Rope | None:
+        """How the layer's queries and keys rotate."""
+        if self.positions != "rope" or (self.rope_layers is not None and not self.rope_layers[layer]):
+            return None
+        if self.local_rope is not None and self.window(layer):
+            return self.local_rope
+        return Rope(self.dim_per_head, self.rope_theta) if self.rope is None else self.rope
+
     @classmethod
     def from_pretrained(cls, path: str | Path) -> ModelConfig:
         """Read `config.json` of a Hugging Face checkpoint directory (or the file itself).
@@ -104,171 +172,6 @@ class ModelConfig:
         Raises:
             CheckpointError: no such file, not JSON, an unsupported architecture, or a field that is not understood.
         """
-        file = Path(path)
-        if file.is_dir():
-            file = file / "config.json"
-        if not file.is_file():
-            raise CheckpointError(f"{file}: no such file")
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file.name}: not valid JSON ({error})") from error
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{file.name}: must hold an object, holds {type(raw).__name__}")
-        return config_from_dict(raw)
+        from nanoserve.models.config_file import read_config  # it makes ModelConfigs
 
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How one `model_type` of config.json is read."""
-
-    fields: Mapping[str, str]  # config.json name -> ModelConfig name
-    fixed: Mapping[str, Any]  # ModelConfig values every member has
-    required: Mapping[
-        str, tuple[Any, ...]
-    ]  # config.json name -> values that leave the result as we compute it
-    harmless: frozenset[str] = field(default_factory=frozenset)
-
-
-# Bookkeeping every config.json may carry; none of it changes a forward pass at inference.
-_BOOKKEEPING = frozenset(
-    """_name_or_path architectures model_type transformers_version dtype torch_dtype use_cache bos_token_id eos_token_id
-    pad_token_id initializer_range return_dict output_hidden_states output_attentions id2label label2id problem_type
-    task_specific_params is_encoder_decoder chunk_size_feed_forward tokenizer_class torchscript use_bfloat16
-    attention_dropout""".split()
-)
-_ACTIVATION_NAMES = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu_erf",
-    "silu": "silu",
-    "swish": "silu",
-}
-
-FAMILIES: dict[str, Family] = {
-    "gpt2": Family(
-        fields={
-            "vocab_size": "vocab_size",
-            "n_layer": "n_layer",
-            "n_head": "n_head",
-            "n_embd": "n_embd",
-            "n_positions": "max_seq_len",
-            "n_inner": "intermediate_size",
-            "activation_function": "activation",
-            "layer_norm_epsilon": "norm_eps",
-            "tie_word_embeddings": "tie_embeddings",
-        },
-        fixed={},
-        required={
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "reorder_and_upcast_attn": (False,),
-            "add_cross_attention": (False,),
-        },
-        harmless=frozenset(
-            """attn_pdrop embd_pdrop resid_pdrop n_ctx summary_activation summary_first_dropout summary_proj_to_labels
-            summary_type summary_use_proj""".split()
-        ),
-    ),
-    "llama": Family(
-        fields={
-            "vocab_size": "vocab_size",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "num_key_value_heads": "n_kv_head",
-            "hidden_size": "n_embd",
-            "head_dim": "head_dim",
-            "intermediate_size": "intermediate_size",
-            "max_position_embeddings": "max_seq_len",
-            "hidden_act": "activation",
-            "rms_norm_eps": "norm_eps",
-            "rope_theta": "rope_theta",
-            "tie_word_embeddings": "tie_embeddings",
-            "attention_bias": "qkv_bias",
-            "mlp_bias": "mlp_bias",
-        },
-        fixed={"norm": "rmsnorm", "positions": "rope", "gated_mlp": True, "family": "llama"},
-        required={"rope_scaling": (None,), "pretraining_tp": (1,)},
-    ),
-}
-# What config.json leaves out means the family's default in transformers, not ours.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gpt2": {"tie_word_embeddings": True, "activation_function": "gelu_new"},
-    "llama": {"tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-              "rms_norm_eps": 1e-6},
-}  # fmt: skip
-
-
-def config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:
-    """A ModelConfig from the contents of a config.json; refuses what it does not understand."""
-    model_type = raw.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        raise CheckpointError(
-            f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
-        )
-    values = dict(family.fixed)
-    for name, value in {**_DEFAULTS[str(model_type)], **raw}.items():
-        if name in family.fields:
-            if value is not None:
-                values[family.fields[name]] = value
-        elif name == "rope_parameters" and "rope_scaling" in family.required:
-            theta = _default_rope(value, raw.get("rope_theta"))
-            if theta is not None:
-                values["rope_theta"] = theta
-        elif name in family.required:
-            if value not in family.required[name]:
-                raise CheckpointError(
-                    f"config.json: {name}: {value!r} is not supported, only {family.required[name][0]!r}"
-                )
-        elif name not in family.harmless and name not in _BOOKKEEPING:
-            raise CheckpointError(
-                f"config.json: field {name!r} is not understood for model_type {model_type!r}"
-            )
-    activation = values.get("activation")
-    if activation is not None:
-        if not isinstance(activation, str) or activation not in _ACTIVATION_NAMES:
-            raise CheckpointError(
-                f"config.json: activation {shown(activation)} is not supported, only {', '.join(_ACTIVATION_NAMES)}"
-            )
-        values["activation"] = _ACTIVATION_NAMES[activation]
-    if model_type == "llama":
-        values["out_bias"] = values["qkv_bias"]
-    values["eos_token_ids"] = _eos_ids(raw.get("eos_token_id"), values.get("vocab_size"))
-    missing = [name for name in ("vocab_size", "n_layer", "n_head", "n_embd") if name not in values]
-    if missing:
-        names = [theirs for theirs, ours in family.fields.items() if ours in missing]
-        raise CheckpointError(f"config.json: missing {', '.join(names)}")
-    try:
-        return ModelConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"config.json: {error}") from error
-
-
-def _eos_ids(eos: object, vocab_size: object) -> tuple[int, ...]:
-    listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    try:
-        ids = [whole_number("eos_token_id", token, 0) for token in listed]
-    except ValueError as error:
-        raise CheckpointError(f"config.json: {error}") from error
-    # A stock config names an id outside a shrunken vocabulary (gpt2: 50256); it can never be sampled.
-    return tuple(token for token in ids if isinstance(vocab_size, int) and token < vocab_size)
-
-
-def _default_rope(parameters: object, theta: object) -> object:
-    """rope_theta out of transformers 5's `rope_parameters`; any scaling is refused."""
-    if parameters is None:
-        return theta
-    if not isinstance(parameters, dict) or parameters.get("rope_type", "default") != "default":
-        raise CheckpointError(
-            f"config.json: rope_parameters: {shown(parameters)} is not supported, only rope_type 'default'"
-        )
-    unknown = set(parameters) - {"rope_type", "rope_theta"}
-    if unknown:
-        raise CheckpointError(f"config.json: rope_parameters: field {min(unknown)!r} is not understood")
-    value = parameters.get("rope_theta", theta)
-    if theta is not None and value != theta:
-        raise CheckpointError(
-            f"config.json: rope_theta is {shown(theta)}, rope_parameters.rope_theta {shown(value)}: which one?"
-        )
-    return value
+        return read_config(Path(path))

@@ -1,48 +1,63 @@
 """One decoder, described as data: the list of operations of a forward pass and the weights each reads.
 
-    embedding (+ learned positions)
-    per layer:  norm -> qkv GEMM -> (RoPE) + KV write -> paged attention -> output GEMM + residual
-                norm -> up (or gate|up) GEMM -> activation -> down GEMM + residual
+    embedding (* scale) (+ learned positions)
+    per layer:  (norm) -> qkv GEMM -> (QK-norm) -> (RoPE) + KV write -> paged attention -> output GEMM
+                (norm) -> up (or gate|up) GEMM -> activation -> down GEMM
+                each half ends on the residual stream: added by its GEMM, or normed first and added by the norm
     rows that sample:  gather + final norm -> head GEMM -> logits
 
 The list knows nothing of a backend: executor.py binds it to compiled kernels, a test could interpret it in NumPy. A new
-family changes a ModelConfig and a weight-name map, not this file, as long as it is made of these parts.
+family changes a ModelConfig and a row of weight_names.py, not this file, as long as it is made of these parts.
 
 Buffers are activations named by what they hold: `x` residual stream, `h` normed input, `qkv`, `att` attention output,
-`mlp` hidden layer, `gate_up` before gating, `last` the gathered rows.
+`mlp` hidden layer, `gate_up` before gating, `y` what a half of a layer gave, before its own norm, `last` the gathered rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nanoserve.models.config import ModelConfig
+from nanoserve.models.rope import Rope
 
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """out[row] = table[id] (+ pos_table[position])."""
+    """out[row] = table[id] * scale (+ pos_table[position])."""
 
     out: str
     table: str
     pos_table: str | None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """out = norm(x) * weight (+ bias); with `gather` only the rows that sample, compacted."""
+    """out = norm(x) * weight (+ bias), added to out when `residual`; with `gather` only rows that sample, compacted.
+
+    `groups` stretches of `cols` columns, from column `first` on, are normed each on its own with the same weight.
+    """
 
     x: str
     out: str
     weight: str
     bias: str | None
+    cols: int
+    kind: str = "rmsnorm"
     gather: bool = False
+    residual: bool = False
+    first: int = 0
+    groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """out[m, n] = act(sum_k x[m, k] * weight[n, k] + bias[n]) (+ out[m, n] when residual). `out` may be "logits"."""
+    """out[m, n] = cap(act(sum_k x[m, k] * weight[n, k] + bias[n]) * scale) (+ out[m, n] when residual).
+
+    cap(v) = softcap * tanh(v / softcap) unless softcap is 0. `out` may be "logits".
+    """
 
     x: str
     out: str
@@ -52,24 +67,27 @@ class Gemm:
     bias: str | None = None
     activation: str | None = None
     residual: bool = False
+    scale: float = 1.0
+    softcap: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class KvWrite:
-    """Rotate q and k of each qkv row in place (when `rope`) and write k, v into the row's page slot."""
+    """Rotate q and k of each qkv row in place (unless `rope` is None) and write k, v into the row's page slot."""
 
     qkv: str
     layer: int
-    rope: bool
+    rope: Rope | None
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """out = causal attention of the q columns of `qkv` over the layer's pages."""
+    """out = causal attention of the q columns of `qkv` over the layer's pages, the last `window` keys of them (0: all)."""
 
     qkv: str
     out: str
     layer: int
+    window: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +108,15 @@ def buffers(config: ModelConfig) -> dict[str, int]:
     heads = config.n_head * config.dim_per_head
     columns = {
         "x": config.n_embd,
-        "h": config.n_embd,
         "qkv": heads + 2 * config.kv_heads * config.dim_per_head,
         "att": heads,
         "mlp": config.mlp_width,
         "last": config.n_embd,
     }
+    if config.pre_norm:
+        columns["h"] = config.n_embd
+    if config.post_norm:
+        columns["y"] = config.n_embd
     if config.gated_mlp:
         columns["gate_up"] = 2 * config.mlp_width
     return columns
@@ -103,42 +124,74 @@ def buffers(config: ModelConfig) -> dict[str, int]:
 
 def forward_ops(config: ModelConfig) -> Iterator[Op]:
     """The forward pass in execution order."""
-    c, heads, width = config.n_embd, config.n_head * config.dim_per_head, config.mlp_width
-    qkv = heads + 2 * config.kv_heads * config.dim_per_head
-    rope = config.positions == "rope"
-
-    def norm(x: str, out: str, name: str, gather: bool = False) -> Norm:
-        return Norm(x, out, f"{name}.weight", f"{name}.bias" if config.norm == "layernorm" else None, gather)
-
-    def gemm(
-        x: str,
-        out: str,
-        name: str,
-        n_in: int,
-        n_out: int,
-        bias: bool,
-        act: str | None = None,
-        add: bool = False,
-    ) -> Gemm:
-        return Gemm(x, out, f"{name}.weight", n_in, n_out, f"{name}.bias" if bias else None, act, add)
-
-    yield Embedding("x", "embed.weight", None if rope else "pos_embed.weight")
+    embedding = None if config.positions == "rope" else "pos_embed.weight"
+    yield Embedding("x", "embed.weight", embedding, config.embedding_scale)
     for i in range(config.n_layer):
-        at = f"layers.{i}"
-        yield norm("x", "h", f"{at}.attn_norm")
-        yield gemm("h", "qkv", f"{at}.qkv", c, qkv, config.qkv_bias)
-        yield KvWrite("qkv", i, rope)
-        yield Attention("qkv", "att", i)
-        yield gemm("att", "x", f"{at}.out", heads, c, config.out_bias, add=True)
-        yield norm("x", "h", f"{at}.mlp_norm")
-        if config.gated_mlp:
-            yield gemm("h", "gate_up", f"{at}.gate_up", c, 2 * width, config.mlp_bias)
-            yield Gated("gate_up", "mlp", width, config.activation)
-        else:
-            yield gemm("h", "mlp", f"{at}.up", c, width, config.mlp_bias, act=config.activation)
-        yield gemm("mlp", "x", f"{at}.down", width, c, config.mlp_bias, add=True)
-    yield norm("x", "last", "final_norm", gather=True)
-    yield gemm("last", "logits", "head", c, config.vocab_size, False)
+        yield from _attention_half(config, i)
+        yield from _mlp_half(config, i)
+    yield _norm(config, "x", "last", "final_norm", gather=True)
+    yield Gemm(
+        "last", "logits", "head.weight", config.n_embd, config.vocab_size,
+        scale=config.logits_scale, softcap=config.logits_softcap,
+    )  # fmt: skip
+
+
+def _attention_half(config: ModelConfig, layer: int) -> Iterator[Op]:
+    at, dim = f"layers.{layer}", config.dim_per_head
+    heads, kv = config.n_head * dim, config.kv_heads * dim
+    source = "x"
+    if config.pre_norm:
+        source = "h"
+        yield _norm(config, "x", "h", f"{at}.attn_norm")
+    yield Gemm(
+        source, "qkv", f"{at}.qkv.weight", config.n_embd, heads + 2 * kv, _bias(config.qkv_bias, f"{at}.qkv")
+    )
+    if config.qk_norm is not None:
+        by_head = config.qk_norm == "head"
+        for name, first, cols in (("q_norm", 0, heads), ("k_norm", heads, kv)):
+            width = dim if by_head else cols
+            yield Norm("qkv", "qkv", f"{at}.{name}.weight", None, width, first=first, groups=cols // width)
+    yield KvWrite("qkv", layer, config.layer_rope(layer))
+    yield Attention("qkv", "att", layer, config.window(layer))
+    yield from _onto_residual(config, "att", f"{at}.out", f"{at}.attn_post_norm", heads, config.out_bias)
+
+
+def _mlp_half(config: ModelConfig, layer: int) -> Iterator[Op]:
+    at, c, width = f"layers.{layer}", config.n_embd, config.mlp_width
+    source = "x"
+    if config.pre_norm:
+        source = "h"
+        yield _norm(config, "x", "h", f"{at}.mlp_norm")
+    if config.gated_mlp:
+        bias = _bias(config.mlp_bias, f"{at}.gate_up")
+        yield Gemm(source, "gate_up", f"{at}.gate_up.weight", c, 2 * width, bias)
+        yield Gated("gate_up", "mlp", width, config.activation)
+    else:
+        bias = _bias(config.mlp_bias, f"{at}.up")
+        yield Gemm(source, "mlp", f"{at}.up.weight", c, width, bias, config.activation)
+    yield from _onto_residual(config, "mlp", f"{at}.down", f"{at}.mlp_post_norm", width, config.mlp_bias)
+
+
+def _onto_residual(config: ModelConfig, x: str, gemm: str, norm: str, n_in: int, bias: bool) -> Iterator[Op]:
+    """The last GEMM of half a layer, and its way onto the residual stream."""
+    normed, c = config.post_norm, config.n_embd
+    yield Gemm(
+        x, "y" if normed else "x", f"{gemm}.weight", n_in, c, _bias(bias, gemm),
+        residual=not normed, scale=config.residual_scale,
+    )  # fmt: skip
+    if normed:
+        yield _norm(config, "y", "x", norm, residual=True)
+
+
+def _norm(
+    config: ModelConfig, x: str, out: str, name: str, *, gather: bool = False, residual: bool = False
+) -> Norm:
+    bias = _bias(config.norm == "layernorm", name)
+    return Norm(x, out, f"{name}.weight", bias, config.n_embd, config.norm, gather, residual)
+
+
+def _bias(there: bool, name: str) -> str | None:
+    return f"{name}.bias" if there else None
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -153,9 +206,9 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             if op.pos_table:
                 shapes[op.pos_table] = (config.max_seq_len, config.n_embd)
         elif isinstance(op, Norm):
-            shapes[op.weight] = (config.n_embd,)
+            shapes[op.weight] = (op.cols,)
             if op.bias:
-                shapes[op.bias] = (config.n_embd,)
+                shapes[op.bias] = (op.cols,)
         elif isinstance(op, Gemm):
             if op.weight == "head.weight" and config.tie_embeddings:
                 continue
@@ -166,10 +219,4 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    total = 0
-    for shape in weight_shapes(config).values():
-        size = 1
-        for dim in shape:
-            size *= dim
-        total += size
-    return total
+    return sum(math.prod(shape) for shape in weight_shapes(config).values())

@@ -1,17 +1,15 @@
-"""From checkpoint files to the weights the decoder names.
+"""From a checkpoint's tensors to the weights the decoder names.
 
-`load_weights(path)` returns what is in the files, under the files' names. `bind_weights(config, tensors)` maps those names
-to the decoder's through a table per family, joins what the kernels want joined (q|k|v, gate|up), and checks that every
-weight is there with its shape and that nothing is left over. Arrays stay memory-mapped until they are packed.
+`bind_weights(config, tensors)` maps names through weight_names.py, joins what the kernels want joined (q|k|v, gate|up), and
+checks that every weight is there with its shape and that nothing is left over. Nothing is read yet: a BoundWeight reads
+rows when they are packed, so that no second copy of a weight ever exists.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,148 +17,96 @@ from numpy.typing import NDArray
 from nanoserve.errors import CheckpointError
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.decoder import weight_shapes
-from nanoserve.models.safetensors_file import read_safetensors
+from nanoserve.models.stored_tensor import StoredTensor
+from nanoserve.models.weight_names import WEIGHT_NAMES
 
-Weights = dict[str, NDArray[Any]]
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
-
-
-def load_weights(path: str | Path) -> Weights:
-    """Tensors by name from a safetensors file, a checkpoint directory (single or sharded), or a torch `.pt` state dict.
-
-    Raises:
-        CheckpointError: nothing loadable there, or a damaged file.
-    """
-    file = Path(path)
-    if file.is_dir():
-        if (file / _INDEX).is_file():
-            return _load_sharded(file)
-        if (file / _SINGLE).is_file():
-            return read_safetensors(file / _SINGLE)
-        hint = ""
-        if any(file.glob("*.bin")):
-            hint = "; it has .bin files, convert them once with transformers: model.save_pretrained(dir)"
-        raise CheckpointError(f"{file}: holds neither {_SINGLE} nor {_INDEX}{hint}")
-    if file.suffix == ".pt":
-        return _load_torch(file)
-    return read_safetensors(file)
+Float32Array = NDArray[np.float32]
+Tensors = Mapping[str, Any]  # StoredTensor or NumPy arrays, by checkpoint name
+# Buffers older checkpoints carry; they are constants of the architecture, not weights.
+_NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-def _load_sharded(directory: Path) -> Weights:
-    try:
-        index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
-        weight_map = index["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{_INDEX}: must hold an object with a weight_map of names ({type(error).__name__})"
-        ) from error
-    tensors: Weights = {}
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{_INDEX}: shard {shard!r} must be a file name beside the index")
-        for name, array in read_safetensors(directory / shard).items():
-            if weight_map.get(name) != shard:
-                raise CheckpointError(f"{shard}: tensor {name!r} is not what {_INDEX} places there")
-            tensors[name] = array
-    missing = sorted(set(weight_map) - set(tensors))
-    if missing:
-        raise CheckpointError(f"{_INDEX}: {len(missing)} tensors are in no shard, first {missing[0]!r}")
-    return tensors
+class Rows(Protocol):
+    """What a tensor must offer: NumPy arrays and StoredTensor do."""
+
+    shape: tuple[int, ...]
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
 
 
-def _load_torch(file: Path) -> Weights:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file")
-    try:
-        import torch
-    except ImportError as error:
-        raise CheckpointError(
-            f"{file.name}: reading a .pt file needs torch >= 2.6; or convert it to safetensors where torch is installed"
-        ) from error
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
-        raise CheckpointError(
-            f"{file.name}: torch {torch.__version__} cannot load it safely, torch >= 2.6 is needed"
-        )
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for damaged or unsafe files; all mean the same here
-        raise CheckpointError(
-            f"{file.name}: not a state dict torch can read safely ({type(error).__name__})"
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CheckpointError(f"{file.name}: must hold a state dict of tensors")
-    return {str(name): tensor.detach().float().numpy() for name, tensor in state.items()}
+@dataclass(slots=True)
+class BoundWeight:
+    """A decoder weight: rows of checkpoint tensors laid end to end, read as float32 when asked for."""
+
+    shape: tuple[int, ...]
+    parts: list[Rows]
+    transposed: bool = False
+    offset: float = 0.0  # added to every element
+
+    def __getitem__(self, rows: slice) -> Float32Array:
+        """float32 rows [start, stop): a view of the file where that is possible, else a copy of those rows."""
+        begin, end, _ = rows.indices(self.shape[0])
+        if self.transposed:
+            (part,) = self.parts
+            whole = np.asarray(part[:], dtype=np.float32)
+            pieces = [whole.T[begin:end]]
+        else:
+            pieces, first = [], 0
+            for part in self.parts:
+                low, high = max(begin - first, 0), min(end - first, part.shape[0])
+                if low < high:
+                    pieces.append(np.asarray(part[low:high], dtype=np.float32))
+                first += part.shape[0]
+        result = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return result if self.offset == 0 else result + np.float32(self.offset)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes as float32."""
+        return 4 * int(np.prod(self.shape, dtype=np.int64))
+
+    def forget(self) -> None:
+        """The file's pages behind it are not needed any more."""
+        for part in self.parts:
+            if isinstance(part, StoredTensor):
+                part.forget()
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Where a decoder weight comes from: checkpoint tensors joined along their output rows, transposed when stored [in, out]."""
+class _Source:
+    """Where a decoder weight comes from: checkpoint tensors without the family's prefix."""
 
     names: tuple[str, ...]
-    transposed: bool = False
+    transposed: bool
+    offset: float
 
 
-def _gpt2(i: str) -> dict[str, Source]:
-    sources = {"embed.weight": Source(("wte.weight",)), "pos_embed.weight": Source(("wpe.weight",)),
-               "final_norm.weight": Source(("ln_f.weight",)), "final_norm.bias": Source(("ln_f.bias",)),
-               "head.weight": Source(("lm_head.weight",))}  # fmt: skip
-    for ours, theirs in (("attn_norm", "ln_1"), ("qkv", "attn.c_attn"), ("out", "attn.c_proj"), ("mlp_norm", "ln_2"),
-                         ("up", "mlp.c_fc"), ("down", "mlp.c_proj")):  # fmt: skip
-        # GPT-2's Conv1D keeps its matrices as [in, out].
-        sources[f"layers.{i}.{ours}.weight"] = Source(
-            (f"h.{i}.{theirs}.weight",), transposed="norm" not in ours
-        )
-        sources[f"layers.{i}.{ours}.bias"] = Source((f"h.{i}.{theirs}.bias",))
-    return sources
+def _source(config: ModelConfig, name: str) -> _Source:
+    layout = WEIGHT_NAMES[config.family]
+    owner, _, kind = name.rpartition(".")
+    if owner.startswith("layers."):
+        _, layer, part = owner.split(".")
+        bases = tuple(layout.layer.format(i=layer) + base for base in layout.parts[part])
+    else:
+        bases = (layout.top[owner],)
+    is_norm = "norm" in owner
+    is_matrix = kind == "weight" and not is_norm and owner.startswith("layers.")
+    return _Source(
+        tuple(f"{base}.{kind}" for base in bases),
+        layout.transposed and is_matrix,
+        layout.norm_offset if is_norm and kind == "weight" else 0.0,
+    )
 
 
-def _llama(i: str) -> dict[str, Source]:
-    sources = {"embed.weight": Source(("model.embed_tokens.weight",)), "final_norm.weight": Source(("model.norm.weight",)),
-               "head.weight": Source(("lm_head.weight",))}  # fmt: skip
-    layer = f"model.layers.{i}"
-    joined = {
-        "attn_norm": ("input_layernorm",),
-        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "out": ("self_attn.o_proj",),
-        "mlp_norm": ("post_attention_layernorm",),
-        "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-        "down": ("mlp.down_proj",),
-    }
-    for ours, theirs in joined.items():
-        for part in ("weight", "bias"):
-            sources[f"layers.{i}.{ours}.{part}"] = Source(tuple(f"{layer}.{name}.{part}" for name in theirs))
-    return sources
-
-
-_NAME_MAPS = {"gpt2": _gpt2, "llama": _llama}
-_PREFIXES = {"gpt2": "transformer.", "llama": ""}  # GPT2LMHeadModel has it, GPT2Model has not
-# Buffers older checkpoints carry; they are constants of the architecture, not weights.
-_NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-
-
-def _source(config: ModelConfig, name: str) -> Source:
-    """Where the decoder's weight `name` lies in a checkpoint of the config's family."""
-    layer = name.split(".")[1] if name.startswith("layers.") else "0"
-    return _NAME_MAPS[config.family](layer)[name]
-
-
-def bind_weights(config: ModelConfig, tensors: Mapping[str, NDArray[Any]]) -> Weights:
+def bind_weights(config: ModelConfig, tensors: Tensors) -> dict[str, BoundWeight]:
     """The decoder's weights by its own names, shapes checked against `config`.
 
     Raises:
         CheckpointError: missing, unexpected, or wrongly shaped tensors, or tensors that are not floating point.
     """
-    prefix = _PREFIXES[config.family]
-    given: Weights = {}
-    for name, array in tensors.items():
-        bare = name.removeprefix(prefix)
-        if bare in given:
-            raise CheckpointError(f"weights: tensor {bare!r} is there with and without the prefix {prefix!r}")
-        if not bare.endswith(_NOT_WEIGHTS):
-            given[bare] = array
-    bound: Weights = {}
+    given = _without_prefix(WEIGHT_NAMES[config.family].prefix, tensors)
+    bound: dict[str, BoundWeight] = {}
     used: set[str] = set()
     missing: list[str] = []
     for name, shape in weight_shapes(config).items():
@@ -175,7 +121,7 @@ def bind_weights(config: ModelConfig, tensors: Mapping[str, NDArray[Any]]) -> We
     extra = set(given) - used
     head = _source(config, "head.weight").names[0]
     if config.tie_embeddings and head in extra:
-        if not np.array_equal(given[head], bound["embed.weight"]):
+        if not _equal(given[head], bound["embed.weight"]):
             raise CheckpointError(f"weights: {head!r} differs from the embedding, but the config ties them")
         extra.discard(head)
     if extra:
@@ -183,26 +129,61 @@ def bind_weights(config: ModelConfig, tensors: Mapping[str, NDArray[Any]]) -> We
     return bound
 
 
+def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint of this config, as transformers saves it."""
+    prefix, head = WEIGHT_NAMES[config.family].prefix, WEIGHT_NAMES[config.family].top["head"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in weight_shapes(config).items():
+        source = _source(config, name)
+        bounds = _split_rows(name, config) if len(source.names) > 1 else [0, shape[0]]
+        for part, begin, end in zip(source.names, bounds[:-1], bounds[1:], strict=True):
+            stored = (end - begin, *shape[1:])
+            full = part if part.startswith(head) else prefix + part
+            shapes[full] = stored[::-1] if source.transposed else stored
+    return shapes
+
+
+def _without_prefix(prefix: str, tensors: Tensors) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        bare = name.removeprefix(prefix)
+        if bare in given:
+            raise CheckpointError(f"weights: tensor {bare!r} is there with and without the prefix {prefix!r}")
+        if not bare.endswith(_NOT_WEIGHTS):
+            given[bare] = tensor
+    return given
+
+
 def _join(
-    name: str, shape: tuple[int, ...], source: Source, given: Mapping[str, NDArray[Any]], config: ModelConfig
-) -> NDArray[Any]:
+    name: str, shape: tuple[int, ...], source: _Source, given: Mapping[str, Any], config: ModelConfig
+) -> BoundWeight:
     parts = []
     rows = _split_rows(name, config) if len(source.names) > 1 else [0, shape[0]]
     for part_name, begin, end in zip(source.names, rows[:-1], rows[1:], strict=True):
-        part = np.asarray(given[part_name])
-        if part.dtype not in _FLOATS:
+        part = given[part_name]
+        if str(part.dtype) not in _FLOATS:
             raise CheckpointError(
-                f"weights: tensor {part_name!r} has dtype {part.dtype}, must be floating point"
+                f"weights: tensor {part_name!r} has dtype {part.dtype}, must be one of {', '.join(_FLOATS)}"
             )
         wanted = (end - begin, *shape[1:])
-        if name == "pos_embed.weight" and part.ndim == 2 and part.shape[0] > end:
+        if name == "pos_embed.weight" and len(part.shape) == 2 and part.shape[0] > end:
             part = part[:end]  # a shorter context than the model was trained for
         found = part.shape[::-1] if source.transposed else part.shape
         if found != wanted:
             needed = wanted[::-1] if source.transposed else wanted
             raise CheckpointError(f"weights: {part_name!r} has shape {part.shape}, the config needs {needed}")
-        parts.append(part.T if source.transposed else part)
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        parts.append(part)
+    return BoundWeight(shape, parts, source.transposed, source.offset)
+
+
+def _equal(head: Rows, embedding: BoundWeight, step: int = 4096) -> bool:
+    """Whether two matrices hold the same values, read a few rows at a time."""
+    if tuple(head.shape) != embedding.shape:
+        return False
+    return all(
+        np.array_equal(np.asarray(head[at : at + step], dtype=np.float32), embedding[at : at + step])
+        for at in range(0, embedding.shape[0], step)
+    )
 
 
 def _few(names: list[str], limit: int = 5) -> str:
@@ -210,15 +191,15 @@ def _few(names: list[str], limit: int = 5) -> str:
     return listed if len(names) <= limit else f"{listed}, and {len(names) - limit} more"
 
 
-def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Float32Array]:
     """Weights of the right shapes under the checkpoint's names, for tests and benchmarks: normal, sigma 0.02, norms at 1."""
     generator = np.random.default_rng(seed)
-    tensors: Weights = {}
+    tensors: dict[str, Float32Array] = {}
     for name, shape in weight_shapes(config).items():
         source = _source(config, name)
         array = generator.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
         if "norm.weight" in name:
-            array += np.float32(1)
+            array += np.float32(1 - source.offset)
         if len(source.names) == 1:
             tensors[source.names[0]] = array.T if source.transposed else array
             continue

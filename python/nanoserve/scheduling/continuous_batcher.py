@@ -22,24 +22,27 @@ from numpy.typing import NDArray
 from nanoserve.batch import Batch
 from nanoserve.cache.radix_manager import RadixCacheManager
 from nanoserve.checks import whole_number
+from nanoserve.logprobs import TokenLogprob
 from nanoserve.observe.events import EventLog, ReqId
 from nanoserve.request import Request
 from nanoserve.sampling import Sampler, derive_seed
+from nanoserve.scheduling.committer import StepResults
 from nanoserve.scheduling.decode_manager import DecodeManager
 from nanoserve.scheduling.interrupts import InterruptGate
 from nanoserve.scheduling.policies import Policy
 from nanoserve.scheduling.prefill_manager import PrefillManager
 from nanoserve.scheduling.scheduler import Scheduler
 from nanoserve.scheduling.scheduler_output import SchedulerOutput
+from nanoserve.scheduling.scoring import score_prompts, score_tokens
 
 Logits = NDArray[np.float32]
 
 
 class Executor(Protocol):
-    """What the batcher needs of a model. `last_finite`, if it has one, saves the batcher a look at every logit."""
+    """What the batcher needs of a model. `last_finite`, a bool per row, saves the batcher a look at every logit."""
 
     def forward(self, batch: Batch) -> Logits:
-        """float32[sampling requests, vocab], in the order of `batch.sampling_requests`."""
+        """float32[sample rows, vocab], in the order of `batch.sample_rows`."""
         ...
 
 
@@ -65,7 +68,7 @@ class ContinuousBatcher:
         executor: computes batches.
         radix_mgr, prefill_mgr, decode_mgr: as Scheduler's, over one KV pool. A plain PrefillManager runs prompts whole.
         eos_token_id: token(s) that end a request.
-        max_num_batched_tokens, max_model_len, vocab_size, policy, events: as Scheduler's.
+        max_num_batched_tokens, max_model_len, vocab_size, policy, events, switch_len: as Scheduler's.
         seed: source of the seeds of requests that bring none.
         clock: seconds; measures the scheduler's share of a step.
     """
@@ -86,6 +89,7 @@ class ContinuousBatcher:
         sampler: Sampler | None = None,
         clock: Callable[[], float] = time.perf_counter,
         events: EventLog | None = None,
+        switch_len: int | None = None,
     ) -> None:
         if eos_token_id is None:
             eos_token_id = ()
@@ -106,6 +110,7 @@ class ContinuousBatcher:
             eos_token_ids=frozenset(eos_token_id),
             policy=policy,
             events=events,
+            switch_len=switch_len,
         )
         self._clock = clock
         self._gate = InterruptGate()
@@ -168,10 +173,10 @@ class ContinuousBatcher:
                 times.append(clock())
                 logits, finite = self._forward(batch, errors)
                 times.append(clock())
-                tokens = self._sample(logits, batch.sampling_requests, finite, errors)
+                results = self._results(batch, logits, finite, errors)
                 times.append(clock())
                 gate.close()
-                finished = self.scheduler.update(output, tokens, errors, finite)
+                finished = self.scheduler.commit(output, results)
                 gate.open()
             except BaseException:
                 gate.close()
@@ -186,7 +191,7 @@ class ContinuousBatcher:
         return StepOutput(batch, output.new_tokens, finished, output.preempted)
 
     def _forward(self, batch: Batch, errors: dict[ReqId, str]) -> tuple[Logits, list[bool]]:
-        """Logits of the sampling rows and which of them are finite; what a request raises alone goes into `errors`."""
+        """Logits of the sample rows and which of them are finite; what a request raises alone goes into `errors`."""
         try:
             return self._run(batch)
         except Exception as error:
@@ -197,12 +202,13 @@ class ContinuousBatcher:
         finite: list[bool] = []
         for piece in zip(batch.requests, batch.counts, strict=True):
             logits, ok = self._forward(Batch([piece]), errors)
-            if len(logits):
-                parts.append(logits)
-                finite += ok
-        rows = np.zeros((len(parts), max((part.shape[1] for part in parts), default=1)), np.float32)
-        for row, part in zip(rows, parts, strict=True):
-            row[: part.shape[1]] = part[0]
+            parts.append(logits)
+            finite += ok
+        rows = np.zeros((len(finite), max(part.shape[1] for part in parts)), np.float32)
+        begin = 0
+        for part in parts:  # of a request that raised: as many rows, one column wide
+            rows[begin : begin + len(part), : part.shape[1]] = part
+            begin += len(part)
         return rows, finite
 
     def _run(self, batch: Batch) -> tuple[Logits, list[bool]]:
@@ -216,6 +222,19 @@ class ContinuousBatcher:
         elif len(finite) != rows:
             raise ValueError(f"the executor's last_finite tells of {len(finite)} rows, there are {rows}")
         return logits, [bool(ok) for ok in finite]
+
+    def _results(
+        self, batch: Batch, logits: Logits, finite: list[bool], errors: dict[ReqId, str]
+    ) -> StepResults:
+        """Tokens, and the log-probabilities that were asked for."""
+        prompt_logprobs: dict[ReqId, list[TokenLogprob]] = {}
+        if batch.token_rows is not None:
+            prompt_logprobs = score_prompts(batch, logits, finite, errors)
+            logits, finite = logits[batch.token_rows], [finite[row] for row in batch.token_rows]
+        requests = batch.sampling_requests
+        tokens = self._sample(logits, requests, finite, errors)
+        logprobs = score_tokens(requests, logits, tokens, finite, errors)
+        return StepResults(tokens, errors, finite, logprobs, prompt_logprobs)
 
     def _sample(
         self, logits: Logits, requests: list[Request], finite: list[bool], errors: dict[ReqId, str]

@@ -6,6 +6,8 @@ pages without a way around it, and what makes preemption end: see Scheduler.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from nanoserve.cache.kv_pool import KVCachePool
 from nanoserve.errors import RequestRefused
 from nanoserve.request import Request
@@ -44,12 +46,9 @@ class Door:
         """Raises RequestRefused with the numbers."""
         name = f"request {request.req_id!r}"
         length = request.num_prompt_tokens
-        if self.vocab_size is not None and max(request.prompt_tokens) >= self.vocab_size:
-            position = next(i for i, token in enumerate(request.prompt_tokens) if token >= self.vocab_size)
-            token = request.prompt_tokens[position]
-            raise RequestRefused(
-                f"{name}: prompt_tokens[{position}]: {token} must be in [0, {self.vocab_size})"
-            )
+        _check_text_is_resolved(name, request)
+        if self.vocab_size is not None:
+            _check_vocabulary(name, request, self.vocab_size)
         if self.max_model_len is not None and length >= self.max_model_len:
             raise RequestRefused(
                 f"{name}: a prompt of {length} tokens leaves no room for output, prompt + output is at most "
@@ -71,3 +70,36 @@ class Door:
             raise RequestRefused(
                 f"{name}: cached_len={request.cached_len}, but it holds no pages: cached prefixes are found here"
             )
+
+
+def _check_text_is_resolved(name: str, request: Request) -> None:
+    """Refuses what only somebody with a tokenizer can do, if nobody has."""
+    params = request.params
+    if params.stop and request.watcher is None:
+        raise RequestRefused(
+            f"{name}: stop: strings need a tokenizer, use LLM, or give the request a watcher"
+        )
+    if params.bad_words and not request.bad_word_ids:
+        raise RequestRefused(
+            f"{name}: bad_words: strings need a tokenizer, use LLM, or give the request bad_word_ids"
+        )
+    if params.n > 1:
+        raise RequestRefused(
+            f"{name}: n: {params.n} must be 1: LLM fans out n, the engine serves one sequence per request"
+        )
+
+
+def _check_vocabulary(name: str, request: Request, vocab_size: int) -> None:
+    """Refuses token ids the model does not know, wherever they stand."""
+    params = request.params
+    listed: list[tuple[str, Iterable[int]]] = [
+        ("prompt_tokens", request.prompt_tokens),
+        ("stop_token_ids", params.stop_token_ids),
+        ("logit_bias", params.logit_bias or ()),
+    ]
+    listed += [(f"bad_word_ids[{i}]", word) for i, word in enumerate(request.bad_word_ids)]
+    for field, tokens in listed:
+        if max(tokens, default=0) >= vocab_size:
+            position, token = next((i, token) for i, token in enumerate(tokens) if token >= vocab_size)
+            place = field if field == "logit_bias" else f"{field}[{position}]"  # a mapping has no positions
+            raise RequestRefused(f"{name}: {place}: {token} must be in [0, {vocab_size})")

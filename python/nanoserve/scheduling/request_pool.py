@@ -97,7 +97,8 @@ class RequestPool:
             return self._queue[0][-1]
         window = self._queue[:LPM_WINDOW]
         ranked = [
-            (key - peek(request.token_ids), rank, arrival, request) for key, rank, arrival, request in window
+            (key - peek(request.cache_key()), rank, arrival, request)
+            for key, rank, arrival, request in window
         ]
         return min(ranked)[-1]
 

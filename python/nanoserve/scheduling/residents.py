@@ -40,6 +40,7 @@ class Residents:
         decode_mgr: DecodeManager,
         pool: RequestPool,
         events: EventLog,
+        switch_len: int | None = None,
     ) -> None:
         self.kv_pool = kv_pool
         self.radix_mgr = radix_mgr
@@ -48,6 +49,7 @@ class Residents:
         self.pool = pool
         self.events = events
         self.stats = SchedulerStats()
+        self._switch_len = 2**31 if switch_len is None else switch_len
         self.steps = 0  # since the start: the clock of aging and events
         self.preempted: list[ReqId] = []  # in this step
         self.ended: list[Request] = []  # by themselves or by an error, not reported yet
@@ -57,6 +59,14 @@ class Residents:
 
     # ---- in
 
+    def choose_angles(self, request: Request) -> None:
+        """Which rotary angles its KV will have: for one that holds no pages, before it is looked up in the cache."""
+        request.long_context = request.total_len > self._switch_len
+
+    def outgrew_its_angles(self, request: Request) -> bool:
+        """Its next token needs other angles than the KV it has: all of it is computed anew."""
+        return request.total_len > self._switch_len and not request.long_context
+
     def start(self, request: Request, budget: int) -> tuple[ChunkedRequest, int] | None:
         """Admits a waiting request with its first piece under `budget`; None if it has to wait."""
         # What running prompts have yet to get is spoken for, and each decoding request will want a page soon. All known
@@ -64,7 +74,10 @@ class Residents:
         spoken_for = self.decode_mgr.num_running
         for running in self.prefill_mgr.active_requests:
             spoken_for += missing_pages(self.kv_pool, running, running.total_len)
-        self.radix_mgr.acquire(request, PageTable(self.kv_pool))
+        if request.lacks_prompt_logprobs:  # whose rows must be computed: nothing comes from the cache
+            request.page_table = PageTable(self.kv_pool)
+        else:
+            self.radix_mgr.acquire(request, PageTable(self.kv_pool))
         chunks = ChunkedRequest(request, self.prefill_mgr.max_chunk_size)
         count = self.prefill_mgr.piece(chunks, budget)
         # Counted after the prefix is pinned: what it shares is neither missing nor evictable any more.
@@ -125,6 +138,7 @@ class Residents:
         self.radix_mgr.commit(request)
         self.release(request)
         request.num_preemptions += 1
+        self.choose_angles(request)
         self.pool.preempt(request)
 
     def share(self, request: Request) -> bool:

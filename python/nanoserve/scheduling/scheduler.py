@@ -1,7 +1,8 @@
 """What is computed in the next step. It owns no model: give its output to one, and the tokens back to `update`.
 
 One token budget per step: a row for every decoding request, then a chunk for every unfinished prompt, round-robin, then
-newly admitted requests. All of it is one mixed batch.
+newly admitted requests. All of it is one mixed batch. Prompts whose log-probabilities were asked for have a second budget,
+of rows of logits; who exceeds it gets a shorter chunk, or none in this step.
 
 Progress: every step with a live request computes something, and every request ends.
   1. The door lets in only what fits the pool alone.
@@ -28,6 +29,7 @@ from nanoserve.observe.events import EventLog, ReqId
 from nanoserve.request import Request, RequestState
 from nanoserve.scheduling.chunked_prefill import ChunkedPrefillManager
 from nanoserve.scheduling.chunked_request import ChunkedRequest
+from nanoserve.scheduling.committer import Committer, StepResults
 from nanoserve.scheduling.decode_manager import DecodeManager
 from nanoserve.scheduling.door import Door
 from nanoserve.scheduling.policies import Policy
@@ -38,6 +40,8 @@ from nanoserve.scheduling.scheduler_output import SchedulerOutput
 from nanoserve.scheduling.stats import SchedulerStats
 
 __all__ = ["Scheduler", "SchedulerOutput"]
+
+MAX_PROMPT_LOGPROB_ROWS = 256  # per step: each is a row of logits, 256 of a vocabulary of 150,000 are 154 MB
 
 _Piece = tuple[Request, int]
 
@@ -56,6 +60,7 @@ class Scheduler:
         eos_token_ids: end a request, unless it ignores them.
         policy: order of the waiting queue.
         events: where to write what happens; None makes a log.
+        switch_len: sequences longer than this have other rotary angles (Rope.switch_len); None: no such length.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class Scheduler:
         eos_token_ids: Collection[int] = (),
         policy: str | Policy = "fcfs",
         events: EventLog | None = None,
+        switch_len: int | None = None,
     ) -> None:
         self.kv_pool = kv_pool
         self.radix_mgr = RadixCacheManager(kv_pool) if radix_mgr is None else radix_mgr
@@ -96,14 +102,13 @@ class Scheduler:
         self.events = EventLog() if events is None else events
         self.door = Door(kv_pool, max_model_len, vocab_size, longest)
         self.residents = Residents(
-            kv_pool, self.radix_mgr, self.prefill_mgr, self.decode_mgr, self.pool, self.events
+            kv_pool, self.radix_mgr, self.prefill_mgr, self.decode_mgr, self.pool, self.events, switch_len
         )
         self.in_flight: SchedulerOutput | None = None
         # Aborted between step and update: the forward may still write their pages.
         self.gone_in_flight: list[Request] = []
+        self._committer = Committer(self.residents, self.eos_token_ids, max_model_len, vocab_size)
         self._page_size: int = kv_pool.page_size
-        self._max_len = 2**31 if max_model_len is None else max_model_len
-        self._vocab_size = 2**31 if vocab_size is None else vocab_size
 
     @property
     def stats(self) -> SchedulerStats:
@@ -133,6 +138,7 @@ class Scheduler:
     def add_request(self, request: Request) -> None:
         """Queues a request; RequestRefused if it can never be served."""
         self.check(request)
+        self.residents.choose_angles(request)
         self.pool.add(request, self.steps)
         self.residents.may_admit = True
 
@@ -209,8 +215,11 @@ class Scheduler:
         if num_active:
             for chunks, count in self.prefill_mgr.take(budget):
                 request = chunks.request
-                if request.state is RequestState.PREFILL and self.residents.grow(
-                    request, request.cached_len + count
+                count = self._within_row_limit(chosen, request, count)
+                if (
+                    count
+                    and request.state is RequestState.PREFILL
+                    and self.residents.grow(request, request.cached_len + count)
                 ):
                     self._choose(chosen, chunks, count)
                     budget -= count
@@ -224,7 +233,7 @@ class Scheduler:
         residents, pool = self.residents, self.pool
         while budget > 0 and residents.may_admit and pool.num_running < self.decode_mgr.max_batch_size:
             request = pool.head(self.radix_mgr.peek)
-            if request is None:
+            if request is None or not self._within_row_limit(chosen, request, 1):
                 return
             try:
                 started = residents.start(request, budget)
@@ -235,8 +244,19 @@ class Scheduler:
                 continue
             if started is None:
                 return
-            self._choose(chosen, *started)
-            budget -= started[1]
+            chunks, count = started
+            count = self._within_row_limit(chosen, request, count)
+            self._choose(chosen, chunks, count)
+            budget -= count
+
+    def _within_row_limit(self, chosen: list[_Piece], request: Request, count: int) -> int:
+        """How many of a piece's tokens the step can give the prompt log-probabilities they are to have."""
+        if not request.lacks_prompt_logprobs:
+            return count
+        taken = sum(len(other.prompt_logprob_rows(other.cached_len, n)) for other, n in chosen)
+        rows = request.prompt_logprob_rows(request.cached_len, count)
+        left = MAX_PROMPT_LOGPROB_ROWS - taken
+        return count if len(rows) <= left else rows[left] - request.cached_len
 
     def _choose(self, chosen: list[_Piece], chunks: ChunkedRequest, count: int) -> None:
         request = chunks.request
@@ -269,58 +289,27 @@ class Scheduler:
         errors: Mapping[ReqId, str] | None = None,
         finite: Sequence[bool] | None = None,
     ) -> list[Request]:
-        """Commits a computed step.
+        """`commit` for callers with tokens only: one per `output.sampling_requests`, in their order."""
+        return self.commit(output, StepResults(tokens, errors or {}, finite))
 
-        Args:
-            output: what `step` returned.
-            tokens: one per `output.sampling_requests`, in their order.
-            errors: why a request of the batch could not be computed: it ends, and its token is ignored.
-            finite: per sampling request, False if its logits were not all finite: it ends with an error, its pages are
-                zeroed and nothing of it is cached. None if all were.
+    def commit(self, output: SchedulerOutput, results: StepResults) -> list[Request]:
+        """Commits a computed step, `output` as `step` returned it.
 
         Returns:
             The requests that ended by themselves or by an error since the last call, not the aborted ones.
         """
         batch = output.batch
-        for name, given in (("tokens", tokens), ("finite", finite)):
-            if given is not None and len(given) != len(batch.sample_rows):
-                raise ValueError(
-                    f"{name}: {len(given)} given, {len(batch.sample_rows)} requests were sampled"
-                )
-        tokens = [int(token) for token in tokens]
+        for name, given in (("tokens", results.tokens), ("finite", results.finite)):
+            if given is not None and len(given) != batch.num_sampled:
+                raise ValueError(f"{name}: {len(given)} given, {batch.num_sampled} requests were sampled")
         self._land(output)
-        residents, new_tokens = self.residents, output.new_tokens
         self.stats.count(batch.size, batch.num_tokens, output.num_decode_rows)
-        row = -1
-        for request, start, count, sampled in zip(
-            batch.requests, batch.starts, batch.counts, batch.sampled, strict=True
-        ):
-            row += sampled
-            if request.state is RequestState.FINISHED:  # aborted in flight
-                continue
-            if errors and request.req_id in errors:
-                residents.fail(request, errors[request.req_id])
-            elif not sampled:
-                request.cached_len = start + count
-            elif finite is not None and not finite[row]:
-                residents.fail(request, f"the logits at position {start + count - 1} are not finite")
-            else:
-                token = tokens[row]
-                if not 0 <= token < self._vocab_size:
-                    residents.fail(
-                        request, f"token {token} was sampled, it must be in [0, {self._vocab_size})"
-                    )
-                    continue
-                request.cached_len = request.validated_len = start + count
-                request.append_output(token)
-                new_tokens[request.req_id] = token
-                reason = self._stop_reason(request, token)
-                if reason is not None:
-                    if residents.share(request):
-                        residents.finish(request, reason)
-                elif request.state is RequestState.PREFILL and residents.share(request):
-                    residents.start_decode(request)
-        self.stats.output_tokens += len(new_tokens)
+        try:
+            self._committer.commit(output, results)
+        except BaseException:  # from a watcher: whoever is not committed is computed again
+            self._mark_dirty(output)
+            raise
+        self.stats.output_tokens += len(output.new_tokens)
         return self.take_finished()
 
     def take_finished(self) -> list[Request]:
@@ -331,6 +320,9 @@ class Scheduler:
     def discard(self, output: SchedulerOutput) -> None:
         """Forgets an output that was not computed (to the end); the same work is scheduled again."""
         self._land(output)
+        self._mark_dirty(output)
+
+    def _mark_dirty(self, output: SchedulerOutput) -> None:
         for request in output.requests:
             if not request.is_finished:
                 self.residents.mark_dirty(request)
@@ -343,12 +335,3 @@ class Scheduler:
         for request in self.gone_in_flight:
             self.residents.release(request, trusted_len=request.validated_len)
         self.gone_in_flight.clear()
-
-    def _stop_reason(self, request: Request, token: int) -> str | None:
-        params = request.params
-        num_output = len(request.output_tokens)
-        if num_output > params.min_tokens and (
-            (token in self.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids
-        ):
-            return "stop"
-        return "length" if num_output >= params.max_tokens or request.total_len >= self._max_len else None

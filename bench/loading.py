@@ -1,0 +1,102 @@
+"""Measures what loading a checkpoint costs, and writes bench/results/loading.json.
+
+    python -m bench.loading [--shapes Qwen3-0.6B Llama-3.2-1B]
+
+For each shape a bfloat16 checkpoint with random weights is written to a temporary directory, then loaded in a process of its
+own that generates a few tokens. Peak memory is the operating system's count for that process (VmHWM), the file's mapped
+pages included; it is compared with what has to be there: packed weights and KV pool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.random_checkpoint import write_random_checkpoint
+from bench.run import RESULTS, commit, machine
+from bench.shapes import SHAPES
+from nanoserve import ModelConfig
+from nanoserve.models.weights import checkpoint_shapes
+
+PROMPT_TOKENS, OUTPUT_TOKENS = 64, 16
+KV_BYTES = 256 * 2**20
+
+
+def load_and_generate(directory: str) -> dict[str, Any]:
+    """In the measured process: load, generate, report."""
+    begin = time.perf_counter()
+    from nanoserve import LLM, SamplingParams
+
+    base = _memory("VmRSS")
+    llm = LLM(directory, kv_cache_bytes=KV_BYTES)
+    loaded = time.perf_counter()
+    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+    prompts = [[(37 * i + j) % llm.config.vocab_size for j in range(PROMPT_TOKENS)] for i in range(4)]
+    outputs = llm.generate(prompts, params)
+    assert all(len(output.token_ids) == OUTPUT_TOKENS and output.error is None for output in outputs)
+    return {
+        "before_loading_bytes": base,
+        "peak_bytes": _memory("VmHWM"),
+        "kv_bytes": int(llm.engine.kv_pool.bytes_total),
+        "weight_bytes": llm.engine.executor.weight_bytes,
+        "load_s": loaded - begin,
+        "generate_s": time.perf_counter() - loaded,
+    }
+
+
+def _memory(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def measure(name: str) -> dict[str, Any]:
+    config_json = SHAPES[name]
+    with tempfile.TemporaryDirectory(prefix="nanoserve-bench-") as directory:
+        path = Path(directory)
+        (path / "config.json").write_text(json.dumps(config_json))
+        config = ModelConfig.from_pretrained(path)
+        write_random_checkpoint(path, config_json, checkpoint_shapes(config), dtype="bfloat16")
+        runs = []
+        for _ in range(2):  # the first may compile kernels, the second is warm
+            output = subprocess.run(
+                [sys.executable, "-m", "bench.loading", "--inside", directory],
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            runs.append(json.loads(output.stdout))
+    cold, warm = runs
+    needed = warm["weight_bytes"] + warm["kv_bytes"]
+    return {
+        **warm,
+        "peak_over_needed": warm["peak_bytes"] / needed,
+        "cold_peak_over_needed": cold["peak_bytes"] / needed,
+        "cold_load_s": cold["load_s"],
+        "load_gb_per_s": warm["weight_bytes"] / warm["load_s"] / 1e9,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.inside:
+        print(json.dumps(load_and_generate(args.inside)))
+        return
+    results = {"commit": commit(), "machine": machine(), "shapes": {}}
+    for name in args.shapes:
+        results["shapes"][name] = measure(name)
+        print(name, json.dumps(results["shapes"][name], indent=1))
+    (RESULTS / "loading.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

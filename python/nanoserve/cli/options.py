@@ -1,0 +1,194 @@
+"""Options that several commands share, each group from one table.
+
+    @with_sampling     one option per SamplingParams field; the command gets those that were given, as `sampling`
+    @with_engine       memory and execution; the command gets keyword arguments of LLM, as `engine`
+
+A sampling option's help is the field's sentence in SamplingParams' docstring, its limits are the ones SamplingParams checks,
+and its type follows from the table: nothing is written down twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from nanoserve.checks import shown
+from nanoserve.cli.byte_size import parse_size
+from nanoserve.sampling import SamplingParams
+
+Command = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A row: keyword of SamplingParams or LLM, command-line names, type of a value, and how help shows it."""
+
+    field: str
+    names: tuple[str, ...]
+    kind: Any
+    panel: str
+    metavar: str | None = None
+    help: str = ""
+
+    def parameter(self) -> inspect.Parameter:
+        """The option as a parameter of the command's function; None means that it was not given."""
+        info = typer.Option(
+            *self.names,
+            help=escape(self.help),
+            metavar=self.metavar,
+            rich_help_panel=self.panel,
+            show_default=False,
+        )
+        optional: Any = self.kind | None
+        annotation = Annotated[optional, info]
+        return inspect.Parameter(
+            self.field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+        )
+
+
+def _documented(owner: type) -> dict[str, str]:
+    """Field -> its sentence in the Args section of a dataclass's docstring."""
+    doc = inspect.getdoc(owner) or ""
+    args = doc.partition("Args:\n")[2].partition("\n\n")[0]
+    sentences: dict[str, str] = {}
+    name = ""
+    for line in args.splitlines():
+        if begins := re.match(r" {4}(\w+): (.*)", line):
+            name = begins[1]
+            sentences[name] = begins[2]
+        elif name:
+            sentences[name] += " " + line.strip()
+    return sentences
+
+
+def _sampling_table() -> tuple[Option, ...]:
+    draw, stop, out = "Sampling", "Stopping", "Output"
+    rows: list[tuple[str, str, Any, str, str | None]] = [
+        ("temperature", "", float, draw, None),
+        ("top_k", "", int, draw, None),
+        ("top_p", "", float, draw, None),
+        ("min_p", "", float, draw, None),
+        ("seed", "", int, draw, None),
+        ("repetition_penalty", "", float, draw, None),
+        ("presence_penalty", "", float, draw, None),
+        ("frequency_penalty", "", float, draw, None),
+        ("logit_bias", "--logit-bias", list[str], draw, "ID=VALUE"),
+        ("bad_words", "--bad-word", list[str], draw, "TEXT"),
+        ("max_tokens", "", int, stop, None),
+        ("min_tokens", "", int, stop, None),
+        ("stop", "--stop", list[str], stop, "TEXT"),
+        ("stop_token_ids", "--stop-token-id", list[int], stop, "ID"),
+        ("ignore_eos", "--ignore-eos/--no-ignore-eos", bool, stop, None),
+        ("include_stop_str_in_output", "--include-stop/--no-include-stop", bool, stop, None),
+        ("n", "--n", int, out, None),
+        ("logprobs", "", int, out, None),
+        ("prompt_logprobs", "", int, out, None),
+        ("skip_special_tokens", "--skip-special-tokens/--no-skip-special-tokens", bool, out, None),
+    ]
+    sentences = _documented(SamplingParams)
+    defaults = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+    table = []
+    for field, names, kind, panel, metavar in rows:
+        sentence = sentences.get(field, "")
+        sentence = sentence[:1].upper() + sentence[1:]
+        if metavar:
+            sentence = sentence.rstrip(".") + ". May be given several times."
+        elif kind is not bool and defaults[field] is not None:
+            sentence += f" [{defaults[field]}]"
+        flag = names or f"--{field.replace('_', '-')}"
+        table.append(Option(field, (flag, "-n") if field == "n" else (flag,), kind, panel, metavar, sentence))
+    return tuple(table)
+
+
+SAMPLING = _sampling_table()
+_MEMORY = "Memory and execution"
+ENGINE = (
+    Option("kv_cache_bytes", ("--kv-cache",), str, _MEMORY, "SIZE", "Memory of the KV cache, e.g. 512MiB or 2GB. "
+           "[as much as is sensible: see nanoserve plan]"),
+    Option("max_model_len", ("--max-model-len",), int, _MEMORY, "TOKENS", "Longest prompt + output. [the model's, or what fits]"),
+    Option("max_num_seqs", ("--max-num-seqs",), int, _MEMORY, "COUNT", "Most sequences that run at once. [32]"),
+    Option("num_threads", ("--threads",), int, _MEMORY, "COUNT", "Threads of a forward pass. [this process's cores]"),
+    Option("dtype", ("--dtype",), str, _MEMORY, "TYPE", "Of the weights in memory; float32 is the only one yet."),
+    Option("revision", ("--revision",), str, _MEMORY, "NAME", "Branch, tag or commit of a Hugging Face hub repository."),
+)  # fmt: skip
+
+
+def with_sampling(command: Command) -> Command:
+    """Adds the sampling options; the command's `sampling` is a dict of what was given."""
+    return _with_group(command, "sampling", SAMPLING, _sampling_values)
+
+
+def with_engine(command: Command) -> Command:
+    """Adds the engine options; the command's `engine` is a dict of LLM keywords."""
+    return _with_group(command, "engine", ENGINE, _engine_values)
+
+
+def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
+    """What was given on top of the checkpoint's defaults.
+
+    Raises:
+        ValueError: naming the option, the value and its limit.
+    """
+    try:
+        return SamplingParams(**{**defaults, **given})
+    except ValueError as error:
+        field, _, reason = str(error).partition(":")
+        row = next((row for row in SAMPLING if row.field == field), None)
+        if row is None or field not in given:
+            raise
+        raise ValueError(f"{row.names[0].partition('/')[0]}:{reason}") from error
+
+
+def _with_group(
+    command: Command, name: str, table: Sequence[Option], values: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Command:
+    fields = [option.field for option in table]
+
+    def wrapped(**arguments: Any) -> Any:
+        given = {field: arguments.pop(field) for field in fields}
+        # Depending on its version, typer gives an empty list for a repeatable option that was not given.
+        arguments[name] = values(
+            {field: value for field, value in given.items() if value not in (None, [], ())}
+        )
+        return command(**arguments)
+
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [parameter for parameter in own if parameter.name != name]
+    parameters += [option.parameter() for option in table]
+    wrapped.__name__, wrapped.__doc__, wrapped.__module__ = (
+        command.__name__,
+        command.__doc__,
+        command.__module__,
+    )
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
+
+
+def _sampling_values(given: dict[str, Any]) -> dict[str, Any]:
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(_bias_entry(text) for text in given["logit_bias"])
+    return given
+
+
+def _bias_entry(text: str) -> tuple[int, float]:
+    token, equals, value = text.partition("=")
+    try:
+        if equals:
+            return int(token), float(value)
+    except ValueError:
+        pass
+    raise ValueError(f"--logit-bias: {shown(text)} must be ID=VALUE, a token id and a number, e.g. 42=-5")
+
+
+def _engine_values(given: dict[str, Any]) -> dict[str, Any]:
+    if "kv_cache_bytes" in given:
+        given["kv_cache_bytes"] = parse_size("--kv-cache", given["kv_cache_bytes"])
+    return given

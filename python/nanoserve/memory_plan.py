@@ -1,0 +1,174 @@
+"""MemoryPlan: what a model takes of a machine's memory, decided from its config before a weight is read.
+
+    memory = weights + activations + KV pool
+
+Weights are float32 as packed (the zeros that fill a matrix's last panel are not counted, under a percent). Activations are
+the executor's buffers, rotary tables and a step's logits. The pool gets what is left, within three limits: no more than
+`max_num_seqs` sequences of `max_model_len` can ever use; without a budget of the user's, no more than a quarter of what is
+available, for a default must not eat the machine; and slots are int32.
+
+Decision: the quarter gives way to one sequence of a `max_model_len` that was asked for by name. The price is that a machine
+which runs other things gets tight; the alternative is to refuse what would have worked. Everything is a function of the
+arguments, except that memory_bytes=None asks the machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanoserve.cache.kv_pool import pages_for_budget
+from nanoserve.checks import whole_number
+from nanoserve.machine_memory import available_memory
+from nanoserve.models.config import ModelConfig
+from nanoserve.models.decoder import buffers, num_parameters
+from nanoserve.native import StepExecutor
+
+DEFAULT_SHARE = 4  # the pool's part of an unlimited machine: one in this many bytes
+_MAX_SLOTS = 2**31 - 1
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes and tokens of one model on one machine.
+
+    Attributes:
+        num_parameters: of the model; a tied head is counted once.
+        weight_bytes: float32, without the padding of packed panels.
+        stored_bytes: the checkpoint's files, when the caller knows.
+        activation_bytes: buffers, rotary tables and logits of the largest step.
+        kv_bytes_per_token, page_bytes, page_size, num_pages: of the pool; page_size in tokens.
+        max_model_len: longest prompt + output that model and pool allow.
+        max_num_seqs: most sequences that run at once.
+        memory_bytes: what the plan was made for; None when only kv_cache_bytes was given.
+    """
+
+    num_parameters: int
+    weight_bytes: int
+    stored_bytes: int | None
+    activation_bytes: int
+    kv_bytes_per_token: int
+    page_bytes: int
+    page_size: int
+    num_pages: int
+    max_model_len: int
+    max_num_seqs: int
+    memory_bytes: int | None
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self.num_pages * self.page_bytes
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the pool holds."""
+        return self.num_pages * self.page_size
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.activation_bytes + self.kv_cache_bytes
+
+    @property
+    def concurrency(self) -> int:
+        """How many sequences of max_model_len the pool holds, whatever max_num_seqs lets run."""
+        return self.concurrency_at(self.max_model_len)
+
+    def concurrency_at(self, num_tokens: int) -> int:
+        """How many sequences of this length the pool holds."""
+        return self.num_pages // -(-num_tokens // self.page_size)
+
+
+def plan_memory(
+    config: ModelConfig,
+    *,
+    memory_bytes: int | None = None,
+    kv_cache_bytes: int | None = None,
+    max_model_len: int | None = None,
+    max_num_seqs: int = 32,
+    page_size: int = 16,
+    stored_bytes: int | None = None,
+    max_num_batched_tokens: int = 2048,
+) -> MemoryPlan:
+    """Divide memory between weights, activations and the KV pool.
+
+    Args:
+        memory_bytes: for all of it; None takes the memory available to this process, unless kv_cache_bytes is given.
+        kv_cache_bytes: for the pool; None lets it have what is sensible.
+        max_model_len: longest prompt + output that must fit; None takes what model and pool allow.
+        max_num_seqs, page_size, max_num_batched_tokens: as the engine's max_batch_size and the like.
+        stored_bytes: size of the checkpoint's files, passed on.
+
+    Raises:
+        ValueError: sizes that contradict each other or do not fit, with the numbers.
+    """
+    for name, value in (("memory_bytes", memory_bytes), ("kv_cache_bytes", kv_cache_bytes)):
+        if value is not None:
+            whole_number(name, value, 1)
+    if max_model_len is not None:
+        whole_number("max_model_len", max_model_len, 1, config.max_seq_len, "the model's ")
+    whole_number("max_num_seqs", max_num_seqs, 1, _MAX_SLOTS)
+    whole_number("max_num_batched_tokens", max_num_batched_tokens, 1, _MAX_SLOTS)
+    if whole_number("page_size", page_size, 1, 2**16) % 16:
+        raise ValueError(f"page_size: {page_size} must be a multiple of 16, the width of a vector of scores")
+    longest = config.max_seq_len if max_model_len is None else max_model_len
+    weights = num_parameters(config) * _FLOAT_BYTES
+    activations = _activation_bytes(config, max_num_batched_tokens, max_num_seqs, longest)
+    per_token = config.kv_bytes_per_token
+    page = per_token * page_size
+    per_sequence = -(-longest // page_size)
+    most_pages = _MAX_SLOTS // page_size
+    if kv_cache_bytes is not None:
+        needed = weights + activations + kv_cache_bytes
+        if memory_bytes is not None and needed > memory_bytes:
+            raise ValueError(
+                f"kv_cache_bytes: {kv_cache_bytes} + {weights} of weights + {activations} of activations is {needed}, "
+                f"more than memory_bytes={memory_bytes}"
+            )
+        pages = _pages(config, kv_cache_bytes, page_size)
+        if pages > most_pages:
+            raise ValueError(
+                f"kv_cache_bytes: {kv_cache_bytes} is {pages} pages of {page} bytes, the pool's limit is {most_pages}"
+            )
+    else:
+        is_default = memory_bytes is None
+        if memory_bytes is None:
+            memory_bytes = available_memory()
+        left = memory_bytes - weights - activations
+        if left < page:
+            source = ", available on this machine," if is_default else ""
+            raise ValueError(
+                f"memory_bytes: {memory_bytes}{source} is less than {weights} of weights ({weights // _FLOAT_BYTES} parameters in "
+                f"float32) + {activations} of activations + {page} of one KV page"
+            )
+        wanted = min(max_num_seqs * per_sequence, left // page, most_pages)
+        if is_default:
+            asked = 1 if max_model_len is None else per_sequence
+            wanted = min(wanted, max(memory_bytes // DEFAULT_SHARE // page, asked))
+        pages = wanted
+    if max_model_len is not None and pages < per_sequence:
+        raise ValueError(
+            f"max_model_len: {max_model_len} tokens need {per_sequence} KV pages of {page} bytes ({per_sequence * page}), "
+            f"there is room for {pages} ({pages * page})"
+        )
+    return MemoryPlan(
+        num_parameters=weights // _FLOAT_BYTES, weight_bytes=weights, stored_bytes=stored_bytes,
+        activation_bytes=activations, kv_bytes_per_token=per_token, page_bytes=page, page_size=page_size, num_pages=pages,
+        max_model_len=min(longest, pages * page_size), max_num_seqs=max_num_seqs, memory_bytes=memory_bytes,
+    )  # fmt: skip
+
+
+def _pages(config: ModelConfig, budget_bytes: int, page_size: int) -> int:
+    return pages_for_budget(
+        budget_bytes, num_layers=config.n_layer, num_heads=config.kv_heads, head_dim=config.dim_per_head,
+        page_size=page_size,
+    )  # fmt: skip
+
+
+def _activation_bytes(config: ModelConfig, rows: int, samples: int, positions: int) -> int:
+    """What ModelExecutor holds besides weights and pool while it runs the largest step."""
+    columns = sum(StepExecutor.stride(cols) for cols in buffers(config).values())
+    logits = StepExecutor.logits_stride(config.vocab_size)
+    ropes = {config.layer_rope(layer) for layer in range(config.n_layer)} - {None}
+    halves = 1 if config.switch_len is None or config.switch_len >= positions else 2
+    rotary = sum(halves * positions * rope.dims for rope in ropes if rope is not None)
+    return _FLOAT_BYTES * (rows * columns + samples * logits + rotary)

@@ -1,0 +1,59 @@
+"""A JSON object from a stranger's file: size limited, names unique, nothing that is not JSON.
+
+Python's parser takes NaN, Infinity and a name given twice (the last wins); here each is an error, because two readers of
+the same file could then see two different checkpoints. Numbers of thousands of digits and deep nesting end in an error too.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nanoserve.checks import shown
+from nanoserve.errors import CheckpointError
+
+
+def read_object(file: Path, max_bytes: int) -> dict[str, Any]:
+    """The JSON object a file holds.
+
+    Raises:
+        CheckpointError: missing, unreadable, larger than `max_bytes`, or as in `parse_object`.
+    """
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(max_bytes + 1)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+    if len(raw) > max_bytes:
+        raise CheckpointError(f"{file.name}: larger than the limit of {max_bytes} bytes")
+    return parse_object(file.name, raw)
+
+
+def parse_object(file: str, raw: bytes) -> dict[str, Any]:
+    """The JSON object in `raw`; `file` names it in messages.
+
+    Raises:
+        CheckpointError: not UTF-8, not JSON, nested too deeply, a name twice in one object, or not an object.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise CheckpointError(f"{file}: names {shown(name)} twice")
+            found[name] = value
+        return found
+
+    def refuse(constant: str) -> NoReturn:
+        raise CheckpointError(f"{file}: not valid JSON ({constant} is no JSON number)")
+
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not valid JSON ({type(error).__name__})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: must hold an object, is {type(value).__name__}")
+    return value

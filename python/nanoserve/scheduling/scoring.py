@@ -1,0 +1,61 @@
+"""Log-probabilities of one step: of the tokens that were sampled, and of the prompt tokens whose rows were computed.
+
+Rows that are not finite have none: their requests fail, and so does a request with such a row inside its prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoserve.batch import Batch
+from nanoserve.logprobs import TokenLogprob, token_logprob
+from nanoserve.observe.events import ReqId
+from nanoserve.request import Request
+
+Logits = NDArray[np.float32]
+
+
+def score_tokens(
+    requests: Sequence[Request],
+    logits: Logits,
+    tokens: Sequence[int],
+    finite: Sequence[bool],
+    errors: Collection[ReqId],
+) -> dict[ReqId, TokenLogprob]:
+    """Of each row's token, for the requests that ask and have one."""
+    scored: dict[ReqId, TokenLogprob] = {}
+    for row, request in enumerate(requests):
+        num_top = request.params.logprobs
+        if num_top is not None and finite[row] and request.req_id not in errors:
+            scored[request.req_id] = token_logprob(logits[row], tokens[row], num_top)
+    return scored
+
+
+def score_prompts(
+    batch: Batch, logits: Logits, finite: Sequence[bool], errors: dict[ReqId, str]
+) -> dict[ReqId, list[TokenLogprob]]:
+    """Of the prompt tokens that follow the positions of `batch.prompt_rows`.
+
+    Args:
+        logits: of all of `batch.sample_rows`.
+        errors: is told of requests with a row that is not finite; requests in it already are passed over.
+    """
+    scored: dict[ReqId, list[TokenLogprob]] = {}
+    row = 0
+    for index, (request, sampled) in enumerate(zip(batch.requests, batch.sampled, strict=True)):
+        positions = batch.prompt_rows.get(index, range(0))
+        if positions and request.req_id not in errors:
+            if all(finite[row : row + len(positions)]):
+                num_top = request.params.prompt_logprobs or 0
+                scored[request.req_id] = [
+                    token_logprob(logits[row + i], request.prompt_tokens[position + 1], num_top)
+                    for i, position in enumerate(positions)
+                ]
+            else:
+                bad = positions[finite[row : row + len(positions)].index(False)]
+                errors[request.req_id] = f"the logits at position {bad} are not finite"
+        row += len(positions) + sampled
+    return scored

@@ -1,0 +1,167 @@
+"""A prompt as the text layer sees it: `n` engine requests, each with its own text, and the result they add up to.
+
+It queues nothing and runs nothing: whoever drives the engine submits what `due` returns. The first sequence goes alone until
+its prompt is computed; the others then find that prompt in the prefix cache instead of computing it n times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from nanoserve.nano_engine import NanoServingEngine
+from nanoserve.outputs import Completion, RequestOutput, TextDelta, Usage
+from nanoserve.request import Request
+from nanoserve.sampling import SamplingParams, child_seed
+from nanoserve.text.byte_tokenizer import ByteTokenizer
+from nanoserve.text.text_output import TextOutput
+from nanoserve.text.tokenizer import Tokenizer
+
+AnyTokenizer = Tokenizer | ByteTokenizer
+
+
+@dataclass(slots=True)
+class _Sequence:
+    request: Request
+    text: TextOutput | None  # None: the checkpoint has no tokenizer
+    streamed: int = 0  # tokens that deltas have told of
+
+
+class TextRequest:
+    """One prompt, text or token ids, on its way through an engine.
+
+    Args:
+        prompt: as the user gave it; a text is tokenized with the tokenizer's special tokens.
+        prompt_tokens: its tokens where they are known already (a rendered chat template).
+
+    Raises:
+        ValueError: a bad prompt or parameter. RequestRefused: it can never fit.
+    """
+
+    def __init__(
+        self,
+        engine: NanoServingEngine,
+        tokenizer: AnyTokenizer | None,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        prompt_tokens: Sequence[int] | None = None,
+    ) -> None:
+        if prompt_tokens is None:
+            prompt_tokens = _tokens(tokenizer, prompt)
+        self.prompt = prompt
+        self.params = params
+        bad_words = _bad_word_ids(tokenizer, params.bad_words)
+        hidden = () if params.ignore_eos else engine.eos_token_ids
+        self._sequences: list[_Sequence] = []
+        for index in range(params.n):
+            own = params
+            if params.n > 1:
+                seed = None if params.seed is None else child_seed(params.seed, index)
+                wants_prompt = params.prompt_logprobs if index == 0 else None
+                own = replace(params, n=1, seed=seed, prompt_logprobs=wants_prompt)
+            text = None
+            if tokenizer is not None:
+                text = TextOutput(
+                    tokenizer, stop=params.stop, include_stop=params.include_stop_str_in_output,
+                    skip_special_tokens=params.skip_special_tokens, min_tokens=params.min_tokens, hidden_ids=hidden,
+                )  # fmt: skip
+            request = engine.prepare(
+                prompt_tokens, own, bad_word_ids=bad_words,
+                watcher=None if text is None else text.push,
+            )  # fmt: skip
+            self._sequences.append(_Sequence(request, text))
+        self._submitted = 0
+
+    @property
+    def requests(self) -> list[Request]:
+        """One per sequence."""
+        return [sequence.request for sequence in self._sequences]
+
+    @property
+    def is_finished(self) -> bool:
+        return all(sequence.request.is_finished for sequence in self._sequences)
+
+    @property
+    def is_all_submitted(self) -> bool:
+        """`due` has nothing more to give."""
+        return self._submitted == len(self._sequences)
+
+    def due(self) -> list[Request]:
+        """The requests to submit now; each is returned once."""
+        first = self._sequences[0].request
+        if self._submitted == 0:
+            self._submitted = 1
+            return [first]
+        if first.output_tokens or first.is_finished:
+            rest = self.requests[self._submitted :]
+            self._submitted = len(self._sequences)
+            return rest
+        return []
+
+    def deltas(self) -> list[TextDelta]:
+        """What is new since the last call, a delta per sequence that has something new."""
+        new = []
+        for index, sequence in enumerate(self._sequences):
+            request, text = sequence.request, sequence.text
+            tokens = request.output_tokens[sequence.streamed :]
+            ends = request.is_finished and sequence.streamed >= 0
+            if not tokens and not ends:
+                continue
+            sequence.streamed = -1 if ends else len(request.output_tokens)
+            piece = "" if text is None else text.finish() if ends else text.take()
+            new.append(TextDelta(index, piece, tokens, request.finish_reason))
+        if new and self.is_finished:
+            new[-1] = replace(new[-1], output=self.result())
+        return new
+
+    def result(self) -> RequestOutput:
+        """Everything, once all sequences are finished."""
+        requests = self.requests
+        usage = Usage(
+            requests[0].num_prompt_tokens,
+            sum(len(request.output_tokens) for request in requests),
+            requests[0].prefix_hit_len,
+        )
+        prompt = self.prompt if isinstance(self.prompt, str) else list(requests[0].prompt_tokens)
+        outputs = [_completion(index, sequence) for index, sequence in enumerate(self._sequences)]
+        return RequestOutput(
+            prompt, list(requests[0].prompt_tokens), outputs, usage, requests[0].prompt_logprobs
+        )
+
+
+def _tokens(tokenizer: AnyTokenizer | None, prompt: str | Sequence[int]) -> Sequence[int]:
+    if not isinstance(prompt, str):
+        return prompt
+    if tokenizer is None:
+        raise ValueError("prompts: this checkpoint has no tokenizer, give token ids instead of text")
+    return tokenizer.encode(prompt)
+
+
+def _completion(index: int, sequence: _Sequence) -> Completion:
+    request, text = sequence.request, sequence.text
+    if text is not None:
+        text.finish()
+    return Completion(
+        index=index,
+        text=None if text is None else text.text,
+        token_ids=list(request.output_tokens),
+        finish_reason=str(request.finish_reason),
+        stop_reason=request.stop_reason,
+        logprobs=None if request.params.logprobs is None else list(request.logprobs),
+        error=request.error,
+    )
+
+
+def _bad_word_ids(tokenizer: AnyTokenizer | None, words: Sequence[str]) -> list[list[int]]:
+    """Token sequences of words, at the beginning of a text and after a space, as vLLM reads them."""
+    if words and tokenizer is None:
+        raise ValueError("bad_words: this checkpoint has no tokenizer to find their tokens with")
+    found: list[list[int]] = []
+    for word in words:
+        assert tokenizer is not None
+        for spelled in (word, " " + word.lstrip()):
+            ids = tokenizer.encode(spelled, add_special_tokens=False)
+            if ids and ids not in found:
+                found.append(ids)
+    return found

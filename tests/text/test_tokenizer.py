@@ -1,0 +1,402 @@
+"""Tokenizer against transformers' AutoTokenizer on the same files; special tokens; what is refused, and how."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, LlamaTokenizer
+
+from nanoserve.errors import CheckpointError
+from nanoserve.text import ByteTokenizer, Tokenizer, load_tokenizer
+from nanoserve.text import tokenizer as tokenizer_module
+from support.tokenizers_small import KINDS, SPECIAL, make_tokenizer, special_texts
+from support.unicode_text import texts
+
+VOCAB = 400
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+    for kind, directory in made.items():
+        make_tokenizer(kind, directory, VOCAB)
+    return made
+
+
+@pytest.fixture(scope="module")
+def pairs(directories: dict[str, Path]) -> dict[str, tuple[Any, Tokenizer]]:
+    made = {}
+    for kind, directory in directories.items():
+        ours = load_tokenizer(directory, VOCAB)
+        assert isinstance(ours, Tokenizer)
+        made[kind] = (AutoTokenizer.from_pretrained(directory), ours)
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=100, deadline=None)
+@given(text=texts())
+def test_encode_equals_transformers(pairs: dict[str, Any], kind: str, text: str) -> None:
+    theirs, ours = pairs[kind]
+    assert ours.encode(text) == theirs(text).input_ids
+    assert ours.encode(text, add_special_tokens=False) == theirs(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=100, deadline=None)
+@given(ids=st.lists(st.integers(0, VOCAB - 1), max_size=24), skip=st.booleans())
+def test_decode_equals_transformers(pairs: dict[str, Any], kind: str, ids: list[int], skip: bool) -> None:
+    """For any ids, unless a run of byte tokens is not UTF-8 as a whole (decoder.py says what happens then)."""
+    theirs, ours = pairs[kind]
+    if ours.decoder.has_byte_tokens:
+        ids = _with_valid_byte_runs(ours, ids, skip)
+    assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+def _with_valid_byte_runs(tokenizer: Tokenizer, ids: list[int], skip: bool) -> list[int]:
+    """Every byte token becomes the bytes of a character, chosen by it."""
+    first = next(i for i in range(VOCAB) if tokenizer.token_string(i) == "<0x00>")
+    out = []
+    for token in ids:
+        if first <= token < first + 256:
+            out += [first + byte for byte in "aé你👋\n\ufffd"[token % 6].encode()]
+        else:
+            out.append(token)
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=50, deadline=None)
+@given(text=texts())
+def test_decode_of_a_text_equals_transformers(pairs: dict[str, Any], kind: str, text: str) -> None:
+    theirs, ours = pairs[kind]
+    ids = ours.encode(text)
+    assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens(pairs: dict[str, Any], kind: str) -> None:
+    theirs, ours = pairs[kind]
+    assert (ours.bos_token, ours.eos_token) == (theirs.bos_token, theirs.eos_token)
+    assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert ours.special_tokens == theirs.special_tokens_map
+    assert ours.special_ids == set(theirs.all_special_ids)
+    assert ours.is_byte_level == (kind in ("gpt2", "gpt2-prefix", "qwen2", "llama3"))
+    assert ours.vocab_size == VOCAB
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_bytes_add_up(pairs: dict[str, Any], kind: str) -> None:
+    """The bytes of tokens in the middle of a text are the text's."""
+    _, ours = pairs[kind]
+    text = "the quick brown fox" if kind in ("wordpiece", "unigram") else "the quick 你好 👋 don't"
+    ids = ours.encode(text, add_special_tokens=False)
+    assert b"".join(map(ours.token_bytes, ids)).decode().strip() == text
+    assert [ours.token_text(i) for i in ids] == [ours.token_bytes(i).decode("utf-8", "replace") for i in ids]
+
+
+def test_token_bytes_are_exact_for_bytes(pairs: dict[str, Any]) -> None:
+    for kind in ("gpt2", "llama3", "llama2", "gemma", "unigram-bytes"):
+        _, ours = pairs[kind]
+        single = {ours.token_bytes(i) for i in range(VOCAB)}
+        assert {bytes([byte]) for byte in range(256)} <= single, kind
+
+
+def test_ids_the_tokenizer_lacks_are_no_text(directories: dict[str, Path]) -> None:
+    """A padded vocabulary: the model has more ids than the tokenizer."""
+    ours = load_tokenizer(directories["gpt2"], VOCAB + 100)
+    assert ours is not None
+    assert ours.token_bytes(VOCAB + 50) == b""
+    assert ours.decode([40, VOCAB + 50, 41]) == ours.decode([40, 41])
+
+
+# ---- text that is refused
+
+
+@pytest.mark.parametrize("bad", ["\ud800", "a\udfff", 5, None, b"x", ["a"]])
+def test_bad_text(pairs: dict[str, Any], bad: Any) -> None:
+    for tokenizer in (pairs["gpt2"][1], ByteTokenizer()):
+        with pytest.raises(ValueError, match="text:"):
+            tokenizer.encode(bad)
+
+
+def test_text_length_limit(pairs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanoserve.text.input_text.MAX_TEXT_BYTES", 10)
+    ours = pairs["gpt2"][1]
+    assert ours.encode("a" * 10)
+    for text in ("a" * 11, "é" * 6):
+        with pytest.raises(ValueError, match="at most 10"):
+            ours.encode(text)
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB, 2**40])
+def test_ids_outside_the_vocabulary(pairs: dict[str, Any], token: int) -> None:
+    for tokenizer in (pairs["gpt2"][1], ByteTokenizer()):
+        with pytest.raises(ValueError, match="token: "):
+            tokenizer.decode([token])
+    with pytest.raises(ValueError, match="token: "):
+        pairs["gpt2"][1].token_bytes(token)
+
+
+def test_a_token_the_model_lacks(directories: dict[str, Path]) -> None:
+    ours = load_tokenizer(directories["wordpiece"], 200)
+    assert ours is not None
+    with pytest.raises(ValueError, match="vocabulary ends at 199"):
+        ours.encode("quick brown fox")
+
+
+# ---- files
+
+
+def edit(directory: Path, file: str, change: Any) -> None:
+    path = directory / file
+    value = json.loads(path.read_text()) if path.exists() else {}
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
+    make_tokenizer("gpt2", tmp_path, VOCAB)
+    return tmp_path
+
+
+def test_no_files(tmp_path: Path) -> None:
+    assert load_tokenizer(tmp_path, 300) is None
+    assert isinstance(load_tokenizer(tmp_path, 256), ByteTokenizer)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"])
+def test_other_formats_say_how_to_convert(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("x")
+    with pytest.raises(CheckpointError, match=rf"{name}.*save_pretrained"):
+        load_tokenizer(tmp_path, 256)
+
+
+def test_without_config_there_are_no_named_tokens(gpt2: Path) -> None:
+    (gpt2 / "tokenizer_config.json").unlink()
+    ours = load_tokenizer(gpt2, VOCAB)
+    assert ours is not None
+    assert ours.eos_token is None
+    assert ours.eos_token_id is None
+    assert ours.special_ids == {VOCAB - 1}
+
+
+@pytest.mark.parametrize("form", ["string", "object", "map file", "map file object", "decoder"])
+def test_forms_of_special_tokens(gpt2: Path, form: str) -> None:
+    """Every way a file may name EOS, and a second special token that tokenizer.json does not have yet."""
+    token: dict[str, Any] = {
+        "content": "<|endoftext|>",
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+    }
+    new = {**token, "content": "<|new|>"}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    special_map: dict[str, Any] | None = None
+    if form == "string":
+        config |= {"eos_token": "<|endoftext|>", "additional_special_tokens": ["<|new|>"]}
+    elif form == "object":
+        as_object = {"__type": "AddedToken"}
+        config |= {
+            "eos_token": token | as_object,
+            "extra_special_tokens": [new | as_object | {"special": True}],
+        }
+    elif form == "map file":
+        config |= {"eos_token": "<wrong>"}
+        special_map = {"eos_token": "<|endoftext|>", "additional_special_tokens": ["<|new|>"]}
+    elif form == "map file object":
+        special_map = {"eos_token": token, "pad_token": new}
+    else:
+        config |= {
+            "eos_token": "<|endoftext|>",
+            "added_tokens_decoder": {
+                str(VOCAB): new | {"special": True},
+                str(VOCAB - 1): token | {"special": True},
+            },
+        }
+    (gpt2 / "tokenizer_config.json").write_text(json.dumps(config))
+    if special_map is not None:
+        (gpt2 / "special_tokens_map.json").write_text(json.dumps(special_map))
+    ours = load_tokenizer(gpt2, VOCAB + 1)
+    assert ours is not None
+    assert ours.eos_token == "<|endoftext|>"
+    assert ours.eos_token_id == VOCAB - 1
+    assert ours.special_ids == {VOCAB - 1, VOCAB}
+    theirs = AutoTokenizer.from_pretrained(gpt2)
+    for text in ("a<|new|>b<|endoftext|>", " <|new|> x"):
+        ids = ours.encode(text)
+        assert VOCAB in ids
+        assert ids == theirs(text).input_ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_added_tokens_file(gpt2: Path) -> None:
+    (gpt2 / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (gpt2 / "added_tokens.json").write_text(json.dumps({"zzplain": VOCAB}))
+    ours, theirs = load_tokenizer(gpt2, VOCAB + 1), AutoTokenizer.from_pretrained(gpt2)
+    assert ours is not None
+    assert ours.encode("a zzplain b") == theirs("a zzplain b").input_ids
+    assert VOCAB not in ours.special_ids
+
+
+@pytest.mark.parametrize("flags", [{"add_bos_token": True}, {"add_bos_token": True, "add_eos_token": True}])
+def test_add_bos_token_of_the_config_is_not_read(gpt2: Path, flags: dict[str, bool]) -> None:
+    """As in transformers 5: where there is a tokenizer.json, its post-processor decides."""
+    edit(gpt2, "tokenizer_config.json", lambda config: config.update(flags))
+    ours = load_tokenizer(gpt2, VOCAB)
+    assert ours is not None
+    assert ours.encode("hello") == AutoTokenizer.from_pretrained(gpt2)("hello").input_ids
+    assert ours.eos_token_id not in ours.encode("hello")
+
+
+def test_split_special_tokens(gpt2: Path) -> None:
+    edit(gpt2, "tokenizer_config.json", lambda config: config.update(split_special_tokens=True))
+    ours = load_tokenizer(gpt2, VOCAB)
+    assert ours is not None
+    ids = ours.encode("a<|endoftext|>")
+    assert ids == AutoTokenizer.from_pretrained(gpt2)("a<|endoftext|>").input_ids
+    assert VOCAB - 1 not in ids
+
+
+def test_truncation_and_padding_of_the_file_are_off(gpt2: Path) -> None:
+    expected = load_tokenizer(gpt2, VOCAB).encode("one two three")  # type: ignore[union-attr]
+
+    def change(root: dict[str, Any]) -> None:
+        root["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+        root["padding"] = {"strategy": {"Fixed": 2**40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                           "pad_type_id": 0, "pad_token": "x"}  # fmt: skip
+
+    edit(gpt2, "tokenizer.json", change)
+    assert load_tokenizer(gpt2, VOCAB).encode("one two three") == expected  # type: ignore[union-attr]
+
+
+def test_llama_class_differs_only_where_the_docstring_says(
+    directories: dict[str, Path], tmp_path: Path
+) -> None:
+    """transformers rebuilds a LlamaTokenizer from code; tokenizer.json is the truth here."""
+    make_tokenizer("llama2", tmp_path, VOCAB)
+    edit(
+        tmp_path, "tokenizer_config.json", lambda c: c.update(tokenizer_class="LlamaTokenizer", legacy=False)
+    )
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path, VOCAB)
+    assert type(theirs) is LlamaTokenizer
+    assert ours is not None
+    for text in ("The quick brown fox", "你好 👋", "don't\n\n  stop"):
+        assert ours.encode(text) == theirs(text).input_ids
+    assert ours.encode(" x") != theirs(" x").input_ids
+    assert ours.encode("<s>x") != theirs("<s>x").input_ids
+
+
+BAD_FILES: list[tuple[str, Any, str]] = [
+    ("tokenizer.json", b"", r"tokenizer\.json: not valid JSON"),
+    ("tokenizer.json", b"\xff\xfe", r"tokenizer\.json: not valid JSON"),
+    ("tokenizer.json", b"[]", "must be a JSON object"),
+    ("tokenizer.json", b"{}", "model"),
+    ("tokenizer.json", b"[" * 100000, "not valid JSON"),
+    ("tokenizer.json", b'{"a":' * 100000, "not valid JSON"),
+    ("tokenizer.json", b'{"model": {"vocab": 5}}', r"model\.vocab"),
+    ("tokenizer.json", b'{"model": {"vocab": {}, "dropout": 0.1}}', r"model\.dropout"),
+    ("tokenizer.json", b'{"model": {"vocab": {}}, "added_tokens": 3}', "added_tokens"),
+    ("tokenizer.json", b'{"model": {"vocab": {}, "dropout": NaN}}', "not valid JSON"),
+    ("tokenizer.json", b'{"version": "1.0", "model": {"type": "?", "vocab": {}}}', "library refuses"),
+    ("tokenizer_config.json", b"nope", r"tokenizer_config\.json"),
+    ("tokenizer_config.json", b'{"eos_token": 5}', "eos_token: 5"),
+    ("tokenizer_config.json", b'{"eos_token": ""}', "eos_token: ''"),
+    ("tokenizer_config.json", b'{"eos_token": "\\ud800"}', "eos_token"),
+    ("tokenizer_config.json", b'{"eos_token": {"content": 1}}', r"eos_token\.content"),
+    ("tokenizer_config.json", b'{"eos_token": {"content": "x", "lstrip": 1}}', r"eos_token\.lstrip"),
+    ("tokenizer_config.json", b'{"eos_token": "<far>"}', "eos_token: '<far>' has id 400"),
+    ("tokenizer_config.json", b'{"split_special_tokens": "no"}', "split_special_tokens"),
+    ("tokenizer_config.json", b'{"additional_special_tokens": "x"}', "additional_special_tokens"),
+    ("tokenizer_config.json", b'{"additional_special_tokens": [null]}', r"additional_special_tokens\[0\]"),
+    ("tokenizer_config.json", b'{"added_tokens_decoder": []}', "added_tokens_decoder"),
+    (
+        "tokenizer_config.json",
+        b'{"added_tokens_decoder": {"-1": {"content": "x"}}}',
+        "added_tokens_decoder: key",
+    ),
+    ("tokenizer_config.json", b'{"added_tokens_decoder": {"1": "x"}}', r"added_tokens_decoder\[1\]"),
+    ("special_tokens_map.json", b"5", r"special_tokens_map\.json"),
+    ("added_tokens.json", b'{"x": "y"}', r"added_tokens\.json"),
+]
+
+
+@pytest.mark.parametrize(("file", "content", "message"), BAD_FILES)
+def test_bad_files(gpt2: Path, file: str, content: bytes, message: str) -> None:
+    if file not in ("tokenizer.json", "tokenizer_config.json"):
+        (gpt2 / "tokenizer_config.json").unlink()
+    (gpt2 / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(gpt2, VOCAB)
+
+
+def test_file_size_limit(gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "MAX_TOKENIZER_BYTES", 1000)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: larger than the limit of 1000"):
+        load_tokenizer(gpt2, VOCAB)
+
+
+def test_post_processor_with_a_token_the_model_lacks(tmp_path: Path) -> None:
+    make_tokenizer("llama3", tmp_path, VOCAB)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match="post_processor"):
+        load_tokenizer(tmp_path, VOCAB - 10)
+
+
+def test_decoder_without_a_streaming_form(gpt2: Path) -> None:
+    ctc = {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True}
+    edit(gpt2, "tokenizer.json", lambda root: root.update(decoder=ctc))
+    with pytest.raises(CheckpointError, match="CTC"):
+        load_tokenizer(gpt2, VOCAB)
+
+
+def test_interrupts_are_not_swallowed(pairs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        pass
+
+    class Backend:
+        failure: type[BaseException] = KeyboardInterrupt
+
+        def encode(self, *args: Any, **kwargs: Any) -> Any:
+            raise self.failure("boom")
+
+    ours = pairs["gpt2"][1]
+    monkeypatch.setattr(ours, "_backend", Backend())
+    with pytest.raises(KeyboardInterrupt):
+        ours.encode("x")
+    Backend.failure = PanicException
+    with pytest.raises(ValueError, match="text: the tokenizer failed"):
+        ours.encode("x")
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=texts())
+def test_byte_tokenizer(text: str) -> None:
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert ids == list(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.binary(max_size=20))
+def test_byte_tokenizer_decodes_anything(data: bytes) -> None:
+    assert ByteTokenizer().decode(data) == data.decode("utf-8", "replace")
+
+
+def test_factory_keeps_its_promises(directories: dict[str, Path], tmp_path: Path) -> None:
+    for kind in KINDS:
+        config = json.loads((directories[kind] / "tokenizer_config.json").read_text())
+        assert {name: config[name] for name in SPECIAL[kind]} == SPECIAL[kind]
+        assert special_texts(kind)
+    small = make_tokenizer("llama2", tmp_path, 300)
+    assert len(small) <= 300
