@@ -77,6 +77,7 @@ def measure(name: str) -> dict[str, Any]:
     return {
         **warm,
         "peak_over_needed": warm["peak_bytes"] / needed,
+        "peak_over_weights": warm["peak_bytes"] / warm["weight_bytes"],
         "cold_peak_over_needed": cold["peak_bytes"] / needed,
         "cold_load_s": cold["load_s"],
         "load_gb_per_s": warm["weight_bytes"] / warm["load_s"] / 1e9,
@@ -91,7 +92,7 @@ def main() -> None:
     if args.inside:
         print(json.dumps(load_and_generate(args.inside)))
         return
-    results = {"commit": commit(), "machine": machine(), "shapes": {}}
+    results: dict[str, Any] = {"command": "python -m bench.loading", "commit": commit(), "machine": machine(), "shapes": {}}
     for name in args.shapes:
         results["shapes"][name] = measure(name)
         print(name, json.dumps(results["shapes"][name], indent=1))

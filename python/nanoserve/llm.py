@@ -45,7 +45,7 @@ class LLM:
         engine_options: further keywords of NanoServingEngine.
 
     Attributes:
-        config: the model's ModelConfig. tokenizer: None when the checkpoint has none. chat_template: likewise.
+        directory: where it was loaded from. config: its ModelConfig. tokenizer: None when the checkpoint has none. chat_template: likewise.
         generation: the checkpoint's GenerationConfig. default_params: the SamplingParams it asks for.
 
     Raises:
@@ -68,7 +68,7 @@ class LLM:
     ) -> None:
         if dtype != "float32":
             raise ValueError(f"dtype: {dtype!r} is not supported, only 'float32'")
-        directory = checkpoint_directory(model, revision=revision)
+        self.directory = directory = checkpoint_directory(model, revision=revision)
         self.config = ModelConfig.from_pretrained(directory)
         # Before the weights: a bad tokenizer should not cost a minute's loading.
         self.tokenizer: AnyTokenizer | None = load_tokenizer(directory, self.config.vocab_size)
@@ -199,6 +199,7 @@ class LLM:
     def _deltas(self, job: TextRequest) -> Iterator[TextDelta]:
         for _ in self._steps([job]):
             yield from job.deltas()
+        yield from job.deltas()  # the ends of those that were aborted between two steps
 
     def _steps(self, jobs: Sequence[TextRequest]) -> Iterator[None]:
         """Runs the engine until all jobs are finished, yielding after each step; whatever ends it early aborts the rest."""

@@ -25,6 +25,7 @@ class _Sequence:
     request: Request
     text: TextOutput | None  # None: the checkpoint has no tokenizer
     streamed: int = 0  # tokens that deltas have told of
+    has_ended: bool = False  # and the end
 
 
 class TextRequest:
@@ -105,10 +106,10 @@ class TextRequest:
         for index, sequence in enumerate(self._sequences):
             request, text = sequence.request, sequence.text
             tokens = request.output_tokens[sequence.streamed :]
-            ends = request.is_finished and sequence.streamed >= 0
+            ends = request.is_finished and not sequence.has_ended
             if not tokens and not ends:
                 continue
-            sequence.streamed = -1 if ends else len(request.output_tokens)
+            sequence.streamed, sequence.has_ended = len(request.output_tokens), ends
             piece = "" if text is None else text.finish() if ends else text.take()
             new.append(TextDelta(index, piece, tokens, request.finish_reason))
         if new and self.is_finished:

@@ -8,8 +8,8 @@ where transformers itself refuses a value: `FREE` fields, that our logits must t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ RICH = {"gpt2": "gpt2-odd", "llama": "llama-odd", "mistral": "mistral-window", "
 # What transformers checks but no forward pass reads (a shorter n_positions is a shorter context, with the same logits).
 FREE = frozenset(
     """attention_dropout attn_pdrop dtype embd_pdrop initializer_range n_positions pad_token_id resid_pdrop return_dict
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj use_cache""".split()
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj torch_dtype use_cache""".split()
 )
+INTERNAL = frozenset({"_attn_implementation_internal"})
 # A value that contradicts another field's may be refused under either name.
 CONTRADICTS = {
     "num_attention_heads": ("num_key_value_heads", "hidden_size", "rotary dimensions", "short_factor"),
@@ -83,7 +84,9 @@ def changed(value: Any) -> Iterator[Any]:
         yield None
 
 
-def variants(saved: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def variants(
+    saved: dict[str, Any], extra: Mapping[str, list[Any]] = EXTRA
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(field, config.json with that field changed, added or left out)"""
     for name, value in saved.items():
         yield name, {key: other for key, other in saved.items() if key != name}
@@ -93,7 +96,7 @@ def variants(saved: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         for other in changed(value):
             yield name, {**saved, name: other}
     if "model_type" in saved:
-        for name, values in EXTRA.items():
+        for name, values in extra.items():
             for other in values:
                 yield name, {**saved, name: other}
     elif "rope_theta" in saved:
@@ -131,21 +134,18 @@ def their_logits(path: Path, tokens: list[int], rows: int) -> np.ndarray:
     return np.stack([forward(model, tokens[:end])[-1] for end in (1, 2, 7, 40, PROMPT)[:rows]])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_config_field_is_honoured_or_refused_by_name(tmp_path: Path, family: str) -> None:
-    path = make_checkpoint(RICH[family], tmp_path)
-    saved = json.loads((path / "config.json").read_text())
-    for name, value in AutoConfig.from_pretrained(path).to_dict().items():
-        saved.setdefault(name, value)
+def judge(
+    path: Path, saved: dict[str, Any], changes: Iterable[tuple[str, dict[str, Any]]]
+) -> tuple[set[str], set[str]]:
+    """Fail with a list of everything wrong; return (fields that changed the logits, fields that were refused)."""
     tokens = np.random.default_rng(5).integers(0, saved["vocab_size"], PROMPT).tolist()
     (path / "config.json").write_text(json.dumps(saved))
-    saved = json.loads((path / "config.json").read_text())
     base = our_logits(path, tokens)
     assert np.abs(base - their_logits(path, tokens, len(base))).max() < TOLERANCE
     wrong: list[str] = []
     honoured, refused = set(), set()
-    for name, config in variants(saved):
-        told = f"{name}={json.dumps(_value(config, saved, name))[:60]}"
+    for name, config in changes:
+        told = f"{name} in {_changes(config, saved)}"
         (path / "config.json").write_text(json.dumps(config))
         try:
             ours = our_logits(path, tokens)
@@ -166,19 +166,47 @@ def test_every_config_field_is_honoured_or_refused_by_name(tmp_path: Path, famil
             except Exception as error:  # transformers raises what it likes
                 refusal = refusal or error
         if theirs is None:
-            if name in FREE and np.array_equal(ours, base[: len(ours)]):
-                continue
-            wrong.append(f"{told}: accepted, transformers: {type(refusal).__name__}: {str(refusal)[:200]}")
-            continue
-        if np.abs(ours - theirs).max() >= TOLERANCE:
+            if name not in FREE or not np.array_equal(ours, base[: len(ours)]):
+                wrong.append(
+                    f"{told}: accepted, transformers: {type(refusal).__name__}: {str(refusal)[:200]}"
+                )
+        elif np.abs(ours - theirs).max() >= TOLERANCE:
             wrong.append(
-                f"{told}: accepted, logits differ from transformers by {np.abs(ours - theirs).max():.3g}"
+                f"{told}: accepted, logits differ by {np.abs(ours - theirs).max():.3g} from transformers"
             )
         elif np.abs(theirs - base[: len(theirs)]).max() > 10 * TOLERANCE:
             honoured.add(name)
     assert not wrong, f"{len(wrong)} of the changes:\n" + "\n".join(wrong)
+    return honoured, refused
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_config_field_is_honoured_or_refused_by_name(tmp_path: Path, family: str) -> None:
+    path = make_checkpoint(RICH[family], tmp_path)
+    saved = json.loads((path / "config.json").read_text())
+    everything = {**json.loads(AutoConfig.from_pretrained(path).to_json_string(use_diff=False)), **saved}
+    assert (
+        set(everything) >= {field.name for field in fields(type(AutoConfig.from_pretrained(path)))} - INTERNAL
+    )
+    honoured, refused = judge(path, everything, variants(everything))
     assert len(refused) > 20
     assert len(honoured) >= 2, honoured
+
+
+@pytest.mark.parametrize("name", sorted(HUB))
+def test_every_older_field_is_honoured_or_refused_by_name(tmp_path: Path, name: str) -> None:
+    """The fields published configs have and transformers 5 does not write any more."""
+    path, saved = tmp_path / name, HUB[name]
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(saved))
+    config = AutoConfig.from_pretrained(path)
+    random_model(config, name).save_pretrained(path)
+    older_fields = set(saved) - set(config.to_diff_dict()) | {"head_dim", "sliding_window", "layer_types"}
+    judge(
+        path,
+        saved,
+        [change for change in variants(saved, extra={}) if change[0].split(".")[0] in older_fields],
+    )
 
 
 def plainer(config: dict[str, Any], saved: Any) -> dict[str, Any]:
@@ -188,16 +216,19 @@ def plainer(config: dict[str, Any], saved: Any) -> dict[str, Any]:
     for name, value in config.items():
         if isinstance(value, dict):
             result[name] = plainer(value, saved.get(name))
+            if value.get("type", value.get("rope_type")) == "yarn":
+                result[name].setdefault(
+                    "factor", None
+                )  # then both derive it, transformers only when it is spelled out
         elif value is not None or saved.get(name, value) is None:
             softcap = "softcap" in name and isinstance(value, int) and not isinstance(value, bool)
             result[name] = float(value) if softcap else value
     return result
 
 
-def _value(config: dict[str, Any], saved: dict[str, Any], name: str) -> Any:
-    if config.get("rope_parameters") != saved.get("rope_parameters"):
-        return config.get("rope_parameters", "left out")
-    return config.get(name, "left out")
+def _changes(config: dict[str, Any], saved: dict[str, Any]) -> str:
+    changes = {key: value for key, value in config.items() if key not in saved or saved[key] != value}
+    return json.dumps(changes)[:200] if changes else "what is left out"
 
 
 def _names(message: str, field: str) -> bool:
@@ -216,8 +247,8 @@ def test_unsupported_architectures_are_told_what_is_supported(tmp_path: Path, mo
     with pytest.raises(CheckpointError, match=r"model_type .* not supported") as caught:
         ModelConfig.from_pretrained(tmp_path)
     assert all(family in str(caught.value) for family in FAMILIES)
-    del (fields := dict(HUB["Llama-2-7b-hf"]))["model_type"]
-    (tmp_path / "config.json").write_text(json.dumps(fields))
+    without = {name: value for name, value in HUB["Llama-2-7b-hf"].items() if name != "model_type"}
+    (tmp_path / "config.json").write_text(json.dumps(without))
     with pytest.raises(CheckpointError, match="model_type"):
         ModelConfig.from_pretrained(tmp_path)
 
@@ -228,15 +259,14 @@ def test_both_spellings_give_the_same_model(tmp_path: Path, name: str) -> None:
     config = CASES[name].config(dtype="float32", architectures=["X"])
     saved = config.to_dict()
     spellings = [saved, older(saved)]
-    for spelling, fields in zip(("new", "older"), spellings, strict=True):
+    for spelling, written in zip(("new", "older"), spellings, strict=True):
         (tmp_path / spelling).mkdir()
-        (tmp_path / spelling / "config.json").write_text(json.dumps(fields))
+        (tmp_path / spelling / "config.json").write_text(json.dumps(written))
     theirs = [AutoConfig.from_pretrained(tmp_path / spelling).to_dict() for spelling in ("new", "older")]
-    for fields in theirs:
-        del fields["_name_or_path"]
-        fields.pop("_sliding_window_pattern", None)
-        fields.pop("partial_rotary_factor", None)
-        ropes = fields.get("rope_parameters", {})
+    for read in theirs:
+        for name in ("_name_or_path", "_sliding_window_pattern", "partial_rotary_factor"):
+            read.pop(name, None)
+        ropes = read.get("rope_parameters", {})
         for rope in (ropes, *(ropes.get(kind, {}) for kind in ("full_attention", "sliding_attention"))):
             rope.pop("type", None)
     assert theirs[0] == theirs[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,9 @@ def same(tokenizer: tuple[Any, Any], source: str, messages: Any, **options: Any)
     try:
         expected = theirs.apply_chat_template(messages, chat_template=source, tokenize=False, **options)
     except Exception as error:
-        with pytest.raises(ValueError, match="chat template: ") as caught:
+        said = re.escape(str(error)) if type(error).__name__ == "TemplateError" else ""  # raise_exception
+        with pytest.raises(ValueError, match=f"chat template: .*{said}"):
             template.render(messages, **options)
-        if type(error).__name__ == "TemplateError":  # raise_exception
-            assert str(error) in str(caught.value)
         return None
     assert template.render(messages, **options) == expected
     return str(expected)
@@ -170,9 +170,9 @@ def test_named_templates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (5, r"chat_template\[0\]"),
+        (5, r"\[0\]"),
         ([{"name": "rag", "template": "x"}], "named 'default'"),
-        ([{"name": "default"}], r"chat_template\[0\]"),
+        ([{"name": "default"}], r"\[0\]"),
         ("{% if %}", "line 1"),
         ("{{ messages", "line 1"),
         ("\ud800", "not Unicode"),
@@ -187,9 +187,12 @@ def test_named_templates(tmp_path: Path) -> None:
         ("{{ 1 is nothing }}", "test 'nothing'"),
         ("{{ lipsum() }}", "'lipsum' is not supported"),
         ("{% macro m() %}{{ varargs }}{% endmacro %}", "'varargs'"),
-        ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "chat_template"),
+        ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "cannot be compiled"),
+        ("{{ a }}" * 10_001, "more than 10000 tags"),
+        ("{{ [" + "a," * 100_001 + "] }}", "more than 100000 syntax nodes"),
+        ("{{ 0x" + "f" * 2000 + " }}", "a number of more than 4096 bits"),
         ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "cannot be compiled"),
-        ("{{ " + "9" * 10000 + " }}", "chat_template"),
+        ("{{ " + "9" * 10000 + " }}", "cannot be compiled"),
     ],
 )
 def test_bad_templates(tmp_path: Path, value: Any, message: str) -> None:

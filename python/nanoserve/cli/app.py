@@ -42,21 +42,17 @@ class ErrorBoundary(TyperGroup):
         except ValueError as error:  # CheckpointError and RequestRefused are ValueErrors
             say(f"error: {error}")
             raise typer.Exit(2) from error
-        except (ImportError, OSError, RuntimeError) as error:
-            if not _is_about_the_machine(error):
+        except (ImportError, OSError) as error:  # a broken installation, no compiler, a full disk
+            say(f"error: {error}")
+            raise typer.Exit(1) from error
+        except RuntimeError as error:
+            from nanoserve.compiler.jit import CompileError
+            from nanoserve.compiler.object_cache import CacheRefused
+
+            if not isinstance(error, CompileError | CacheRefused):
                 raise
             say(f"error: {error}")
             raise typer.Exit(1) from error
-
-
-def _is_about_the_machine(error: BaseException) -> bool:
-    """No native module, no compiler, an unsafe cache, a full disk: errors that say what to mend."""
-    from nanoserve.compiler.bindings import MlirMissing
-    from nanoserve.compiler.jit import CompileError
-    from nanoserve.compiler.object_cache import CacheRefused
-
-    native = isinstance(error, ImportError) and "native module" in str(error)
-    return native or isinstance(error, MlirMissing | CompileError | CacheRefused | OSError)
 
 
 def _as_help(function: Callable[..., Any]) -> str:

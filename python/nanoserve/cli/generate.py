@@ -68,11 +68,10 @@ def generate(
     prompts = _read_prompts(prompt or [], file, raw)
     if as_json and stream:
         raise ValueError("--stream: text cannot be streamed into --json, leave one of them out")
-    is_single = len(prompts) == 1 and sampling.get("n", 1) == 1
+    num_completions = len(prompts) * sampling.get("n", 1)
+    is_single = num_completions == 1
     if stream and not is_single:
-        raise ValueError(
-            f"--stream: {len(prompts)} prompts with -n {sampling.get('n', 1)}: one completion can be streamed"
-        )
+        raise ValueError(f"--stream: shows one completion as it comes, not {num_completions}")
     sampling_params({}, sampling)  # refuse now what would be refused after a minute of loading
     for field in ("logprobs", "prompt_logprobs"):
         if field in sampling and not as_json:

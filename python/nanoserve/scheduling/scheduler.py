@@ -289,7 +289,10 @@ class Scheduler:
         errors: Mapping[ReqId, str] | None = None,
         finite: Sequence[bool] | None = None,
     ) -> list[Request]:
-        """`commit` for callers with tokens only: one per `output.sampling_requests`, in their order."""
+        """`commit` for callers with tokens only, one per `output.sampling_requests`, in their order.
+
+        Without log-probabilities: requests that ask for them get none.
+        """
         return self.commit(output, StepResults(tokens, errors or {}, finite))
 
     def commit(self, output: SchedulerOutput, results: StepResults) -> list[Request]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nanoserve.batch import Batch, Int32Array
 from nanoserve.observe.events import ReqId
@@ -16,7 +17,7 @@ from nanoserve.request import Request
 
 
 class SchedulerOutput:
-    """A batch and its paging. S requests, T tokens, R sampled rows.
+    """A batch and its paging. S requests, T tokens, L rows of logits, R of them to sample from.
 
     Attributes:
         step: number of the step, from 1.
@@ -65,8 +66,16 @@ class SchedulerOutput:
 
     @property
     def sample_rows(self) -> Int32Array:
-        """int32[R]: the rows of T whose logits are wanted."""
+        """int32[L]: the rows of T whose logits are wanted."""
         return self.batch.sample_rows
+
+    @property
+    def token_rows(self) -> NDArray[np.intp] | None:
+        """intp[R]: the rows of L that `sampling_requests` are sampled from; None if it is all of them.
+
+        The others tell of prompt tokens whose log-probabilities were asked for.
+        """
+        return self.batch.token_rows
 
     @cached_property
     def starts(self) -> Int32Array:

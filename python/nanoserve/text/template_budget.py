@@ -16,11 +16,12 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, ValuesView
 from contextvars import ContextVar
 from typing import Any
 
 from jinja2.filters import do_indent
+from jinja2.runtime import Undefined
 
 MAX_STEPS = 1_000_000
 MAX_TEXT_CHARS = 8 * 2**20  # one string, the rendered chat included
@@ -31,6 +32,7 @@ MAX_OUTPUT_CHARS = (
 MAX_CPU_SECONDS = 1.0
 MAX_INT_BITS = 4096
 MAX_RANGE = 100_000
+MAX_PATTERN_CHARS = 256
 _CHARS_PER_STEP = 1024
 _STEPS_PER_CLOCK = 256
 _PLACEHOLDER = re.compile(r"%(?:%|[sdi]|(?:\.\d)?f)")
@@ -116,13 +118,24 @@ def counted(items: Iterable[Any]) -> Iterator[Any]:
 
 
 def text_of(value: Any) -> str:
-    """str(value), refused if that is too long."""
+    """str(value), refused if that is too long, or if it would name an object by its address."""
     if isinstance(value, str):
         return value
     budget = current.get()
-    if isinstance(value, dict | list | tuple):
-        budget.make(2 * budget.deep(value))  # repr may escape
+    if isinstance(value, dict | list | tuple | KeysView | ValuesView | ItemsView):
+        items = value if isinstance(value, dict | list | tuple) else list(value)
+        budget.make(2 * budget.deep(items))  # repr may escape
+    elif isinstance(value, Iterator) or (callable(value) and not isinstance(value, Undefined)):
+        raise TypeError(f"{type(value).__name__} has no text")
     return str(value)
+
+
+def check_pattern(pattern: object) -> None:
+    """Of an operation that takes time text x pattern."""
+    if isinstance(pattern, str) and len(pattern) > MAX_PATTERN_CHARS:
+        raise TooExpensive(
+            f"searches for {len(pattern)} characters, at most {MAX_PATTERN_CHARS} are allowed here"
+        )
 
 
 def concat(parts: Iterable[Any]) -> str:

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2.filters import FILTERS, make_attrgetter
+from jinja2.filters import FILTERS, do_float, do_int, do_round, make_attrgetter
 from jinja2.runtime import Context
 from jinja2.tests import TESTS
 from jinja2.utils import Namespace
@@ -19,12 +19,13 @@ from nanoserve.text.template_budget import TooExpensive, current
 from nanoserve.text.template_rewrite import CONCAT, COUNTED, DEEP, SHALLOW, STATIC
 
 _FILTERS_SHALLOW = (
-    "abs count d default first float int last length list items map reject rejectattr reverse round select selectattr"
+    "abs count d default first last length list items map reject rejectattr reverse select selectattr"
 ).split()
 _FILTERS_DEEP = "dictsort max min sort unique".split()
-_FILTERS_OF_TEXT = "capitalize lower title trim upper wordcount".split()
+_FILTERS_OF_TEXT = "capitalize lower title upper wordcount".split()
 _TESTS_DEEP = "== != < <= > >= eq equalto ne lt lessthan le gt greaterthan ge in".split()
 MAX_STRFTIME_CHARS = 256
+MAX_DIGITS = 300
 
 
 @jinja2.pass_context
@@ -52,6 +53,10 @@ def filters() -> dict[str, Callable[..., Any]]:
         "format": lambda pattern, *args, **kwargs: budget.percent_format(
             budget.text_of(pattern), kwargs or args
         ),
+        "int": _int,
+        "float": _float,
+        "round": _round,
+        "trim": _trim,
         "escape": _escape,
         "e": _escape,
     }
@@ -162,6 +167,34 @@ def _join(environment: jinja2.Environment, value: Any, d: Any = "", attribute: A
 def _replace(s: Any, old: Any, new: Any, count: int | None = None) -> str:
     old, new = budget.text_of(old), budget.text_of(new)
     return budget.replace(budget.text_of(s), old, new, -1 if count is None else count)
+
+
+def _int(value: Any, default: int = 0, base: int = 10) -> int:
+    _check_digits(value)
+    return do_int(value, default, base)
+
+
+def _float(value: Any, default: float = 0.0) -> float:
+    _check_digits(value)
+    return do_float(value, default)
+
+
+def _check_digits(value: Any) -> None:
+    if isinstance(value, str) and len(value) > MAX_DIGITS:
+        raise TooExpensive(f"a number of {len(value)} characters, at most {MAX_DIGITS} are allowed")
+
+
+def _round(value: float, precision: int = 0, method: Any = "common") -> float:
+    if not isinstance(precision, int) or abs(precision) > MAX_DIGITS:  # jinja computes 10 to the power of it
+        raise TooExpensive(f"round: the precision must be in [-{MAX_DIGITS}, {MAX_DIGITS}]")
+    return do_round(value, precision, method)
+
+
+def _trim(value: Any, chars: str | None = None) -> str:
+    budget.check_pattern(chars)
+    text = budget.text_of(value)
+    current.get().make(len(text))
+    return text.strip(chars)
 
 
 def _escape(value: Any) -> str:

@@ -13,6 +13,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.visitor import NodeTransformer
 
+from nanoserve.text.template_budget import MAX_INT_BITS
+
 COUNTED, SHALLOW, DEEP, CONCAT, STATIC = "\0counted", "\0shallow", "\0deep", "\0concat", "\0static"
 
 _STATEMENTS = (
@@ -20,6 +22,9 @@ _STATEMENTS = (
     nodes.Assign, nodes.AssignBlock, nodes.Break, nodes.Continue, nodes.Scope,
 )  # fmt: skip
 _NAMES_REFUSED = ("lipsum", "cycler", "joiner", "self", "varargs", "kwargs")
+
+
+MAX_NODES = 100_000
 
 
 class TemplateRefused(ValueError):
@@ -39,7 +44,9 @@ class GenerationTag(Extension):
 
 def check(tree: nodes.Template, environment: Environment) -> None:
     """Refuses, naming the line, what the environment does not have: at load time, not in the middle of a chat."""
-    for node in tree.find_all(nodes.Node):
+    for count, node in enumerate(tree.find_all(nodes.Node)):
+        if count > MAX_NODES:
+            raise TemplateRefused(f"more than {MAX_NODES} syntax nodes")
         where = f"line {node.lineno}: "
         if isinstance(node, nodes.Stmt) and not isinstance(node, _STATEMENTS):
             raise TemplateRefused(f"{where}statement {type(node).__name__.lower()} is not supported")
@@ -47,6 +54,12 @@ def check(tree: nodes.Template, environment: Environment) -> None:
             raise TemplateRefused(f"{where}filter {node.name!r} is not supported")
         if isinstance(node, nodes.Test) and node.name not in environment.tests:
             raise TemplateRefused(f"{where}test {node.name!r} is not supported")
+        if (
+            isinstance(node, nodes.Const)
+            and isinstance(node.value, int)
+            and node.value.bit_length() > MAX_INT_BITS
+        ):
+            raise TemplateRefused(f"{where}a number of more than {MAX_INT_BITS} bits is not supported")
         if isinstance(node, nodes.Name) and node.ctx == "load" and node.name in _NAMES_REFUSED:
             raise TemplateRefused(f"{where}{node.name!r} is not supported")
 

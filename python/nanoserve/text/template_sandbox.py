@@ -26,16 +26,17 @@ from jinja2.utils import Namespace
 from nanoserve.text import template_budget as budget
 from nanoserve.text.template_budget import current
 from nanoserve.text.template_functions import filters, functions, put_out, tests
-from nanoserve.text.template_rewrite import GenerationTag, check, with_meters
+from nanoserve.text.template_rewrite import GenerationTag, TemplateRefused, check, with_meters
 
+MAX_TAGS = 10_000  # compiling a template takes jinja 0.1 ms per tag; published ones have a few hundred
 _METHODS: dict[type, frozenset[str]] = {
     str: frozenset(
         "capitalize casefold count endswith find index isalnum isalpha isdecimal isdigit islower isnumeric isspace isupper "
         "join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split "
         "splitlines startswith strip swapcase title upper".split()
     ),
-    dict: frozenset("get items keys values copy".split()),
-    list: frozenset("count index copy".split()),
+    dict: frozenset("get items keys values".split()),
+    list: frozenset("count index".split()),
     tuple: frozenset("count index".split()),
     LoopContext: frozenset(
         "index index0 revindex revindex0 first last length depth depth0 previtem nextitem cycle".split()
@@ -50,6 +51,8 @@ def compile_template(source: str) -> jinja2.Template:
         TemplateRefused: a statement, filter, test or name that is not supported.
         jinja2.TemplateSyntaxError: as jinja says.
     """
+    if source.count("{%") + source.count("{{") > MAX_TAGS:
+        raise TemplateRefused(f"more than {MAX_TAGS} tags")
     environment = TemplateEnvironment()
     tree = environment.parse(source)
     check(tree, environment)
@@ -93,6 +96,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         meter.step()
         owner = None if isinstance(__obj, Undefined) else getattr(__obj, "__self__", None)
         if isinstance(owner, str):
+            for name in ("_loop_vars", "_block_vars"):  # jinja's own, for functions that want the context
+                kwargs.pop(name, None)
             return _call_text_method(owner, __obj.__name__, args, kwargs)
         if isinstance(owner, list | tuple):
             meter.deep(owner)  # count() and index() compare
@@ -102,10 +107,17 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return result
 
 
+# Searching from the right, and cutting off characters of a set, take time text x argument in CPython.
+_SLOW_METHODS = frozenset("strip lstrip rstrip rfind rindex rsplit rpartition".split())
+
+
 def _call_text_method(text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     meter = current.get()
-    for value in (text, *args):
+    meter.shallow(text)
+    for value in args:
         meter.shallow(value)
+        if name in _SLOW_METHODS:
+            budget.check_pattern(value)
     if name == "join":
         return budget.join(text, *map(_texts, args), **kwargs)
     if name == "replace":
