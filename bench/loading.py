@@ -92,7 +92,12 @@ def main() -> None:
     if args.inside:
         print(json.dumps(load_and_generate(args.inside)))
         return
-    results: dict[str, Any] = {"command": "python -m bench.loading", "commit": commit(), "machine": machine(), "shapes": {}}
+    results: dict[str, Any] = {
+        "command": "python -m bench.loading",
+        "commit": commit(),
+        "machine": machine(),
+        "shapes": {},
+    }
     for name in args.shapes:
         results["shapes"][name] = measure(name)
         print(name, json.dumps(results["shapes"][name], indent=1))

@@ -9,7 +9,7 @@ whole text come from the same pieces, so they cannot differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class LLM:
         max_num_seqs, max_num_batched_tokens: as NanoServingEngine's max_batch_size and max_num_batched_tokens.
         max_model_len: longest prompt + output; None takes the model's, or what fits the pool.
         revision: branch, tag or commit of a hub repository.
+        eos_token_id: token(s) that end a request; None takes the checkpoint's.
         on_load: called as (bytes done, bytes in total, weight name) while weights are packed.
         on_progress: called as (done, total, kernel name) while kernels compile.
         engine_options: further keywords of NanoServingEngine.
@@ -62,6 +63,7 @@ class LLM:
         max_model_len: int | None = None,
         *,
         revision: str | None = None,
+        eos_token_id: int | Iterable[int] | None = None,
         on_load: OnProgress | None = None,
         on_progress: OnProgress | None = None,
         **engine_options: Any,
@@ -86,7 +88,7 @@ class LLM:
             max_batch_size=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
-            eos_token_id=self._eos_token_ids(),
+            eos_token_id=self._eos_token_ids() if eos_token_id is None else eos_token_id,
             on_load=on_load,
             on_progress=on_progress,
             **engine_options,

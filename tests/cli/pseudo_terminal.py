@@ -46,7 +46,7 @@ class Terminal:
         """Wait until `text` is shown after what was found before; everything up to its end."""
         ends = time.monotonic() + timeout
         while (at := self.shown.find(text, self._searched)) < 0:
-            if time.monotonic() > ends or not self._read():
+            if time.monotonic() > ends or not self.read_some():
                 raise AssertionError(
                     f"{text!r} is not shown; on the screen: {self.shown[self._searched :]!r}"
                 )
@@ -57,12 +57,12 @@ class Terminal:
     def wait(self, timeout: float = 30.0) -> int:
         """The exit code, once the program has ended."""
         ends = time.monotonic() + timeout
-        while self._read() and time.monotonic() < ends:
+        while self.read_some() and time.monotonic() < ends:
             pass
         _, status = os.waitpid(self.pid, 0)
         return os.waitstatus_to_exitcode(status)
 
-    def _read(self) -> bool:
+    def read_some(self) -> bool:
         """Some more of the screen; False when the program has closed it."""
         if not select.select([self._fd], [], [], 0.2)[0]:
             return True

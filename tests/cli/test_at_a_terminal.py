@@ -24,7 +24,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(random_chat: Path) -> None:
         terminal.press("Hello\r")
         terminal.expect("Hello\r\n")
         while len(terminal.shown) < 600:
-            terminal._read()
+            terminal.read_some()
         terminal.press("\x03")
         terminal.expect("[stopped: what came is part of the conversation, /undo takes it back]")
         terminal.expect("stopped after ")
@@ -54,7 +54,7 @@ def test_ctrl_c_ends_generate_with_130(random_chat: Path) -> None:
     words = ["-p", "x", "--max-tokens", "60000", *ENDLESS]
     with Terminal("generate", random_chat, *words) as terminal:
         while len(terminal.shown) < 600:
-            assert terminal._read(), terminal.shown
+            assert terminal.read_some(), terminal.shown
         terminal.press("\x03")
         assert terminal.wait() == 130
         assert "interrupted" in terminal.shown

@@ -44,7 +44,7 @@ def test_a_version_2_group_leaves_its_limit_less_what_is_in_use(tmp_path: Path) 
 def test_the_tightest_of_a_group_and_its_parents_counts(tmp_path: Path) -> None:
     group = {
         "proc/self/cgroup": "0::/user/job\n",
-        "sys/fs/cgroup/user/job/memory.max": "max\n",
+        "sys/fs/cgroup/user/job/memory.max": f"{80 * MIB}\n",
         "sys/fs/cgroup/user/memory.max": f"{90 * MIB}\n",
         "sys/fs/cgroup/user/memory.current": f"{30 * MIB}\n",
     }
@@ -88,7 +88,7 @@ def test_more_in_use_than_allowed_is_nothing_left(tmp_path: Path) -> None:
 def test_a_path_that_climbs_out_reads_nothing_else(tmp_path: Path) -> None:
     group = {
         "proc/self/cgroup": "0::/../../secret\n",
-        "secret/memory.max": "1\n",
+        "sys/secret/memory.max": "1\n",
         "sys/fs/cgroup/memory.max": "max\n",
     }
     assert cgroup_available(tree(tmp_path, machine(700) | group)) is None

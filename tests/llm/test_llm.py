@@ -183,7 +183,11 @@ def test_chat_goes_through_the_template(plain: LLM) -> None:
     assert joined(list(plain.stream_chat(messages, greedy(8)))) == output.text
     both = plain.chat([messages, messages], greedy(8))
     assert [one.text for one in both] == [output.text] * 2
-    longer = [*messages, {"role": "assistant", "content": str(output.text)}, {"role": "user", "content": "and?"}]
+    longer = [
+        *messages,
+        {"role": "assistant", "content": str(output.text)},
+        {"role": "user", "content": "and?"},
+    ]
     assert plain.chat(longer, greedy(8))[0].usage.cached_tokens >= 16
     clean(plain)
 
@@ -222,7 +226,9 @@ def test_an_abort_from_outside_ends_the_stream(plain: LLM) -> None:
         (["word " * 600], greedy(), r"prompts\[0\]: "),
     ],
 )
-def test_bad_input_is_named_and_nothing_stays(plain: LLM, prompts: object, params: object, message: str | None) -> None:
+def test_bad_input_is_named_and_nothing_stays(
+    plain: LLM, prompts: object, params: object, message: str | None
+) -> None:
     if message is None:
         plain.generate(prompts, params)  # type: ignore[arg-type]
     else:
@@ -263,7 +269,11 @@ def test_a_bad_tokenizer_is_found_before_the_weights_are_read(tmp_path: Path) ->
 
 def test_loading_reports_its_progress(tmp_path: Path) -> None:
     loads: list[tuple[int, int, str]] = []
-    LLM(make_text_checkpoint(tmp_path / "m"), kv_cache_bytes=KV_BYTES, on_load=lambda *step: loads.append(step))
+    LLM(
+        make_text_checkpoint(tmp_path / "m"),
+        kv_cache_bytes=KV_BYTES,
+        on_load=lambda *step: loads.append(step),
+    )
     done = [step[0] for step in loads]
     assert done == sorted(done)
     assert done[-1] == loads[-1][1] > 0

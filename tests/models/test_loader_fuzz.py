@@ -54,7 +54,7 @@ def test_mutated_checkpoints(tmp_path: Path, corpus: str, count: int) -> None:
         ("np.empty(1 << 30, np.uint8)", "MemoryError"),
         ("[].pop()", "IndexError: pop from empty list"),
         ("(_ for _ in ()).throw(ValueError('no file'))", "message 'no file'"),
-        ("all(time.process_time() < start + 2.5 for _ in itertools.count())", "took 2."),
+        ("all(time.process_time() < start + 0.5 for _ in itertools.count())", " took 0."),
         ("time.sleep(60)", None),
         ("os.abort()", None),
     ],
@@ -63,7 +63,7 @@ def test_the_worker_notices(tmp_path: Path, broken: str, words: str | None) -> N
     """Memory, other exceptions, messages without a file, slow cases, hangs and crashes all fail the worker's run."""
     program = (
         "import itertools, json, os, sys, time\nimport numpy as np\nimport support.loader_fuzz as fuzz\n"
-        "start = time.process_time()\nfuzz.WATCHDOG_SECONDS = 4\n"
+        "start = time.process_time()\nfuzz.CASE_SECONDS, fuzz.WATCHDOG_SECONDS = 0.2, 4\n"
         f"case = lambda: ({broken}) and None\n"
         "fuzz.CORPORA['broken'] = (lambda rng, directory: itertools.repeat(case), 'json')\n"
         "print(json.dumps(fuzz.run('broken', 0, 1, fuzz.Path(sys.argv[1]))))\n"

@@ -69,7 +69,7 @@ def test_priority_is_a_bounded_whole_number(priority: Any) -> None:
         (lambda e: engine(enable_prefix_cache="no"), "enable_prefix_cache"),
         (lambda e: Request(0, [1, 2], cached_len=1.0), "cached_len"),
         (lambda e: LLM(MODEL).generate([1, 2]), r"prompts\[0\]: prompt_tokens"),
-        (lambda e: LLM(MODEL).generate("\ud800"), "prompts: .* not valid Unicode"),
+        (lambda e: LLM(MODEL).generate("\ud800"), "prompts.0.: .* not Unicode text"),
         (lambda e: LLM(MODEL, dtype="int3"), "dtype: 'int3'"),
         (lambda e: LLM(MODEL, kv_cache_bytes=10), "10"),
     ],
@@ -85,7 +85,7 @@ def test_mistakes_are_named(call: Any, field: str) -> None:
 
 def test_a_model_that_is_not_a_directory_is_refused() -> None:
     for path in (MODEL / "config.json", MODEL / "nowhere"):
-        with pytest.raises(CheckpointError, match="must be a checkpoint directory"):
+        with pytest.raises(CheckpointError, match="must be the directory that holds"):
             LLM(path)
 
 

@@ -140,7 +140,7 @@ def test_statistics_count_what_happened(weights: Any) -> None:
     assert engine.get_stats()["steps"] == 0
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
 def test_cache_content_equals_the_oracles(name: str, tmp_path: Path) -> None:
     """Keys and values in the pages are transformers' past_key_values, layer by layer, position by position."""
     import torch

@@ -124,6 +124,24 @@ def test_an_interrupt_inside_a_watcher_leaves_a_working_engine() -> None:
     system.check_nothing_is_held()
 
 
+def test_an_interrupt_inside_a_watcher_leaves_no_unproven_page_behind() -> None:
+    """The neighbour's NaNs were computed and never judged: aborted before the next step, its pages are zeroed all the same."""
+    system = System()
+
+    def interrupted(token: int) -> str | None:
+        raise KeyboardInterrupt
+
+    system.executor.poisoned.add("b")
+    system.add("a", prompt(5), 5, watcher=interrupted)
+    system.add("b", prompt(9, 1), 5)
+    with pytest.raises(KeyboardInterrupt):
+        system.step()
+    system.batcher.abort("b")
+    system.batcher.abort("a")
+    system.check()
+    system.check_nothing_is_held()
+
+
 def test_a_watcher_may_abort_its_own_request_and_others() -> None:
     """Not its job, but what a callback can reach it will call: nothing is freed twice, nobody is resurrected."""
     system = System()

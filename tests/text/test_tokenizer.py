@@ -338,6 +338,13 @@ def test_bad_files(gpt2: Path, file: str, content: bytes, message: str) -> None:
         load_tokenizer(gpt2, VOCAB)
 
 
+def test_a_prefix_that_cuts_characters(gpt2: Path) -> None:
+    """The library would cut the first byte off "Ł" and abort the process."""
+    edit(gpt2, "tokenizer.json", lambda root: root["model"].update(continuing_subword_prefix="a"))
+    with pytest.raises(CheckpointError, match=r"model\.merges\[0\].*continuing_subword_prefix 'a'"):
+        load_tokenizer(gpt2, VOCAB)
+
+
 def test_file_size_limit(gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_module, "MAX_TOKENIZER_BYTES", 1000)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: larger than the limit of 1000"):

@@ -65,10 +65,10 @@ def python() -> Finding:
 def native_module() -> Finding:
     meaning = "owns the KV pool and runs the steps; nothing works without it"
     try:
-        from nanoserve import native
+        from nanoserve.native import KVCachePool
     except ImportError as error:
         return Finding("native module", BAD, "missing", meaning, str(error))
-    return Finding("native module", OK, str(sys.modules[native.KVCachePool.__module__].__file__), meaning)
+    return Finding("native module", OK, str(sys.modules[KVCachePool.__module__].__file__), meaning)
 
 
 def mlir_bindings() -> Finding:

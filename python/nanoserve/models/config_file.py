@@ -25,7 +25,7 @@ from nanoserve.models.families import (
     words,
 )
 from nanoserve.models.layer_kinds import layer_kinds
-from nanoserve.models.rope import Rope, parse_rope
+from nanoserve.models.rope import Rope, parse_rope, theta_in
 
 MAX_CONFIG_BYTES = 16 * 2**20
 
@@ -163,15 +163,19 @@ def _rope_parameters(given: Values) -> tuple[Mapping[str, Any], Mapping[str, Any
     if scaling is not None and parameters is not None:
         raise ValueError("rope_scaling and rope_parameters: which one? Only one of them may be there")
     everywhere = _object("rope_parameters" if scaling is None else "rope_scaling", parameters or scaling)
+    theta_in("rope_theta", given["rope_theta"])
     if "rope_local_base_freq" not in given:
         return everywhere, None
-    local = {"rope_theta": given["rope_local_base_freq"]}
+    local = {"rope_theta": theta_in("rope_local_base_freq", given["rope_local_base_freq"])}
     if parameters is None:
         return everywhere, local
     if set(everywhere) - {"full_attention", "sliding_attention"}:
         raise ValueError("rope_parameters: must have full_attention and sliding_attention only")
     own = _object("rope_parameters.sliding_attention", everywhere.get("sliding_attention"))
-    return _object("rope_parameters.full_attention", everywhere.get("full_attention")), {**local, **own}
+    return _object("rope_parameters.full_attention", everywhere.get("full_attention")), {
+        **local,
+        **{name: value for name, value in own.items() if value is not None},
+    }
 
 
 def _parse_rope(

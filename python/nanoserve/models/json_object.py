@@ -1,7 +1,8 @@
 """A JSON object from a stranger's file: size limited, names unique, nothing that is not JSON.
 
 Python's parser takes NaN, Infinity and a name given twice (the last wins); here each is an error, because two readers of
-the same file could then see two different checkpoints. Numbers of thousands of digits and deep nesting end in an error too.
+the same file could then see two different checkpoints. Numbers of thousands of digits end in an error too, and so does
+nesting: the parser would go to the recursion limit, and whoever shows the value in a message would then pass it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any, NoReturn
 
 from nanoserve.checks import shown
 from nanoserve.errors import CheckpointError
+
+MAX_DEPTH = 32  # the deepest file of a checkpoint, tokenizer.json, has about 8
 
 
 def read_object(file: Path, max_bytes: int) -> dict[str, Any]:
@@ -56,4 +59,17 @@ def parse_object(file: str, raw: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{file}: not valid JSON ({type(error).__name__})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: must hold an object, is {type(value).__name__}")
+    if _is_deeper(value, MAX_DEPTH):
+        raise CheckpointError(f"{file}: nested deeper than {MAX_DEPTH} levels")
     return value
+
+
+def _is_deeper(value: dict[str, Any], limit: int) -> bool:
+    """Level by level: no recursion of its own."""
+    level: list[Any] = [value]
+    for _ in range(limit):
+        inner = (
+            held for holder in level for held in (holder.values() if isinstance(holder, dict) else holder)
+        )
+        level = [held for held in inner if isinstance(held, dict | list)]
+    return bool(level)

@@ -43,8 +43,7 @@ def layer_kinds(rule: str, given: Mapping[str, Any], layers: int) -> dict[str, A
         values["rope_layers"] = None if all(rotates) else rotates
         slides = tuple(window is not None and switched_on and not rotate for rotate in rotates)
     else:
-        pattern = given.get("_sliding_window_pattern", given["sliding_window_pattern"])
-        pattern = whole_number("sliding_window_pattern", pattern, 1)
+        pattern = whole_number("sliding_window_pattern", given["sliding_window_pattern"], 1)
         slides = tuple((i + 1) % pattern != 0 for i in range(layers))
     if given.get("layer_types") is not None:
         slides = _explicit(given["layer_types"], layers)

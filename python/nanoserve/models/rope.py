@@ -192,7 +192,7 @@ def parse_rope(parameters: Mapping[str, Any], *, dims: int, theta: float, max_po
         raise ValueError(f"rope_type: {shown(kind)} and type: {shown(parameters['type'])} disagree")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"rope_type: {shown(kind)} is not supported, only {', '.join(KINDS)}")
-    theta = _number("rope_theta", given.pop("rope_theta", theta), above=1.0, most=1e30)
+    theta = theta_in("rope_theta", given.pop("rope_theta", theta))
     unknown = sorted(set(given) - KINDS[kind])
     if unknown:
         raise ValueError(f"{unknown[0]}: is not understood for rope_type {kind!r}")
@@ -246,6 +246,11 @@ def parse_rope(parameters: Mapping[str, Any], *, dims: int, theta: float, max_po
         if rope["factor"] > 1:
             rope.setdefault("amplitude", math.sqrt(1 + math.log(rope["factor"]) / math.log(max(2, original))))
     return Rope(**rope)
+
+
+def theta_in(name: str, value: object) -> float:
+    """The value as a base wavelength; a ValueError naming the field otherwise."""
+    return _number(name, value, above=1.0, most=1e30)
 
 
 def _yarn_amplitude(factor: float, mscale: float, mscale_all_dim: float) -> float:

@@ -176,7 +176,7 @@ class ContinuousBatcher:
                 results = self._results(batch, logits, finite, errors)
                 times.append(clock())
                 gate.close()
-                finished = self.scheduler.commit(output, results)
+                finished = self.scheduler.update(output, results)
                 gate.open()
             except BaseException:
                 gate.close()

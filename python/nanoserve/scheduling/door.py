@@ -52,7 +52,7 @@ class Door:
         if self.max_model_len is not None and length >= self.max_model_len:
             raise RequestRefused(
                 f"{name}: a prompt of {length} tokens leaves no room for output, prompt + output is at most "
-                f"{self.max_model_len} tokens"
+                f"{self.max_model_len} tokens (the model's, or all that the pool's {self.kv_pool.num_pages} pages hold)"
             )
         if self.max_prompt_len is not None and length > self.max_prompt_len:
             raise RequestRefused(

@@ -285,22 +285,22 @@ class Scheduler:
     def update(
         self,
         output: SchedulerOutput,
-        tokens: Sequence[int],
+        results: StepResults | Sequence[int],
         errors: Mapping[ReqId, str] | None = None,
         finite: Sequence[bool] | None = None,
     ) -> list[Request]:
-        """`commit` for callers with tokens only, one per `output.sampling_requests`, in their order.
+        """Commits a computed step.
 
-        Without log-probabilities: requests that ask for them get none.
-        """
-        return self.commit(output, StepResults(tokens, errors or {}, finite))
-
-    def commit(self, output: SchedulerOutput, results: StepResults) -> list[Request]:
-        """Commits a computed step, `output` as `step` returned it.
+        Args:
+            output: what `step` returned.
+            results: all of it, or the tokens alone, one per `output.sampling_requests`.
+            errors, finite: as in StepResults, beside tokens.
 
         Returns:
             The requests that ended by themselves or by an error since the last call, not the aborted ones.
         """
+        if not isinstance(results, StepResults):
+            results = StepResults(results, errors or {}, finite)
         batch = output.batch
         for name, given in (("tokens", results.tokens), ("finite", results.finite)):
             if given is not None and len(given) != batch.num_sampled:

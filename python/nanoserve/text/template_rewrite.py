@@ -24,7 +24,7 @@ _STATEMENTS = (
 _NAMES_REFUSED = ("lipsum", "cycler", "joiner", "self", "varargs", "kwargs")
 
 
-MAX_NODES = 100_000
+MAX_NODES = 50_000
 
 
 class TemplateRefused(ValueError):

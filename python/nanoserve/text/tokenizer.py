@@ -166,6 +166,7 @@ def _check_shape(root: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{TOKENIZER_FILE}: model.dropout: {shown(model['dropout'])}, the same text must always give the same tokens"
         )
+    _check_merges(model.get("merges"), model.get("continuing_subword_prefix"))
     vocab = model.get("vocab")
     if not isinstance(vocab, dict | list):
         raise CheckpointError(f"{TOKENIZER_FILE}: model.vocab: {shown(vocab)} must be an object or a list")
@@ -176,6 +177,25 @@ def _check_shape(root: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{TOKENIZER_FILE}: {len(vocab) + len(added)} tokens, at most {MAX_TOKENS} are allowed"
         )
+
+
+def _check_merges(merges: object, prefix: object) -> None:
+    """The library cuts the prefix off each right half without looking: inside a character that aborts the process."""
+    if not isinstance(prefix, str) or not prefix or not isinstance(merges, list):
+        return
+    for i, merge in enumerate(merges):
+        right = (
+            merge.partition(" ")[2]
+            if isinstance(merge, str)
+            else merge[-1]
+            if isinstance(merge, list) and merge
+            else None
+        )
+        if not isinstance(right, str) or not right.startswith(prefix):
+            raise CheckpointError(
+                f"{TOKENIZER_FILE}: model.merges[{i}]: {shown(merge)} must continue with "
+                f"continuing_subword_prefix {shown(prefix)}"
+            )
 
 
 def _prepare(backend: tokenizers.Tokenizer, special: SpecialTokens) -> None:
