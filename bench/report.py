@@ -1,8 +1,9 @@
-"""Puts the numbers of bench/results/engine.json into README.md and draws bench/results/engine.svg.
+"""Puts the numbers of bench/results/*.json into README.md and draws bench/results/engine.svg.
 
     python -m bench.report [--check]
 
-The text between `<!-- numbers -->` and `<!-- /numbers -->` belongs to this script; `--check` only compares.
+The text between `<!-- numbers -->` and `<!-- /numbers -->` belongs to this script, and so do the blocks named `loading` and
+`sampler`; `--check` only compares.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "engine.json"
+RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
-FIGURE = ROOT / "bench" / "results" / "engine.svg"
-BLOCK = re.compile(r"(<!-- numbers -->\n).*?(<!-- /numbers -->)", re.DOTALL)
+FIGURE = RESULTS / "engine.svg"
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
 
 
 def megabytes(count: float) -> str:
@@ -56,6 +60,47 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def loading_table(results: dict[str, Any]) -> str:
+    """What loading a checkpoint of a real shape costs, Markdown."""
+    lines = ["| shape, bfloat16 file, float32 in memory | packed weights | KV pool | peak memory of the process | over both | over the weights alone | warm start |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name, one in results["shapes"].items():
+        lines.append(
+            f"| {name} | {gigabytes(one['weight_bytes'])} | {gigabytes(one['kv_bytes'])} | {gigabytes(one['peak_bytes'])} "
+            f"| {one['peak_over_needed']:.2f}x | {one['peak_over_weights']:.2f}x | {one['load_s']:.1f} s |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def sampler_table(results: dict[str, Any]) -> str:
+    """Microseconds per row for each way of sampling, Markdown."""
+    times = results["us_per_row_per_step"]
+    lines = ["| us per sampled row | " + " | ".join(f"vocabulary {int(vocab):,}" for vocab in times) + " |",
+             "|---|" + "---|" * len(times)]  # fmt: skip
+    for way in next(iter(times.values())):
+        cells = " | ".join(f"{one[way]:.0f}" for one in times.values())
+        lines.append(f"| {way.replace('_', ' ')} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+BLOCKS = {
+    "numbers": ("engine.json", table),
+    "loading": ("loading.json", loading_table),
+    "sampler": ("sampler.json", sampler_table),
+}
+
+
+def updated(text: str) -> str:
+    """README's text with every block made anew from its results file."""
+    for name, (file, make) in BLOCKS.items():
+        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not block.search(text):
+            sys.exit(f"README.md has no block <!-- {name} -->")
+        made = make(json.loads((RESULTS / file).read_text(encoding="utf-8")))
+        text = block.sub(lambda match, made=made: match.group(1) + made + match.group(2), text)  # type: ignore[misc]
+    return text
+
+
 def figure(results: dict[str, Any]) -> str:
     """Bars of tokens per second for the three ways of decoding, SVG."""
     t = results["throughput"]
@@ -86,16 +131,12 @@ def main() -> None:
         "--check", action="store_true", help="fail when README.md differs from the results file"
     )
     check = parser.parse_args().check
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
     text = README.read_text(encoding="utf-8")
-    updated = BLOCK.sub(lambda match: match.group(1) + table(results) + match.group(2), text)
+    wanted = updated(text)
     if check:
-        sys.exit(
-            0
-            if updated == text
-            else "README.md does not show bench/results/engine.json: run python -m bench.report"
-        )
-    README.write_text(updated, encoding="utf-8")
+        sys.exit(0 if wanted == text else "README.md does not show bench/results: run python -m bench.report")
+    README.write_text(wanted, encoding="utf-8")
+    results = json.loads((RESULTS / "engine.json").read_text(encoding="utf-8"))
     FIGURE.write_text(figure(results), encoding="utf-8")
 
 

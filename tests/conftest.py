@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-for entry in (str(ROOT / "tests"), str(ROOT / "python")):
+for entry in (str(ROOT), str(ROOT / "tests"), str(ROOT / "python")):
     if entry not in sys.path:
         sys.path.insert(0, entry)
 

@@ -32,5 +32,8 @@ def shown(value: object) -> str:
     """A value as an error message shows it: short, whatever was sent."""
     if isinstance(value, Integral) and abs(int(value)) >= 10**40:  # repr may refuse thousands of digits
         return f"an integer of {int(value).bit_length()} bits"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deeply to show"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -79,7 +79,7 @@ class LLM:
         self.default_params = SamplingParams(**self.generation.defaults)
         plan = plan_memory(
             self.config, kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
-            page_size=engine_options.get("page_size", 16),
+            page_size=engine_options.get("page_size", 16), max_num_batched_tokens=max_num_batched_tokens,
         )  # fmt: skip
         self.engine = NanoServingEngine(
             self.config,

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench.random_checkpoint import write_random_checkpoint
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from nanoserve.cli.app import app
-from support.random_checkpoint import write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_GPT = ROOT / "models" / "tiny-gpt"

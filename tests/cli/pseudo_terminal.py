@@ -54,11 +54,19 @@ class Terminal:
         self._searched = at + len(text)
         return before
 
-    def wait(self, timeout: float = 30.0) -> int:
-        """The exit code, once the program has ended."""
-        ends = time.monotonic() + timeout
-        while self.read_some() and time.monotonic() < ends:
-            pass
+    def wait(self, timeout: float = 30.0, press: str = "") -> int:
+        """The exit code, once the program has ended.
+
+        `press` is pressed now and again every second, as a person would: what is typed in the instant between readline's
+        showing of a prompt and its listening can be lost.
+        """
+        ends, again = time.monotonic() + timeout, 0.0
+        while self.read_some():
+            if press and time.monotonic() > again:
+                self.press(press)
+                again = time.monotonic() + 1
+            if time.monotonic() > ends:
+                raise AssertionError(f"still running; on the screen: {self.shown[-2000:]!r}")
         _, status = os.waitpid(self.pid, 0)
         return os.waitstatus_to_exitcode(status)
 

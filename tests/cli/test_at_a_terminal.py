@@ -24,7 +24,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(random_chat: Path) -> None:
         terminal.press("Hello\r")
         terminal.expect("Hello\r\n")
         while len(terminal.shown) < 600:
-            terminal.read_some()
+            assert terminal.read_some(), terminal.shown
         terminal.press("\x03")
         terminal.expect("[stopped: what came is part of the conversation, /undo takes it back]")
         terminal.expect("stopped after ")
@@ -34,8 +34,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(random_chat: Path) -> None:
         terminal.press("/stats\r")
         terminal.expect("turns             0")
         terminal.expect("> ")
-        terminal.press("\x04")
-        assert terminal.wait() == 0
+        assert terminal.wait(press="\x04") == 0
         assert "Traceback" not in terminal.shown
 
 
@@ -45,8 +44,8 @@ def test_ctrl_c_at_the_prompt_leaves(byte_chat: Path) -> None:
         terminal.press("Hello\r")
         terminal.expect("from cache")
         terminal.expect("> ")
-        terminal.press("half a mess\x03")
-        assert terminal.wait() == 0
+        terminal.press("half a mess")
+        assert terminal.wait(press="\x03") == 0
         assert "Traceback" not in terminal.shown
 
 

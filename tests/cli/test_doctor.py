@@ -122,6 +122,7 @@ def test_a_package_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (0, "noise\n11 kernels\n", "", OK, "11 kernels"),
         (1, "", "Traceback\nValueError: wrong\n", BAD, "ValueError: wrong"),
+        (1, "some progress\n", "wrong\n", BAD, "wrong"),
         (1, "", "", BAD, "exit status 1"),
         (-4, "", "", BAD, "ended by signal 4"),
         (0, "", "", BAD, "exit status 0"),

@@ -202,8 +202,8 @@ def test_a_reader_that_leaves_early_ends_it_quietly(random_chat: Path) -> None:
     assert process.stderr is not None
     said = process.stderr.read()
     assert process.wait(timeout=60) == 1
-    assert "Traceback" not in said
-    assert "Exception ignored" not in said
+    for noise in ("error", "Traceback", "Exception ignored", "Broken pipe"):
+        assert noise not in said
 
 
 def test_a_machine_that_cannot_serve_is_exit_code_1_with_the_remedy(tmp_path: Path) -> None:

@@ -77,6 +77,11 @@ def test_help_of_an_option_is_the_parameters_own_documentation(run: Run) -> None
     assert "0 is greedy, at most 100. [1.0]" in text
 
 
+def test_help_shows_the_commands_own_defaults(run: Run) -> None:
+    assert "Most output tokens. [128]" in plain(run("generate", "--help").stdout)
+    assert "Most output tokens. [as many as the context has room for]" in plain(run("chat", "--help").stdout)
+
+
 def test_help_needs_no_engine_and_no_compiler() -> None:
     """Start-up time, measured by what is not imported: numbers of seconds would depend on the machine."""
     code = """

@@ -46,6 +46,8 @@ def test_concurrency_is_told_per_context_length(run: Run) -> None:
     rows = [line.split() for line in text.partition("tokens each")[2].splitlines()[1:]]
     assert [row[:2] for row in rows] == [["256", "64"], ["512", "32"]]
     assert rows[0][2:] == "at most 8 run: --max-num-seqs".split()
+    text = run("plan", TINY_GPT, "--max-model-len", "256").stdout
+    assert [line.split()[0] for line in text.partition("tokens each")[2].splitlines()[1:]] == ["256"]
 
 
 def test_json_is_the_plan(run: Run) -> None:

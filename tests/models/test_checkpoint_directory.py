@@ -16,6 +16,7 @@ import pytest
 from nanoserve import CheckpointError
 from nanoserve.models import hub
 from nanoserve.models.checkpoint import checkpoint_directory, load_weights
+from nanoserve.models.safetensors_file import read_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -112,7 +113,7 @@ def test_names_follow_the_hubs_own_rules(name: str) -> None:
 
 def test_what_the_operating_system_refuses_is_named(tmp_path: Path) -> None:
     """A name too long for the file system is a CheckpointError as well, for directories and files."""
-    for call in (checkpoint_directory, load_weights):
+    for call in (checkpoint_directory, load_weights, read_safetensors):
         with pytest.raises(CheckpointError, match="x: cannot be read"):
             call(tmp_path / ("x" * 300))
 

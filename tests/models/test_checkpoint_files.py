@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench.random_checkpoint import write_random_checkpoint
 
 from nanoserve import CheckpointError
 from nanoserve.models import checkpoint
 from nanoserve.models.checkpoint import load_weights
 from nanoserve.models.safetensors_file import read_safetensors
-from support.random_checkpoint import write_random_checkpoint
 from support.safetensors_bytes import entry, write
 
 INDEX = "model.safetensors.index.json"
@@ -162,6 +162,7 @@ def test_reading_costs_the_rows_and_forget_gives_them_back(tmp_path: Path) -> No
         (b"[" * 100_000, b"", "not valid JSON (RecursionError)"),
         (b'{"a":{"b":' * 50_000, b"", "not valid JSON (RecursionError)"),
         (b'{"a":' + b"9" * 100_000 + b"}", b"", "not valid JSON"),
+        (b'{"a":' * 33 + b"1" + b"}" * 33, b"", "nested deeper than 32 levels"),
         (b'{"a":NaN}', b"", "not valid JSON (NaN is no JSON number)"),
         (b'{"a":{},"a":{}}', b"", "names 'a' twice"),
         (b'{"a":{"dtype":"F32","dtype":"F16"}}', b"", "names 'dtype' twice"),

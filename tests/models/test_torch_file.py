@@ -79,8 +79,8 @@ def test_an_old_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_tensor_in_memory_has_nothing_to_forget() -> None:
-    tensor = StoredTensor(
-        "m.pt", "a", "float32", (2,), 8, np.frombuffer(np.ones(2, np.float32).tobytes(), np.uint8)
-    )
+    """And cannot be written through either."""
+    tensor = StoredTensor("m.pt", "a", "float32", (2,), 8, np.ones(2, np.float32).view(np.uint8))
     tensor.forget()
     np.testing.assert_array_equal(tensor[:], [1, 1])
+    assert not tensor[:].flags.writeable

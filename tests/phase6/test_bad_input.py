@@ -85,7 +85,7 @@ def test_mistakes_are_named(call: Any, field: str) -> None:
 
 def test_a_model_that_is_not_a_directory_is_refused() -> None:
     for path in (MODEL / "config.json", MODEL / "nowhere"):
-        with pytest.raises(CheckpointError, match="must be the directory that holds|no such directory"):
+        with pytest.raises(CheckpointError, match=r"must be the directory that holds|no such directory"):
             LLM(path)
 
 

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from nanoserve.errors import CheckpointError
 from nanoserve.text import ChatTemplate, load_tokenizer
+from nanoserve.text.template_budget import current
 from support import chat_templates
 from support.tokenizers_small import make_tokenizer
 from support.unicode_text import texts
@@ -303,6 +304,13 @@ def test_template_errors(source: str, message: str) -> None:
         ChatTemplate(source).render(USER)
     assert "0x" not in str(caught.value)
     assert "/" not in str(caught.value)
+
+
+def test_a_budget_ends_with_its_rendering() -> None:
+    with pytest.raises(ValueError, match="no"):
+        ChatTemplate("{{ raise_exception('no') }}").render(USER)
+    ChatTemplate("x").render(USER)
+    assert current.get(None) is None
 
 
 def test_renders_from_threads() -> None:

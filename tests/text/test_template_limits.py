@@ -18,6 +18,11 @@ LOOP = "{% for i in range(100000) %}"
 END = "{% endfor %}"
 TOO_MUCH = {
     "nested loops": LOOP + LOOP + END + END,
+    "silent loops": LOOP + LOOP + "{% set x = i %}" + END + END,
+    "silent recursive loop": "{% set r = range(100000) %}{% for i in r recursive %}{% if loop.first %}"
+                             "{% set y = loop(r) %}{% endif %}{% set y = [loop(r)] if loop.depth == 1 %}{% endfor %}",
+    "unrolled search": "{% if 'zzz' in messages[0].content %}{% endif %}" * 2500,
+    "unrolled slices": "{% set x = messages[0].content[1:] %}" * 5000,
     "loop filter": (LOOP[:-3] + " if i < 0 %}" + END) * 30,
     "recursive macro": "{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}",
     "macro tree": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(30) }}",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Answer:
-    """What came. `output` is None when the user stopped it: then `text` is what was shown until then."""
+    """What came. `output` is None when the user stopped it: then `text` is what had come."""
 
     text: str
     num_tokens: int
@@ -48,10 +48,10 @@ def show_answer(deltas: Iterator[TextDelta]) -> Answer:
         try:
             with closing(deltas):  # type: ignore[type-var]
                 for delta in deltas:
-                    write(delta.text)
                     pieces.append(delta.text)
                     num_tokens += len(delta.token_ids)
                     output = delta.output
+                    write(delta.text)
         except KeyboardInterrupt:
             output = None
     write("\n")

@@ -11,12 +11,12 @@ from nanoserve.cli.options import sampling_params, with_engine, with_sampling
 from nanoserve.cli.read_loop import ReadLoop
 from nanoserve.cli.terminal import say
 
-# Asked for, they would have no effect here: one answer is shown, and its text only.
-_OF_GENERATE = {"n": "-n", "logprobs": "--logprobs", "prompt_logprobs": "--prompt-logprobs"}
+# One answer is shown, and its text only.
+_OF_GENERATE = ("n", "logprobs", "prompt_logprobs")
 
 
 @with_engine
-@with_sampling
+@with_sampling(without=_OF_GENERATE, max_tokens="as many as the context has room for")
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub name.", show_default=False)],
     system: Annotated[
@@ -44,9 +44,6 @@ def chat(
       nanoserve chat models/tiny-gpt --plain --max-tokens 80
       printf 'Hello\nAnd now?\n' | nanoserve chat MODEL --temperature 0 --quiet
     """
-    for field, name in _OF_GENERATE.items():
-        if field in sampling:
-            raise ValueError(f"{name}: a chat shows one answer and its text; use nanoserve generate --json")
     if plain and system is not None:
         raise ValueError("--system: plain text has no system message, leave out --plain or --system")
     sampling_params({}, sampling)  # refuse now what would be refused after a minute of loading

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @with_engine
-@with_sampling
+@with_sampling()
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub name.", show_default=False)],
     prompt: Annotated[

@@ -1,6 +1,6 @@
 """Options that several commands share, each group from one table.
 
-    @with_sampling     one option per SamplingParams field; the command gets those that were given, as `sampling`
+    @with_sampling()   one option per SamplingParams field; the command gets those that were given, as `sampling`
     @with_engine       memory and execution; the command gets keyword arguments of LLM, as `engine`
 
 A sampling option's help is the field's sentence in SamplingParams' docstring, its limits are the ones SamplingParams checks,
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -36,12 +36,14 @@ class Option:
     panel: str
     metavar: str | None = None
     help: str = ""
+    default: str = ""  # as help shows it
 
     def parameter(self) -> inspect.Parameter:
         """The option as a parameter of the command's function; None means that it was not given."""
+        default = f" [{self.default}]" if self.default else ""
         info = typer.Option(
             *self.names,
-            help=escape(self.help),
+            help=escape(self.help + default),
             metavar=self.metavar,
             rich_help_panel=self.panel,
             show_default=False,
@@ -100,29 +102,40 @@ def _sampling_table() -> tuple[Option, ...]:
         sentence = sentence[:1].upper() + sentence[1:]
         if metavar:
             sentence = sentence.rstrip(".") + ". May be given several times."
-        elif kind is not bool and defaults[field] is not None:
-            sentence += f" [{defaults[field]}]"
+        default = "" if metavar or kind is bool or defaults[field] is None else str(defaults[field])
         flag = names or f"--{field.replace('_', '-')}"
-        table.append(Option(field, (flag, "-n") if field == "n" else (flag,), kind, panel, metavar, sentence))
+        spelled = (flag, "-n") if field == "n" else (flag,)
+        table.append(Option(field, spelled, kind, panel, metavar, sentence, default))
     return tuple(table)
 
 
 SAMPLING = _sampling_table()
 _MEMORY = "Memory and execution"
 ENGINE = (
-    Option("kv_cache_bytes", ("--kv-cache",), str, _MEMORY, "SIZE", "Memory of the KV cache, e.g. 512MiB or 2GB. "
-           "[as much as is sensible: see nanoserve plan]"),
-    Option("max_model_len", ("--max-model-len",), int, _MEMORY, "TOKENS", "Longest prompt + output. [the model's, or what fits]"),
-    Option("max_num_seqs", ("--max-num-seqs",), int, _MEMORY, "COUNT", "Most sequences that run at once. [32]"),
-    Option("num_threads", ("--threads",), int, _MEMORY, "COUNT", "Threads of a forward pass. [this process's cores]"),
-    Option("dtype", ("--dtype",), str, _MEMORY, "TYPE", "Of the weights in memory; float32 is the only one yet."),
+    Option("kv_cache_bytes", ("--kv-cache",), str, _MEMORY, "SIZE", "Memory of the KV cache, e.g. 512MiB or 2GB.",
+           "what nanoserve plan shows"),
+    Option("max_model_len", ("--max-model-len",), int, _MEMORY, "TOKENS", "Longest prompt + output.",
+           "the model's, or what fits"),
+    Option("max_num_seqs", ("--max-num-seqs",), int, _MEMORY, "COUNT", "Most sequences that run at once.", "32"),
+    Option("num_threads", ("--threads",), int, _MEMORY, "COUNT", "Threads of a forward pass.", "this process's cores"),
+    Option("dtype", ("--dtype",), str, _MEMORY, "TYPE", "Of the weights in memory; float32 is the only one yet.", "float32"),
     Option("revision", ("--revision",), str, _MEMORY, "NAME", "Branch, tag or commit of a Hugging Face hub repository."),
 )  # fmt: skip
 
 
-def with_sampling(command: Command) -> Command:
-    """Adds the sampling options; the command's `sampling` is a dict of what was given."""
-    return _with_group(command, "sampling", SAMPLING, _sampling_values)
+def with_sampling(*, without: Collection[str] = (), **defaults: str) -> Callable[[Command], Command]:
+    """Adds the sampling options; the command's `sampling` is a dict of what was given.
+
+    Args:
+        without: fields that make no sense for the command.
+        defaults: what help shows where the command's default is its own.
+    """
+    table = [
+        dataclasses.replace(option, default=defaults.get(option.field, option.default))
+        for option in SAMPLING
+        if option.field not in without
+    ]
+    return lambda command: _with_group(command, "sampling", table, _sampling_values)
 
 
 def with_engine(command: Command) -> Command:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nanoserve.checkpoint_json import read_object
 from nanoserve.checks import shown
 from nanoserve.errors import CheckpointError
 from nanoserve.models import hub
-from nanoserve.models.json_object import read_object
 from nanoserve.models.safetensors_file import read_safetensors
 from nanoserve.models.stored_tensor import StoredTensor
 from nanoserve.models.torch_file import read_torch

@@ -5,11 +5,11 @@ Nothing is guessed: every field is read, known not to matter, or refused by name
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nanoserve.checkpoint_json import read_object
 from nanoserve.checks import shown, whole_number
 from nanoserve.errors import CheckpointError
 from nanoserve.models.config import ModelConfig
@@ -33,18 +33,7 @@ MAX_CONFIG_BYTES = 16 * 2**20
 def read_config(path: Path) -> ModelConfig:
     """The ModelConfig of a checkpoint directory or config.json; CheckpointError as ModelConfig.from_pretrained."""
     file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file")
-    if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise CheckpointError(
-            f"{file.name}: {file.stat().st_size} bytes, at most {MAX_CONFIG_BYTES} are read"
-        )
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file.name}: not valid JSON ({shown(str(error))})") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file.name}: must hold an object, holds {type(raw).__name__}")
+    raw = read_object(file, MAX_CONFIG_BYTES)
     try:
         return config_from_dict(raw)
     except CheckpointError:

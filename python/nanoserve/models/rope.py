@@ -188,10 +188,10 @@ def parse_rope(parameters: Mapping[str, Any], *, dims: int, theta: float, max_po
     """
     given = {name: value for name, value in parameters.items() if value is not None}
     kind = given.pop("rope_type", given.get("type", "default"))
-    if given.pop("type", kind) != kind:
-        raise ValueError(f"rope_type: {shown(kind)} and type: {shown(parameters['type'])} disagree")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"rope_type: {shown(kind)} is not supported, only {', '.join(KINDS)}")
+    if given.pop("type", kind) != kind:
+        raise ValueError(f"rope_type: {shown(kind)} and type: {shown(parameters['type'])} disagree")
     theta = theta_in("rope_theta", given.pop("rope_theta", theta))
     unknown = sorted(set(given) - KINDS[kind])
     if unknown:

@@ -15,9 +15,9 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nanoserve.checkpoint_json import parse_object
 from nanoserve.checks import shown
 from nanoserve.errors import CheckpointError
-from nanoserve.models.json_object import parse_object
 from nanoserve.models.stored_tensor import StoredTensor
 
 # A third of what the format allows: some 300,000 tensors, while a hostile header of this size parses to under 1 GiB.

@@ -110,8 +110,6 @@ class StoredTensor:
         if stored is None:
             raise CheckpointError(f"{self.file}: dtype {self.dtype} of tensor {self.name!r} is not supported")
         count = end - begin
-        if not count:
-            return np.empty(0, np.float32)
         raw = np.frombuffer(self._buffer, stored, count, self._begin + begin * stored.itemsize)
         if self.dtype == "bfloat16":
             bits = np.empty(count, np.uint32)  # one pass; astype and a shift in place would be two

@@ -73,6 +73,6 @@ def _stored(file: str, name: object, tensor: object) -> StoredTensor:
         raise CheckpointError(
             f"{file}: tensor {shown(name)} of shape {tuple(tensor.shape)} has more elements than the file holds"
         )
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
     dtype = str(tensor.dtype).removeprefix("torch.")
     return StoredTensor(file, name, dtype, tuple(tensor.shape), nbytes, flat.numpy())

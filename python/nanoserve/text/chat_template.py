@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import jinja2
 from jinja2 import nodes
 
+from nanoserve.checkpoint_json import is_text, read_limited, read_object
 from nanoserve.checks import shown, truth
 from nanoserve.errors import CheckpointError
 from nanoserve.text.chat_messages import checked_messages, plain_data
-from nanoserve.text.checkpoint_json import is_text, read_limited, read_object
 from nanoserve.text.special_tokens import CONFIG_FILE, MAX_CONFIG_BYTES
 from nanoserve.text.template_budget import MAX_TEXT_CHARS, Budget, TooExpensive, current
 from nanoserve.text.template_rewrite import TemplateRefused
@@ -85,7 +85,7 @@ class ChatTemplate:
             except UnicodeDecodeError as error:
                 raise CheckpointError(f"{JINJA_FILE}: not UTF-8") from error
         for file in (CONFIG_FILE, JSON_FILE):
-            value = read_object(directory / file, MAX_CONFIG_BYTES).get("chat_template")
+            value = read_object(directory / file, MAX_CONFIG_BYTES, optional=True).get("chat_template")
             if value is not None:
                 source, tool_source = _choose(file, value)
                 return cls(source, tokenizer.special_tokens, tool_source=tool_source, origin=file)

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanoserve.checkpoint_json import read_object
 from nanoserve.checks import shown
 from nanoserve.errors import CheckpointError
-from nanoserve.text.checkpoint_json import read_object
 
 FILE = "generation_config.json"
 MAX_BYTES = 2**20
@@ -89,7 +89,11 @@ class GenerationConfig:
         Raises:
             CheckpointError: naming field, value and limit.
         """
-        values = {k: v for k, v in read_object(Path(directory) / FILE, MAX_BYTES).items() if v is not None}
+        values = {
+            k: v
+            for k, v in read_object(Path(directory) / FILE, MAX_BYTES, optional=True).items()
+            if v is not None
+        }
         not_applied: list[str] = []
         eos = _eos_ids(values.pop("eos_token_id", []), vocab_size, not_applied)
         defaults = _defaults(values)

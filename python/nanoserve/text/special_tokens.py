@@ -13,9 +13,9 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from nanoserve.checkpoint_json import is_text, read_object
 from nanoserve.checks import shown
 from nanoserve.errors import CheckpointError
-from nanoserve.text.checkpoint_json import is_text, read_object
 
 CONFIG_FILE = "tokenizer_config.json"
 MAP_FILE = "special_tokens_map.json"
@@ -51,14 +51,14 @@ class SpecialTokens:
         Raises:
             CheckpointError: naming file and field.
         """
-        config = read_object(directory / CONFIG_FILE, MAX_CONFIG_BYTES)
+        config = read_object(directory / CONFIG_FILE, MAX_CONFIG_BYTES, optional=True)
         tokens = cls(config)
         tokens._take(CONFIG_FILE, config)
         if config.get("added_tokens_decoder") is not None:
             tokens._take_decoder(config["added_tokens_decoder"])
         else:
-            tokens._take(MAP_FILE, read_object(directory / MAP_FILE, MAX_CONFIG_BYTES))
-            tokens._take_added_file(read_object(directory / ADDED_FILE, MAX_CONFIG_BYTES))
+            tokens._take(MAP_FILE, read_object(directory / MAP_FILE, MAX_CONFIG_BYTES, optional=True))
+            tokens._take_added_file(read_object(directory / ADDED_FILE, MAX_CONFIG_BYTES, optional=True))
         if len(tokens.added) + len(tokens.named) + len(tokens.extra) > MAX_ADDED_TOKENS:
             raise CheckpointError(f"{CONFIG_FILE}: more than {MAX_ADDED_TOKENS} special tokens")
         return tokens

@@ -21,10 +21,10 @@ from typing import Any, TypeVar
 
 import tokenizers
 
+from nanoserve.checkpoint_json import parse_object, read_limited
 from nanoserve.checks import shown
 from nanoserve.errors import CheckpointError
 from nanoserve.text.byte_tokenizer import ByteTokenizer
-from nanoserve.text.checkpoint_json import parse_object, read_limited
 from nanoserve.text.decoder import Decoder
 from nanoserve.text.detokenizer import IncrementalDetokenizer
 from nanoserve.text.input_text import utf8_of

@@ -1,4 +1,4 @@
-"""A JSON object from a stranger's file: size limited, names unique, nothing that is not JSON.
+"""JSON files of a checkpoint, which come from a stranger: size limited, names unique, nothing that is not JSON.
 
 Python's parser takes NaN, Infinity and a name given twice (the last wins); here each is an error, because two readers of
 the same file could then see two different checkpoints. Numbers of thousands of digits end in an error too, and so does
@@ -17,19 +17,35 @@ from nanoserve.errors import CheckpointError
 MAX_DEPTH = 32  # the deepest file of a checkpoint, tokenizer.json, has about 8
 
 
-def read_object(file: Path, max_bytes: int) -> dict[str, Any]:
-    """The JSON object a file holds.
+def read_limited(file: Path, max_bytes: int) -> bytes | None:
+    """The file's bytes; None when there is no such file. They are read once: what was checked is what is used.
 
     Raises:
-        CheckpointError: missing, unreadable, larger than `max_bytes`, or as in `parse_object`.
+        CheckpointError: unreadable, or larger than `max_bytes`.
     """
     try:
         with file.open("rb") as stream:
             raw = stream.read(max_bytes + 1)
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
     if len(raw) > max_bytes:
         raise CheckpointError(f"{file.name}: larger than the limit of {max_bytes} bytes")
+    return raw
+
+
+def read_object(file: Path, max_bytes: int, *, optional: bool = False) -> dict[str, Any]:
+    """The JSON object a file holds; an empty one if it may be missing and is.
+
+    Raises:
+        CheckpointError: missing, or as in `read_limited` and `parse_object`.
+    """
+    raw = read_limited(file, max_bytes)
+    if raw is None:
+        if optional:
+            return {}
+        raise CheckpointError(f"{file}: no such file")
     return parse_object(file.name, raw)
 
 
@@ -73,3 +89,14 @@ def _is_deeper(value: dict[str, Any], limit: int) -> bool:
         )
         level = [held for held in inner if isinstance(held, dict | list)]
     return bool(level)
+
+
+def is_text(value: object) -> bool:
+    """A str that is valid Unicode: JSON escapes can spell half of a surrogate pair."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
