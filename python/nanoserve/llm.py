@@ -9,7 +9,7 @@ whole text come from the same pieces, so they cannot differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ class LLM:
 
     def stream(
         self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None
-    ) -> Iterator[TextDelta]:
+    ) -> Generator[TextDelta]:
         """One prompt, as it is generated. Closing the iterator aborts the rest."""
         (params,) = self._params(sampling_params, 1)
         return self._deltas(TextRequest(self.engine, self.tokenizer, prompt, params))
@@ -155,7 +155,7 @@ class LLM:
         messages: Sequence[Message],
         sampling_params: SamplingParams | None = None,
         **template_options: Any,
-    ) -> Iterator[TextDelta]:
+    ) -> Generator[TextDelta]:
         """The assistant's next message, as it is generated. Closing the iterator aborts the rest."""
         (params,) = self._params(sampling_params, 1)
         return self._deltas(self._chat_request(messages, params, template_options))
@@ -198,7 +198,7 @@ class LLM:
             pass
         return [job.result() for job in jobs]
 
-    def _deltas(self, job: TextRequest) -> Iterator[TextDelta]:
+    def _deltas(self, job: TextRequest) -> Generator[TextDelta]:
         for _ in self._steps([job]):
             yield from job.deltas()
         yield from job.deltas()  # the ends of those that were aborted between two steps

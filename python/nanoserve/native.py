@@ -22,6 +22,8 @@ _SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 def _candidates() -> list[Path]:
     override = os.environ.get("NANOSERVE_NATIVE")
     if override:
+        if not Path(override).is_file():
+            raise ImportError(f"NANOSERVE_NATIVE: {override} is not a file; unset it to use the module that was built")
         return [Path(override)]
     package = Path(__file__).resolve().parent
     found = [package / f"{_NAME}{_SUFFIX}"]

@@ -37,7 +37,7 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "n": (["-n", "2"], 2),
     "logprobs": (["--logprobs", "0"], 0),
     "prompt_logprobs": (["--prompt-logprobs", "2"], 2),
-    "skip_special_tokens": (["--no-skip-special-tokens"], False),
+    "skip_special_tokens": (["--keep-special"], False),
 }
 
 

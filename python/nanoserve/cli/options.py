@@ -92,7 +92,7 @@ def _sampling_table() -> tuple[Option, ...]:
         ("n", "--n", int, out, None),
         ("logprobs", "", int, out, None),
         ("prompt_logprobs", "", int, out, None),
-        ("skip_special_tokens", "--skip-special-tokens/--no-skip-special-tokens", bool, out, None),
+        ("skip_special_tokens", "--skip-special/--keep-special", bool, out, None),
     ]
     sentences = _documented(SamplingParams)
     defaults = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
