@@ -4,7 +4,8 @@
 
 For each shape a bfloat16 checkpoint with random weights is written to a temporary directory, then loaded in a process of its
 own that generates a few tokens. Peak memory is the operating system's count for that process (VmHWM), the file's mapped
-pages included; it is compared with what has to be there: packed weights and KV pool.
+pages included; it is compared with what has to be there: packed weights and KV pool. A third process loads the same file with
+transformers too, in float32, and compares greedy tokens and log-probabilities.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bench.random_checkpoint import write_random_checkpoint
 from bench.run import RESULTS, commit, machine
@@ -51,6 +54,31 @@ def load_and_generate(directory: str) -> dict[str, Any]:
     }
 
 
+def agreement(directory: str) -> dict[str, Any]:
+    """In a process of its own: our tokens and log-probabilities against transformers'."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from nanoserve import LLM, SamplingParams
+
+    llm = LLM(directory, kv_cache_bytes=KV_BYTES)
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(0, llm.config.vocab_size, length).tolist() for length in (5, 70, 200)]
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=1, prompt_logprobs=1)
+    outputs = llm.generate(prompts, params)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    equal, worst = True, 0.0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + output.token_ids])).logits[0]
+        equal &= logits[len(prompt) - 1 : -1].argmax(-1).tolist() == output.token_ids
+        expected = torch.log_softmax(logits.double(), -1)
+        for at, entry in enumerate([*(output.prompt_logprobs or [])[1:], *(output.logprobs or [])]):
+            if entry is not None:
+                worst = max(worst, abs(float(expected[at, entry.token]) - entry.logprob))
+    return {"greedy_tokens_equal_transformers": equal, "largest_logprob_difference": worst}
+
+
 def _memory(field: str) -> int:
     """Bytes of a field of /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -70,16 +98,17 @@ def measure(name: str) -> dict[str, Any]:
         config = ModelConfig.from_pretrained(path)
         write_random_checkpoint(path, config_json, checkpoint_shapes(config), dtype="bfloat16")
         runs = []
-        for _ in range(2):
+        for inside in ("load", "load", "compare"):
             output = subprocess.run(
-                [sys.executable, "-m", "bench.loading", "--inside", str(path)], capture_output=True, text=True, check=True,
-                env={**os.environ, "NANOSERVE_CACHE_DIR": str(cache)},
+                [sys.executable, "-m", "bench.loading", "--inside", inside, str(path)], capture_output=True, text=True,
+                check=True, env={**os.environ, "NANOSERVE_CACHE_DIR": str(cache)},
             )  # fmt: skip
             runs.append(json.loads(output.stdout))
-    cold, warm = runs
+    cold, warm, compared = runs
     needed = warm["weight_bytes"] + warm["kv_bytes"]
     return {
         **warm,
+        **compared,
         "peak_over_needed": warm["peak_bytes"] / needed,
         "peak_over_weights": warm["peak_bytes"] / warm["weight_bytes"],
         "cold_peak_over_needed": cold["peak_bytes"] / needed,
@@ -91,10 +120,11 @@ def measure(name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside:
-        print(json.dumps(load_and_generate(args.inside)))
+        what, directory = args.inside
+        print(json.dumps(load_and_generate(directory) if what == "load" else agreement(directory)))
         return
     results: dict[str, Any] = {
         "command": "python -m bench.loading",
