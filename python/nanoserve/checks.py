@@ -37,3 +37,9 @@ def shown(value: object) -> str:
     except RecursionError:
         return f"a {type(value).__name__} nested too deeply to show"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def few(names: list[str], limit: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    listed = ", ".join(names[:limit])
+    return listed if len(names) <= limit else f"{listed}, and {len(names) - limit} more"

@@ -159,7 +159,7 @@ class ModelExecutor:
 
     def _vector(self, name: str) -> Arg:
         """A weight the kernels read as it is: norms and biases of norms, position tables."""
-        return self._once(name, lambda weight: np.array(weight[:], dtype=np.float32))
+        return self._once(name, _copied)
 
     def _matrix(self, name: str) -> Arg:
         """A GEMM's weight, packed. A tied head and embedding are one matrix in memory."""
@@ -307,6 +307,14 @@ class ModelExecutor:
             )
         else:
             self._native.op(bound.name, addresses[0], bound.args, bound.domain, **bound.options)
+
+
+def _copied(weight: BoundWeight, step: int = 4096) -> NDArray[np.float32]:
+    """The weight in memory of its own, some rows at a time: converting all of it at once would take it twice."""
+    copy = np.empty(weight.shape, np.float32)
+    for at in range(0, weight.shape[0], step):
+        copy[at : at + step] = weight[at : at + step]
+    return copy
 
 
 def _check_pool(config: ModelConfig, pool: KVCachePool) -> None:

@@ -9,12 +9,14 @@ whole text come from the same pieces, so they cannot differ.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from nanoserve.errors import RequestRefused
+from nanoserve.checks import shown
+from nanoserve.errors import CheckpointError, RequestRefused
 from nanoserve.memory_plan import plan_memory
 from nanoserve.models.checkpoint import checkpoint_directory, load_weights
 from nanoserve.models.config import ModelConfig
@@ -24,10 +26,11 @@ from nanoserve.sampling import SamplingParams
 from nanoserve.text.chat_template import ChatTemplate
 from nanoserve.text.generation_config import GenerationConfig
 from nanoserve.text.tokenizer import load_tokenizer
-from nanoserve.text_request import AnyTokenizer, TextRequest
+from nanoserve.text_request import AnyTokenizer, Prompt, TextRequest
 
 OnProgress = Callable[[int, int, str], None]
 Message = Mapping[str, Any]
+_ENGINE_OPTIONS = frozenset("page_size max_chunk_size policy enable_prefix_cache num_threads seed".split())
 
 
 class LLM:
@@ -43,7 +46,7 @@ class LLM:
         eos_token_id: token(s) that end a request; None takes the checkpoint's.
         on_load: called as (bytes done, bytes in total, weight name) while weights are packed.
         on_progress: called as (done, total, kernel name) while kernels compile.
-        engine_options: further keywords of NanoServingEngine.
+        engine_options: of NanoServingEngine: page_size, max_chunk_size, policy, enable_prefix_cache, num_threads, seed.
 
     Attributes:
         directory: where it was loaded from. config: its ModelConfig. tokenizer: None when the checkpoint has none. chat_template: likewise.
@@ -69,14 +72,17 @@ class LLM:
         **engine_options: Any,
     ) -> None:
         if dtype != "float32":
-            raise ValueError(f"dtype: {dtype!r} is not supported, only 'float32'")
+            raise ValueError(f"dtype: {shown(dtype)} is not supported, only 'float32'")
+        if unknown := sorted(set(engine_options) - _ENGINE_OPTIONS):
+            known = ", ".join(sorted(_ENGINE_OPTIONS))
+            raise TypeError(f"{unknown[0]}: LLM has no such option; of the engine's it takes {known}")
         self.directory = directory = checkpoint_directory(model, revision=revision)
         self.config = ModelConfig.from_pretrained(directory)
         # Before the weights: a bad tokenizer should not cost a minute's loading.
         self.tokenizer: AnyTokenizer | None = load_tokenizer(directory, self.config.vocab_size)
         self.chat_template = None if self.tokenizer is None else ChatTemplate.load(directory, self.tokenizer)
         self.generation = GenerationConfig.load(directory, self.config.vocab_size)
-        self.default_params = SamplingParams(**self.generation.defaults)
+        self.default_params = self._default_params()
         plan = plan_memory(
             self.config, kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
             page_size=engine_options.get("page_size", 16), max_num_batched_tokens=max_num_batched_tokens,
@@ -94,6 +100,19 @@ class LLM:
             **engine_options,
         )
 
+    def _default_params(self) -> SamplingParams:
+        defaults = self.generation.defaults
+        if self.generation.not_applied:
+            warnings.warn(
+                f"generation_config.json asks for {', '.join(self.generation.not_applied)}, which nanoserve does not do",
+                stacklevel=3,
+            )
+        try:
+            longest = max(SamplingParams().max_tokens, defaults.get("min_tokens", 0))
+            return SamplingParams(**{"max_tokens": longest, **defaults})
+        except ValueError as error:
+            raise CheckpointError(f"generation_config.json: {error}") from error
+
     def _eos_token_ids(self) -> tuple[int, ...]:
         """generation_config.json's, as transformers ends by; else config.json's; else the tokenizer's."""
         named = self.generation.eos_token_ids or self.config.eos_token_ids
@@ -104,7 +123,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[str | Sequence[int]],
+        prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Complete texts or token lists; outputs in prompt order. None samples as the checkpoint asks for.
@@ -112,7 +131,7 @@ class LLM:
         Raises:
             ValueError: naming the prompt, the field, its value and its limit; nothing was generated then.
         """
-        listed = [prompts] if isinstance(prompts, str) else as_list("prompts", prompts)
+        listed = [prompts] if isinstance(prompts, str | Mapping) else as_list("prompts", prompts)
         per_prompt = self._params(sampling_params, len(listed))
         jobs = []
         for index, (prompt, params) in enumerate(zip(listed, per_prompt, strict=True)):
@@ -120,9 +139,7 @@ class LLM:
                 jobs.append(TextRequest(self.engine, self.tokenizer, prompt, params))
         return self._run(jobs)
 
-    def stream(
-        self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None
-    ) -> Generator[TextDelta]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[TextDelta]:
         """One prompt, as it is generated. Closing the iterator aborts the rest."""
         (params,) = self._params(sampling_params, 1)
         return self._deltas(TextRequest(self.engine, self.tokenizer, prompt, params))
@@ -131,43 +148,55 @@ class LLM:
 
     def chat(
         self,
-        conversation: Sequence[Message] | Sequence[Sequence[Message]],
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        **template_options: Any,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """The assistant's next message in one conversation or several; outputs in their order.
 
         Args:
-            conversation: messages with "role" and "content", or a list of such conversations.
-            template_options: tools=, add_generation_prompt= and variables of the chat template.
+            messages: of one conversation, each with "role" and "content"; or a list of conversations.
+            add_generation_prompt, tools: as ChatTemplate.render's.
+            chat_template_kwargs: further variables of the template, as enable_thinking.
+
+        Raises:
+            ValueError: as generate, and what the template itself refuses.
         """
-        listed = as_list("conversation", conversation)
-        conversations = [listed] if listed and isinstance(listed[0], Mapping) else listed
+        listed = as_list("messages", messages)
+        conversations = [listed] if not listed or isinstance(listed[0], Mapping) else listed
         per_prompt = self._params(sampling_params, len(conversations))
+        options = _template_options(add_generation_prompt, tools, chat_template_kwargs)
         jobs = []
-        for index, (messages, params) in enumerate(zip(conversations, per_prompt, strict=True)):
-            with _naming(f"conversation[{index}]"):
-                jobs.append(self._chat_request(messages, params, template_options))
+        for index, (one, params) in enumerate(zip(conversations, per_prompt, strict=True)):
+            with _naming(f"conversations[{index}]") if len(conversations) > 1 else nullcontext():
+                jobs.append(self._chat_request(one, params, options))
         return self._run(jobs)
 
     def stream_chat(
         self,
         messages: Sequence[Message],
         sampling_params: SamplingParams | None = None,
-        **template_options: Any,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Generator[TextDelta]:
-        """The assistant's next message, as it is generated. Closing the iterator aborts the rest."""
+        """The assistant's next message, as it is generated. Closing the iterator aborts the rest. Arguments as chat's."""
         (params,) = self._params(sampling_params, 1)
-        return self._deltas(self._chat_request(messages, params, template_options))
+        options = _template_options(add_generation_prompt, tools, chat_template_kwargs)
+        return self._deltas(self._chat_request(messages, params, options))
 
     def _chat_request(
-        self, messages: Sequence[Message], params: SamplingParams, template_options: Mapping[str, Any]
+        self, messages: Sequence[Message], params: SamplingParams, options: Mapping[str, Any]
     ) -> TextRequest:
         if self.chat_template is None or self.tokenizer is None:
             raise ValueError(
                 "messages: this checkpoint has no chat template, use generate with a prompt instead"
             )
-        prompt = self.chat_template.render(messages, **template_options)
+        prompt = self.chat_template.render(messages, **options)
         tokens = self.tokenizer.encode(prompt, add_special_tokens=False)
         return TextRequest(self.engine, self.tokenizer, prompt, params, prompt_tokens=tokens)
 
@@ -175,13 +204,14 @@ class LLM:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the tokenizer's special tokens."""
-        return self._need_tokenizer().encode(text)
+        return self.get_tokenizer().encode(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
-        return self._need_tokenizer().decode(tokens)
+        return self.get_tokenizer().decode(tokens)
 
-    def _need_tokenizer(self) -> AnyTokenizer:
+    def get_tokenizer(self) -> AnyTokenizer:
+        """The checkpoint's tokenizer; a ValueError if it has none."""
         if self.tokenizer is None:
             raise ValueError("text: this checkpoint has no tokenizer")
         return self.tokenizer
@@ -204,24 +234,34 @@ class LLM:
         yield from job.deltas()  # the ends of those that were aborted between two steps
 
     def _steps(self, jobs: Sequence[TextRequest]) -> Iterator[None]:
-        """Runs the engine until all jobs are finished, yielding after each step; whatever ends it early aborts the rest."""
-        engine, growing = self.engine, list(jobs)
-        left = sum(len(job.requests) for job in jobs)
-        ours = {request.req_id for job in jobs for request in job.requests}
+        """Runs the engine until all jobs are finished, yielding after each step; whatever ends it early aborts the rest.
+
+        Who ends a job does not matter: other callers' steps may, and so may an abort.
+        """
+        engine, growing, unfinished = self.engine, list(jobs), list(jobs)
         try:
-            while left:
+            while True:
+                while unfinished and unfinished[-1].is_finished:  # looking at one is enough to go on
+                    unfinished.pop()
+                if not unfinished:
+                    break
                 for job in growing:
                     for request in job.due():
                         engine.submit(request)
                 growing = [job for job in growing if not job.is_all_submitted]
-                left -= sum(request.req_id in ours for request in engine.step().finished)
+                engine.step()
                 yield
-                if not (growing or engine.has_unfinished):  # somebody aborted the rest
-                    left = 0
         finally:
-            if left:
-                for req_id in ours:
-                    engine.abort(req_id)
+            for job in jobs:
+                for request in job.requests:
+                    if not request.is_finished:
+                        engine.abort(request.req_id)
+
+
+def _template_options(
+    add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]] | None, more: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    return {**(more or {}), "add_generation_prompt": add_generation_prompt, "tools": tools}
 
 
 @contextmanager

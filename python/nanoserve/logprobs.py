@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from nanoserve.top_k import likeliest
 
+MAX_PROMPT_LOGPROB_ROWS = 256  # per step: each is a row of logits, 256 of a vocabulary of 150,000 are 154 MB
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from nanoserve.cache.kv_pool import pages_for_budget
 from nanoserve.checks import whole_number
+from nanoserve.logprobs import MAX_PROMPT_LOGPROB_ROWS
 from nanoserve.machine_memory import available_memory
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.decoder import buffers, num_parameters
@@ -171,4 +172,5 @@ def _activation_bytes(config: ModelConfig, rows: int, samples: int, positions: i
     ropes = {config.layer_rope(layer) for layer in range(config.n_layer)} - {None}
     halves = 1 if config.switch_len is None or config.switch_len >= positions else 2
     rotary = sum(halves * positions * rope.dims for rope in ropes if rope is not None)
-    return _FLOAT_BYTES * (rows * columns + samples * logits + rotary)
+    sampled = min(samples + MAX_PROMPT_LOGPROB_ROWS, rows)
+    return _FLOAT_BYTES * (rows * columns + sampled * logits + rotary)

@@ -236,4 +236,7 @@ def params_per_prompt(params: Any, count: int) -> list[SamplingParams]:
     listed: list[SamplingParams] = as_list("params", params)
     if len(listed) != count:
         raise ValueError(f"params: {len(listed)} sampling parameters for {count} prompts")
+    for index, one in enumerate(listed):
+        if not isinstance(one, SamplingParams):
+            raise ValueError(f"params[{index}]: {shown(one)} must be SamplingParams")
     return listed

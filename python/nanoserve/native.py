@@ -23,7 +23,9 @@ def _candidates() -> list[Path]:
     override = os.environ.get("NANOSERVE_NATIVE")
     if override:
         if not Path(override).is_file():
-            raise ImportError(f"NANOSERVE_NATIVE: {override} is not a file; unset it to use the module that was built")
+            raise ImportError(
+                f"NANOSERVE_NATIVE: {override} is not a file; unset it to use the module that was built"
+            )
         return [Path(override)]
     package = Path(__file__).resolve().parent
     found = [package / f"{_NAME}{_SUFFIX}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from nanoserve.logprobs import TokenLogprob
@@ -38,6 +39,11 @@ class Completion:
     logprobs: list[TokenLogprob] | None = None
     error: str | None = None
 
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """Log-probability of the whole sequence, if log-probabilities were asked for."""
+        return None if self.logprobs is None else math.fsum(entry.logprob for entry in self.logprobs)
+
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
@@ -62,6 +68,10 @@ class RequestOutput:
         return self.outputs[0].logprobs
 
     @property
+    def num_cached_tokens(self) -> int:
+        return self.usage.cached_tokens
+
+    @property
     def finish_reason(self) -> str:
         return self.outputs[0].finish_reason
 
@@ -81,5 +91,6 @@ class TextDelta:
     index: int
     text: str
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
     finish_reason: str | None = None
     output: RequestOutput | None = None

@@ -76,6 +76,7 @@ class Request:
         "arrival",
         "bad_word_ids",
         "cached_len",
+        "cached_prompt_tokens",
         "error",
         "finish_reason",
         "logits_processor",
@@ -139,6 +140,7 @@ class Request:
         self.priority = whole_number("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
         self.cached_len = cached_len
         self.prefix_hit_len = 0  # tokens the prefix cache gave at the latest admission
+        self.cached_prompt_tokens = 0  # of the prompt, found at the first: later ones find its own work
         self.prefix_counted = False  # its first admission is in the cache statistics
         self.validated_len = (
             0  # leading tokens known to have led to finite logits: only these may enter the tree
@@ -198,7 +200,7 @@ class Request:
         and so nobody else's, which sets everything below it in the tree apart.
         """
         key = self.token_ids[:num_tokens]
-        if self.long_context:
+        if self.long_context and key:
             key[0] = ~key[0]
         return key
 

@@ -54,7 +54,8 @@ class SamplingParams:
         logprobs: report each output token's log-probability and those of this many likeliest tokens.
         n: sequences per prompt.
         include_stop_str_in_output: the text ends with the stop string instead of before it.
-        bad_words: strings the output must not have; the token that would complete one is not sampled.
+        bad_words: words whose tokens the output must not have in a row, as the tokenizer writes them at the start of a text
+            and after a space: the last of them is not sampled. The same letters in other tokens are not found.
         prompt_logprobs: as logprobs, for the prompt's tokens.
         skip_special_tokens: the text leaves special tokens out.
 

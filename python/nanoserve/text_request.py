@@ -6,9 +6,11 @@ its prompt is computed; the others then find that prompt in the prefix cache ins
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from nanoserve.checks import shown
 from nanoserve.nano_engine import NanoServingEngine
 from nanoserve.outputs import Completion, RequestOutput, TextDelta, Usage
 from nanoserve.request import Request
@@ -18,6 +20,7 @@ from nanoserve.text.text_output import TextOutput
 from nanoserve.text.tokenizer import Tokenizer
 
 AnyTokenizer = Tokenizer | ByteTokenizer
+Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 @dataclass(slots=True)
@@ -32,7 +35,8 @@ class TextRequest:
     """One prompt, text or token ids, on its way through an engine.
 
     Args:
-        prompt: as the user gave it; a text is tokenized with the tokenizer's special tokens.
+        prompt: as the user gave it: a text, tokenized with the tokenizer's special tokens; token ids; or, as vLLM has it,
+            {"prompt": text} or {"prompt_token_ids": ids}.
         prompt_tokens: its tokens where they are known already (a rendered chat template).
 
     Raises:
@@ -43,17 +47,20 @@ class TextRequest:
         self,
         engine: NanoServingEngine,
         tokenizer: AnyTokenizer | None,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams,
         *,
         prompt_tokens: Sequence[int] | None = None,
     ) -> None:
+        self.prompt = _unwrapped(prompt)
         if prompt_tokens is None:
-            prompt_tokens = _tokens(tokenizer, prompt)
-        self.prompt = prompt
+            prompt_tokens = _tokens(tokenizer, self.prompt)
         self.params = params
         bad_words = _bad_word_ids(tokenizer, params.bad_words)
-        hidden = () if params.ignore_eos else engine.eos_token_ids
+        hidden = set() if params.ignore_eos else set(engine.eos_token_ids)
+        hidden.update(params.stop_token_ids)
+        if params.include_stop_str_in_output:
+            hidden.clear()
         self._sequences: list[_Sequence] = []
         for index in range(params.n):
             own = params
@@ -96,6 +103,10 @@ class TextRequest:
             return [first]
         if first.output_tokens or first.is_finished:
             rest = self.requests[self._submitted :]
+            for index, request in enumerate(rest, start=self._submitted):
+                if request.seed is None and first.seed is not None:
+                    # Not the engine's next: when this happens depends on what else runs, and an answer must not.
+                    request.seed = child_seed(first.seed, index)
             self._submitted = len(self._sequences)
             return rest
         return []
@@ -105,13 +116,15 @@ class TextRequest:
         new = []
         for index, sequence in enumerate(self._sequences):
             request, text = sequence.request, sequence.text
-            tokens = request.output_tokens[sequence.streamed :]
+            seen, tokens = sequence.streamed, request.output_tokens[sequence.streamed :]
             ends = request.is_finished and not sequence.has_ended
             if not tokens and not ends:
                 continue
             sequence.streamed, sequence.has_ended = len(request.output_tokens), ends
             piece = "" if text is None else text.finish() if ends else text.take()
-            new.append(TextDelta(index, piece, tokens, request.finish_reason))
+            reason = _ending(sequence)[0] if ends else None
+            logprobs = None if request.params.logprobs is None else request.logprobs[seen:]
+            new.append(TextDelta(index, piece, tokens, logprobs, reason))
         if new and self.is_finished:
             new[-1] = replace(new[-1], output=self.result())
         return new
@@ -122,13 +135,29 @@ class TextRequest:
         usage = Usage(
             requests[0].num_prompt_tokens,
             sum(len(request.output_tokens) for request in requests),
-            requests[0].prefix_hit_len,
+            requests[0].cached_prompt_tokens,
         )
         prompt = self.prompt if isinstance(self.prompt, str) else list(requests[0].prompt_tokens)
         outputs = [_completion(index, sequence) for index, sequence in enumerate(self._sequences)]
         return RequestOutput(
             prompt, list(requests[0].prompt_tokens), outputs, usage, requests[0].prompt_logprobs
         )
+
+
+def _unwrapped(prompt: Prompt) -> str | Sequence[int]:
+    if not isinstance(prompt, Mapping):
+        return prompt
+    if len(prompt) != 1 or set(prompt) - {"prompt", "prompt_token_ids"}:
+        raise ValueError(
+            f"prompt: {shown(dict(prompt))} must have either prompt or prompt_token_ids, and nothing else"
+        )
+    (value,) = prompt.values()
+    if isinstance(value, str) != ("prompt" in prompt):
+        raise ValueError(
+            f"{next(iter(prompt))}: {shown(value)} must be {'text' if 'prompt' in prompt else 'token ids'}"
+        )
+    unwrapped: str | Sequence[int] = value
+    return unwrapped
 
 
 def _tokens(tokenizer: AnyTokenizer | None, prompt: str | Sequence[int]) -> Sequence[int]:
@@ -143,15 +172,24 @@ def _completion(index: int, sequence: _Sequence) -> Completion:
     request, text = sequence.request, sequence.text
     if text is not None:
         text.finish()
+    reason, stop_reason = _ending(sequence)
     return Completion(
         index=index,
         text=None if text is None else text.text,
         token_ids=list(request.output_tokens),
-        finish_reason=str(request.finish_reason),
-        stop_reason=request.stop_reason,
+        finish_reason=reason,
+        stop_reason=stop_reason,
         logprobs=None if request.params.logprobs is None else list(request.logprobs),
         error=request.error,
     )
+
+
+def _ending(sequence: _Sequence) -> tuple[str, int | str | None]:
+    """Finish and stop reason; a stop string that only the end of the output completed ended it, too."""
+    request, text = sequence.request, sequence.text
+    if request.finish_reason == "length" and text is not None and text.stop_string is not None:
+        return "stop", text.stop_string
+    return str(request.finish_reason), request.stop_reason
 
 
 def _bad_word_ids(tokenizer: AnyTokenizer | None, words: Sequence[str]) -> list[list[int]]:
@@ -161,8 +199,8 @@ def _bad_word_ids(tokenizer: AnyTokenizer | None, words: Sequence[str]) -> list[
     found: list[list[int]] = []
     for word in words:
         assert tokenizer is not None
-        for spelled in (word, " " + word.lstrip()):
-            ids = tokenizer.encode(spelled, add_special_tokens=False)
-            if ids and ids not in found:
-                found.append(ids)
+        spellings = [tokenizer.encode(text, add_special_tokens=False) for text in (word, " " + word.lstrip())]
+        if not any(spellings):
+            raise ValueError(f"bad_words: {shown(word)} has no tokens in this tokenizer")
+        found += [ids for ids in spellings if ids and ids not in found]
     return found

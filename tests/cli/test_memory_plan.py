@@ -21,8 +21,8 @@ CONFIG = ModelConfig(vocab_size=256, n_layer=4, n_head=6, n_embd=192, max_seq_le
 WEIGHTS = 4 * 1_927_296
 PER_TOKEN = 2 * 4 * 4 * 192  # K and V, float32, layers, width
 PAGE = 16 * PER_TOKEN
-# Rows of x, h, qkv, att, mlp and last, each rounded up to 64 and 16 more; 32 rows of logits.
-ACTIVATIONS = 4 * (2048 * (4 * (192 + 16) + (576 + 16) + (768 + 16)) + 32 * (256 + 0))
+# Rows of x, h, qkv, att, mlp and last, each rounded up to 64 and 16 more; 32 rows of logits and 256 of prompts.
+ACTIVATIONS = 4 * (2048 * (4 * (192 + 16) + (576 + 16) + (768 + 16)) + (32 + 256) * 256)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_sizes_by_hand() -> None:
     plan = plan_memory(CONFIG, memory_bytes=WEIGHTS + ACTIVATIONS + 2**20 + 10 * PAGE, stored_bytes=123)
     assert (plan.num_parameters, plan.weight_bytes, plan.stored_bytes) == (1_927_296, WEIGHTS, 123)
     assert (plan.kv_bytes_per_token, plan.page_bytes) == (PER_TOKEN, PAGE)
-    assert abs(plan.activation_bytes - ACTIVATIONS) < 2**15, "logits rows have a stride of their own"
+    assert abs(plan.activation_bytes - ACTIVATIONS) < 2**16, "logits rows have a stride of their own"
 
 
 def test_a_budget_is_used_to_the_last_page() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from bench.random_checkpoint import write_random_checkpoint
+
 from nanoserve import ModelConfig
 from nanoserve.models.weights import checkpoint_shapes
 

@@ -81,7 +81,6 @@ def test_what_a_tensor_refuses(tmp_path: Path) -> None:
     header = {"big": entry("F64", (1,), (0, 8)), "eight": entry("F8_E4M3", (2,), (8, 10)), "n": entry("F32", (), (10, 14)),
               "four": entry("F4", (4,), (14, 16)), "flag": entry("BOOL", (1,), (16, 17))}  # fmt: skip
     tensors = read_safetensors(write(tmp_path / "m.safetensors", header, data + bytes(9)))
-    assert [name for name, tensor in tensors.items() if not tensor.is_float] == ["eight", "four", "flag"]
     with pytest.raises(
         CheckpointError, match=r"m\.safetensors: dtype float8_e4m3fn of tensor 'eight' is not supported"
     ):

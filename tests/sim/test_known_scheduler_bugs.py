@@ -434,10 +434,10 @@ def test_a_request_that_cannot_be_cached_or_admitted_ends_alone(monkeypatch: pyt
         system = System(chunk_size=8)
         original = getattr(system.radix, name)
 
-        def breaks(request: Request, *rest: Any, original: Any = original) -> None:
+        def breaks(request: Request, *rest: Any, original: Any = original, **options: Any) -> None:
             if request.req_id == "bad":
                 raise MemoryError("no room")
-            original(request, *rest)
+            original(request, *rest, **options)
 
         monkeypatch.setattr(system.radix, name, breaks)
         good, culprit = crowd(system, "bad")

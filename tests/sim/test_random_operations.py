@@ -43,6 +43,7 @@ class Simulation:
             eos=(3, 4, 5) if rng.random() < 0.5 else (),
             policy=rng.choice(["fcfs", "sjf", "ljf", "priority", "lpm"]),
             max_model_len=rng.choice([None, self.max_tokens]),
+            switch_len=rng.choice([None, rng.randint(1, self.max_tokens)]),
         )
         self.prefixes = [[rng.randrange(32) for _ in range(self.max_tokens)] for _ in range(3)]
         self.requests: list[Request] = []
@@ -137,7 +138,7 @@ class Simulation:
         executor = self.system.executor
         for request in self.requests:
             longest = self.system.scheduler.door.max_model_len or 2**31
-            expected = rollout(request, self.system.eos, longest)
+            expected = rollout(request, self.system.eos, longest, switch_len=self.system.switch_len)
             assert request.is_finished
             self.verify_reports(request)
             assert request.output_tokens == expected[: len(request.output_tokens)], request
@@ -153,17 +154,21 @@ class Simulation:
 
     def verify_reports(self, request: Request) -> None:
         """Whatever happened on the way, each token was told, and its log-probability kept, once."""
-        hashes = prefix_hashes(request.token_ids)
+        short, long = (prefix_hashes(request.token_ids, long) for long in (False, True))
+        switch = self.system.switch_len
         params, known = request.params, request.token_ids
         if isinstance(request.watcher, PairWatcher):
             assert request.watcher.seen == request.output_tokens
         if params.logprobs is not None:
             assert request.logprobs == [
-                token_logprob(logits_after(hashes[at - 1]), known[at], params.logprobs)
+                token_logprob(
+                    logits_after((long if at > switch else short)[at - 1]), known[at], params.logprobs
+                )
                 for at in range(request.num_prompt_tokens, len(known))
             ]
         if request.prompt_logprobs is not None:
             had = len(request.prompt_logprobs)
+            hashes = long if request.num_prompt_tokens > switch else short
             assert had == request.num_prompt_tokens or not request.output_tokens
             assert request.prompt_logprobs[1:] == [
                 token_logprob(logits_after(hashes[at - 1]), known[at], params.prompt_logprobs or 0)

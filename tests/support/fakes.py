@@ -4,7 +4,8 @@ FakeExecutor's logits are a function of a request's full token prefix and of not
 is known without running an engine (`rollout`), and no schedule may change it. Its "keys" are the prefix hashes themselves:
 it writes them to the slots of the batch through the pool's own `store_kv`, and before a row is computed it reads the whole
 prefix back through the request's page table. Any page that is stale, shared wrongly, freed too early, copied wrongly or
-never written shows up as a KVMismatch at the row that would have read garbage.
+never written shows up as a KVMismatch at the row that would have read garbage. With `switch_len`, the hashes of sequences
+longer than that begin elsewhere, all of their tokens': as a model's keys whose rotary angles depend on the length.
 
 Faults, by request id: `raises` (the forward raises whenever the request is in the batch), `poisoned` (its keys, values and
 logits are NaN); and `transient` (the next n forwards of more than one request raise), `before` and `after` (called at the
@@ -41,10 +42,10 @@ class ModelFault(RuntimeError):
     """What a faulty request makes the forward raise."""
 
 
-def prefix_hashes(tokens: Any) -> NDArray[np.float32]:
+def prefix_hashes(tokens: Any, long: bool = False) -> NDArray[np.float32]:
     """float32[n, 4], one row per position: token, position and the 48-bit hash of the prefix through it, exactly."""
     rows = np.empty((len(tokens), 4), np.float32)
-    value = 0x5EED
+    value = 0x10A6 if long else 0x5EED
     for position, token in enumerate(tokens):
         value = ((value ^ (token + 1)) * 0x9E3779B97F4A7C15 + position + 1) & _MASK
         rows[position] = (token, position, value & 0xFFFFFF, value >> 24)
@@ -70,7 +71,11 @@ class PairWatcher:
 
 
 def rollout(
-    request: Request, eos: Collection[int] = (), max_len: int = 2**31, vocab: int = VOCAB
+    request: Request,
+    eos: Collection[int] = (),
+    max_len: int = 2**31,
+    vocab: int = VOCAB,
+    switch_len: int = 2**31,
 ) -> list[int]:
     """The output the request must get, computed alone and from scratch for every token."""
     copy = Request(
@@ -80,7 +85,7 @@ def rollout(
     params, sampler = copy.params, Sampler()
     watcher = None if request.watcher is None else type(request.watcher)()
     while len(copy.output_tokens) < params.max_tokens and copy.total_len < max_len:
-        logits = logits_after(prefix_hashes(copy.token_ids)[-1], vocab)
+        logits = logits_after(prefix_hashes(copy.token_ids, copy.total_len > switch_len)[-1], vocab)
         (token,) = sampler.sample(logits[None], [copy], eos)
         copy.append_output(token)
         stops = (*params.stop_token_ids, *(() if params.ignore_eos else eos))
@@ -95,11 +100,12 @@ def rollout(
 class FakeExecutor:
     """The hash model over a pool of one layer, one head and head_dim >= 4."""
 
-    def __init__(self, kv_pool: KVCachePool, vocab: int = VOCAB) -> None:
+    def __init__(self, kv_pool: KVCachePool, vocab: int = VOCAB, switch_len: int = 2**31) -> None:
         assert (kv_pool.num_layers, kv_pool.num_heads) == (1, 1)
         assert kv_pool.head_dim >= 4
         self.kv_pool = kv_pool
         self.vocab = vocab
+        self.switch_len = switch_len
         self.last_finite: NDArray[np.bool_] = np.ones(0, np.bool_)
         self.raises: set[Any] = set()
         self.poisoned: set[Any] = set()
@@ -130,7 +136,9 @@ class FakeExecutor:
         pieces = zip(batch.requests, batch.tables, batch.starts, batch.counts, batch.sampled, strict=True)
         for index, (request, table, start, count, sampled) in enumerate(pieces):
             end = start + count
-            expected = prefix_hashes(request.token_ids[:end])
+            long = request.total_len > self.switch_len
+            assert request.long_context is long, "the wrong rotary angles"
+            expected = prefix_hashes(request.token_ids[:end], long)
             poisoned = request.req_id in self.poisoned
             self._check_prefix(request, table, expected[:start])
             self._write(table, expected[start:] * np.float32(np.nan if poisoned else 1), start)
@@ -179,10 +187,12 @@ class System:
         prefill_mgr: Any = None,
         eos: Collection[int] = (),
         vocab: int = VOCAB,
+        switch_len: int | None = None,
         **options: Any,
     ) -> None:
+        self.switch_len = 2**31 if switch_len is None else switch_len
         self.pool = KVCachePool(num_pages, page_size, 1, 1, 4) if prefill_mgr is None else prefill_mgr.kv_pool
-        self.executor = FakeExecutor(self.pool, vocab)
+        self.executor = FakeExecutor(self.pool, vocab, self.switch_len)
         self.radix = RadixCacheManager(self.pool, enabled=cache)
         self.prefill = prefill_mgr or ChunkedPrefillManager(self.pool, chunk_size, max_num_batched_tokens)
         self.decode = DecodeManager(max_batch_size)
@@ -195,6 +205,7 @@ class System:
             self.eos,
             max_num_batched_tokens=max_num_batched_tokens,
             vocab_size=vocab,
+            switch_len=switch_len,
             **options,
         )
         self.scheduler = self.batcher.scheduler
@@ -252,7 +263,7 @@ class System:
         return outputs
 
     def expected(self, request: Request) -> list[int]:
-        return rollout(request, self.eos)
+        return rollout(request, self.eos, switch_len=self.switch_len)
 
     def check_nothing_is_held(self) -> None:
         """Only the prefix tree has pages left, and they can all be had."""

@@ -50,21 +50,25 @@ class RadixCacheManager:
 
     # ---- requests
 
-    def acquire(self, request: Request, page_table: PageTable) -> None:
+    def acquire(self, request: Request, page_table: PageTable, *, find: bool = True) -> None:
         """Gives a request the cached pages of its longest known prefix, pinned until `release`.
 
-        `page_table` is empty and becomes the request's. At least the last token stays to be computed.
+        `page_table` is empty and becomes the request's. At least the last token stays to be computed. With `find` False
+        nothing is looked up, for a request that must compute all of its tokens; it can share them all the same.
         """
         if request.page_table is not None or len(page_table):
             raise InvariantViolation(f"request {request.req_id!r} acquires a prefix but has pages already")
         cached = 0
-        if self.enabled:
+        if self.enabled and find:
             request.radix_node, cached = self._adopt_prefix(request.cache_key(), page_table)
+        elif self.enabled:
+            request.radix_node = self._match_and_pin(array("i")).node_id
         request.page_table = page_table
         request.cached_len = request.prefix_hit_len = request.validated_len = cached
         if not request.prefix_counted:
             request.prefix_counted = True
-            self._count(min(cached, request.num_prompt_tokens), request.num_prompt_tokens)
+            request.cached_prompt_tokens = min(cached, request.num_prompt_tokens)
+            self._count(request.cached_prompt_tokens, request.num_prompt_tokens)
 
     def commit(self, request: Request) -> None:
         """Shares the whole pages of a request's first `validated_len` tokens, and moves its pin to their end."""
@@ -103,7 +107,8 @@ class RadixCacheManager:
         ):
             # An admission that was taken back before anything ran: the next one is the first.
             request.prefix_counted = False
-            self._count(-min(request.prefix_hit_len, request.num_prompt_tokens), -request.num_prompt_tokens)
+            self._count(-request.cached_prompt_tokens, -request.num_prompt_tokens)
+            request.cached_prompt_tokens = 0
         request.cached_len = request.validated_len = 0
 
     def peek(self, tokens: Sequence[int]) -> int:

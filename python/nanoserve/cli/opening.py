@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from nanoserve.cli.progress import LoadingBars
@@ -26,7 +27,8 @@ def open_model(
 
     if needs_template:
         _require_template(model, engine.get("revision"))
-    with LoadingBars() as bars:
+    with LoadingBars() as bars, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # said below, in the command's own way
         llm = LLM(model, on_load=bars.on_load, on_progress=bars.on_progress, **engine)
     if llm.generation.not_applied and not quiet:
         listed = ", ".join(llm.generation.not_applied)

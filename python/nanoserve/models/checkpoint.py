@@ -3,7 +3,7 @@
 `checkpoint_directory(model)` turns a path or a hub name into a directory that has a config.json. `load_weights(path)` opens
 the tensors in it, or in one file, under the file's names. Opening maps and checks; reading happens row by row, later, where
 the weights are packed. Only safetensors is served from: what else a directory holds is refused with the way to convert it.
-A path that looks like one never reaches the network, whether or not it exists.
+A path that cannot be a hub name (absolute, with a dot or a second slash in front) never reaches the network.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nanoserve.checkpoint_json import read_object
-from nanoserve.checks import shown
+from nanoserve.checks import few, shown
 from nanoserve.errors import CheckpointError
 from nanoserve.models import hub
 from nanoserve.models.safetensors_file import read_safetensors
@@ -97,7 +97,7 @@ def _only_file(directory: Path) -> Path:
     if len(found) > 1:
         raise CheckpointError(
             f"{directory}: holds neither {_SINGLE} nor {_INDEX}, and several files that could be meant: "
-            f"{_few([file.name for file in found])}"
+            f"{few([file.name for file in found])}"
         )
     return found[0]
 
@@ -109,7 +109,7 @@ def _load_sharded(directory: Path) -> dict[str, StoredTensor]:
     absent = [shard for shard in shards if not (directory / shard).is_file()]
     if absent:
         raise CheckpointError(
-            f"{directory}: {len(absent)} of {len(shards)} shards are missing: {_few(absent)}"
+            f"{directory}: {len(absent)} of {len(shards)} shards are missing: {few(absent)}"
         )
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
@@ -157,7 +157,7 @@ def _is_plain_name(shard: str) -> bool:
 
 def _contents(directory: Path) -> str:
     names = sorted(entry.name for entry in directory.iterdir())
-    return f"it holds {_few(names)}" if names else "it is empty"
+    return f"it holds {few(names)}" if names else "it is empty"
 
 
 def _conversion(directory: Path) -> str:
@@ -170,8 +170,3 @@ def _conversion(directory: Path) -> str:
         f"; convert its {', '.join(found)} files once with transformers: "
         f"AutoModelForCausalLM.from_pretrained({source}).save_pretrained(new_dir)"
     )
-
-
-def _few(names: list[str], limit: int = 5) -> str:
-    listed = ", ".join(names[:limit])
-    return listed if len(names) <= limit else f"{listed}, and {len(names) - limit} more"

@@ -47,7 +47,7 @@ KINDS: dict[str, frozenset[str]] = {
         "factor original_max_position_embeddings attention_factor short_factor long_factor".split()
     ),
 }
-_MAX_FACTOR = 1e6
+_MIN_FACTOR, _MAX_FACTOR = 1e-6, 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ def parse_rope(parameters: Mapping[str, Any], *, dims: int, theta: float, max_po
     if kind == "default":
         return Rope(**rope)
     if kind in ("linear", "dynamic", "llama3"):
-        rope["factor"] = number("factor", above=0.0, most=_MAX_FACTOR)
+        rope["factor"] = number("factor", above=_MIN_FACTOR, most=_MAX_FACTOR)
     if kind == "dynamic":
         if rope["factor"] < 1:
             raise ValueError(f"factor: {rope['factor']:g} must be at least 1 for rope_type 'dynamic'")
@@ -222,16 +222,16 @@ def parse_rope(parameters: Mapping[str, Any], *, dims: int, theta: float, max_po
         rope["original_len"] = max_positions
     if kind == "llama3":
         rope["original_len"] = original
-        rope["low_freq_factor"] = number("low_freq_factor", above=0.0, most=_MAX_FACTOR)
+        rope["low_freq_factor"] = number("low_freq_factor", above=_MIN_FACTOR, most=_MAX_FACTOR)
         rope["high_freq_factor"] = number("high_freq_factor", above=rope["low_freq_factor"], most=_MAX_FACTOR)
     if kind in ("yarn", "longrope"):
         rope["original_len"] = original
-        rope["factor"] = number("factor", max_positions / original, above=0.0, most=_MAX_FACTOR)
+        rope["factor"] = number("factor", max_positions / original, above=_MIN_FACTOR, most=_MAX_FACTOR)
         if "attention_factor" in given:
-            rope["amplitude"] = number("attention_factor", above=0.0, most=_MAX_FACTOR)
+            rope["amplitude"] = number("attention_factor", above=_MIN_FACTOR, most=_MAX_FACTOR)
     if kind == "yarn":
-        rope["beta_fast"] = number("beta_fast", 32.0, above=0.0, most=_MAX_FACTOR)
-        rope["beta_slow"] = number("beta_slow", 1.0, above=0.0, most=_MAX_FACTOR)
+        rope["beta_fast"] = number("beta_fast", 32.0, above=_MIN_FACTOR, most=_MAX_FACTOR)
+        rope["beta_slow"] = number("beta_slow", 1.0, above=_MIN_FACTOR, most=_MAX_FACTOR)
         rope["truncate"] = given.get("truncate", True)
         if not isinstance(rope["truncate"], bool):
             raise ValueError(f"truncate: {shown(rope['truncate'])} must be true or false")
@@ -270,5 +270,5 @@ def _factors(name: str, values: object, count: int) -> tuple[float, ...]:
     if not isinstance(values, list) or len(values) != count:
         raise ValueError(f"{name}: {shown(values)} must be a list of {count} numbers")
     return tuple(
-        _number(f"{name}[{i}]", value, above=0.0, most=_MAX_FACTOR) for i, value in enumerate(values)
+        _number(f"{name}[{i}]", value, above=_MIN_FACTOR, most=_MAX_FACTOR) for i, value in enumerate(values)
     )

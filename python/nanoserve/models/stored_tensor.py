@@ -59,11 +59,6 @@ class StoredTensor:
     def ndim(self) -> int:
         return len(self.shape)
 
-    @property
-    def is_float(self) -> bool:
-        """Whether it can be read: one of the four float types."""
-        return self.dtype in _IN_FILE
-
     def __len__(self) -> int:
         if not self.shape:
             raise TypeError(f"{self.file}: tensor {self.name!r} is a single number, it has no rows")
@@ -92,6 +87,15 @@ class StoredTensor:
         row = math.prod(self.shape[1:])
         return self._read(begin * row, end * row).reshape(end - begin, *self.shape[1:])
 
+    def columns(self, begin: int, end: int) -> Float32Array:
+        """float32[rows, end - begin] of a matrix: those columns of every row, and memory for no others.
+
+        Raises:
+            CheckpointError: as indexing.
+        """
+        rows, width = self.shape
+        return self._widened(self._raw(0, rows * width).reshape(rows, width)[:, begin:end])
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """The whole tensor as float32 (or cast from there), for np.asarray."""
         return np.array(self[:], dtype=dtype, copy=copy)
@@ -106,13 +110,19 @@ class StoredTensor:
 
     def _read(self, begin: int, end: int) -> Float32Array:
         """Elements [begin, end) as flat float32."""
+        return self._widened(self._raw(begin, end))
+
+    def _raw(self, begin: int, end: int) -> NDArray[Any]:
+        """Elements [begin, end) as they lie in the file."""
         stored = _IN_FILE.get(self.dtype)
         if stored is None:
             raise CheckpointError(f"{self.file}: dtype {self.dtype} of tensor {self.name!r} is not supported")
-        count = end - begin
-        raw = np.frombuffer(self._buffer, stored, count, self._begin + begin * stored.itemsize)
+        return np.frombuffer(self._buffer, stored, end - begin, self._begin + begin * stored.itemsize)
+
+    def _widened(self, raw: NDArray[Any]) -> Float32Array:
+        """As float32: read-only and the file's own where it holds aligned float32, else a copy."""
         if self.dtype == "bfloat16":
-            bits = np.empty(count, np.uint32)  # one pass; astype and a shift in place would be two
+            bits = np.empty(raw.shape, np.uint32)  # one pass; astype and a shift in place would be two
             np.left_shift(raw, 16, out=bits, dtype=np.uint32, casting="unsafe")
             return bits.view(np.float32)
         if self.dtype == "float32" and raw.flags.aligned:

@@ -7,14 +7,16 @@ rows when they are packed, so that no second copy of a weight ever exists.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nanoserve.checks import few
 from nanoserve.errors import CheckpointError
+from nanoserve.kernels.gemm import Rows
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.decoder import weight_shapes
 from nanoserve.models.stored_tensor import StoredTensor
@@ -25,14 +27,6 @@ Tensors = Mapping[str, Any]  # StoredTensor or NumPy arrays, by checkpoint name
 # Buffers older checkpoints carry; they are constants of the architecture, not weights.
 _NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-
-class Rows(Protocol):
-    """What a tensor must offer: NumPy arrays and StoredTensor do."""
-
-    shape: tuple[int, ...]
-
-    def __getitem__(self, rows: slice, /) -> Any: ...
 
 
 @dataclass(slots=True)
@@ -49,8 +43,10 @@ class BoundWeight:
         begin, end, _ = rows.indices(self.shape[0])
         if self.transposed:
             (part,) = self.parts
-            whole = np.asarray(part[:], dtype=np.float32)
-            pieces = [whole.T[begin:end]]
+            stored = (
+                part.columns(begin, end) if isinstance(part, StoredTensor) else np.asarray(part)[:, begin:end]
+            )
+            pieces = [stored.T.astype(np.float32, copy=False)]
         else:
             pieces, first = [], 0
             for part in self.parts:
@@ -68,9 +64,13 @@ class BoundWeight:
 
     def forget(self) -> None:
         """The file's pages behind it are not needed any more."""
-        for part in self.parts:
-            if isinstance(part, StoredTensor):
-                part.forget()
+        _forget(self.parts)
+
+
+def _forget(parts: Iterable[Rows]) -> None:
+    for part in parts:
+        if isinstance(part, StoredTensor):
+            part.forget()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +117,16 @@ def bind_weights(config: ModelConfig, tensors: Tensors) -> dict[str, BoundWeight
         if not absent:
             bound[name] = _join(name, shape, source, given, config)
     if missing:
-        raise CheckpointError(f"weights: {len(missing)} tensors are missing: {_few(missing)}")
+        raise CheckpointError(f"weights: {len(missing)} tensors are missing: {few(missing)}")
     extra = set(given) - used
     head = _source(config, "head.weight").names[0]
     if config.tie_embeddings and head in extra:
         if not _equal(given[head], bound["embed.weight"]):
             raise CheckpointError(f"weights: {head!r} differs from the embedding, but the config ties them")
+        _forget([given[head], *bound["embed.weight"].parts])
         extra.discard(head)
     if extra:
-        raise CheckpointError(f"weights: {len(extra)} tensors are unexpected: {_few(sorted(extra))}")
+        raise CheckpointError(f"weights: {len(extra)} tensors are unexpected: {few(sorted(extra))}")
     return bound
 
 
@@ -184,11 +185,6 @@ def _equal(head: Rows, embedding: BoundWeight, step: int = 4096) -> bool:
         np.array_equal(np.asarray(head[at : at + step], dtype=np.float32), embedding[at : at + step])
         for at in range(0, embedding.shape[0], step)
     )
-
-
-def _few(names: list[str], limit: int = 5) -> str:
-    listed = ", ".join(names[:limit])
-    return listed if len(names) <= limit else f"{listed}, and {len(names) - limit} more"
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Float32Array]:

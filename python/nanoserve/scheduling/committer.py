@@ -91,7 +91,8 @@ class Committer:
                     if residents.share(request):
                         residents.finish(request, reason)
                 elif residents.outgrew_its_angles(request):
-                    residents.preempt(request, by=request)
+                    if residents.share(request):
+                        residents.preempt(request, by=request)
                 elif request.state is RequestState.PREFILL and residents.share(request):
                     residents.start_decode(request)
 

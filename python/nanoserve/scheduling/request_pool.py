@@ -89,13 +89,22 @@ class RequestPool:
         self._joined[request.req_id] = (step, self.policy.key(request, step))
         insort(self._queue, self._entry(request))
 
-    def head(self, peek: Callable[[Sequence[int]], int] | None = None) -> Request | None:
-        """The waiting request that is next; `peek(tokens)` counts cached leading tokens, for policies that ask."""
-        if not self._queue:
+    def head(
+        self,
+        peek: Callable[[Sequence[int]], int] | None = None,
+        may_go: Callable[[Request], bool] = lambda request: True,
+    ) -> Request | None:
+        """The waiting request that is next.
+
+        Args:
+            peek: counts cached leading tokens, for policies that ask.
+            may_go: whom to pass over. What they lack must be given to them before anybody else who needs it.
+        """
+        if not self.policy.by_prefix or peek is None:
+            return next((entry[-1] for entry in self._queue if may_go(entry[-1])), None)
+        window = [entry for entry in self._queue if may_go(entry[-1])][:LPM_WINDOW]
+        if not window:
             return None
-        if not self.policy.by_prefix or peek is None or len(self._queue) == 1:
-            return self._queue[0][-1]
-        window = self._queue[:LPM_WINDOW]
         ranked = [
             (key - peek(request.cache_key()), rank, arrival, request)
             for key, rank, arrival, request in window

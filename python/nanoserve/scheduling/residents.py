@@ -74,10 +74,8 @@ class Residents:
         spoken_for = self.decode_mgr.num_running
         for running in self.prefill_mgr.active_requests:
             spoken_for += missing_pages(self.kv_pool, running, running.total_len)
-        if request.lacks_prompt_logprobs:  # whose rows must be computed: nothing comes from the cache
-            request.page_table = PageTable(self.kv_pool)
-        else:
-            self.radix_mgr.acquire(request, PageTable(self.kv_pool))
+        # Rows of logits that were asked for must be computed: nothing comes from the cache then.
+        self.radix_mgr.acquire(request, PageTable(self.kv_pool), find=not request.lacks_prompt_logprobs)
         chunks = ChunkedRequest(request, self.prefill_mgr.max_chunk_size)
         count = self.prefill_mgr.piece(chunks, budget)
         # Counted after the prefix is pinned: what it shares is neither missing nor evictable any more.

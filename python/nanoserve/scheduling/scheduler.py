@@ -6,8 +6,9 @@ of rows of logits; who exceeds it gets a shorter chunk, or none in this step.
 
 Progress: every step with a live request computes something, and every request ends.
   1. The door lets in only what fits the pool alone.
-  2. The oldest running request is preempted by nobody and may preempt all others (residents.py), so it gets every page
-     it does not hold itself, but for pages that its own pin protects.
+  2. The oldest running request is preempted by nobody else and may preempt all others (residents.py), so it gets every
+     page it does not hold itself, but for pages that its own pin protects. It preempts itself at most once, where a sequence
+     outgrows its rotary angles, and comes back with its seniority.
   3. Those can be too many in one case only: it pins cached pages it does not hold, because another request cached the
      same prefix under other pages first, or because it copied a shared page. By then nobody else runs. It is preempted
      itself, its pin goes, and the queue's head, by 1, fits the pool.
@@ -25,6 +26,7 @@ from nanoserve.batch import Batch
 from nanoserve.cache.kv_pool import KVCachePool
 from nanoserve.cache.radix_manager import RadixCacheManager
 from nanoserve.errors import InvariantViolation, RequestRefused
+from nanoserve.logprobs import MAX_PROMPT_LOGPROB_ROWS
 from nanoserve.observe.events import EventLog, ReqId
 from nanoserve.request import Request, RequestState
 from nanoserve.scheduling.chunked_prefill import ChunkedPrefillManager
@@ -40,8 +42,6 @@ from nanoserve.scheduling.scheduler_output import SchedulerOutput
 from nanoserve.scheduling.stats import SchedulerStats
 
 __all__ = ["Scheduler", "SchedulerOutput"]
-
-MAX_PROMPT_LOGPROB_ROWS = 256  # per step: each is a row of logits, 256 of a vocabulary of 150,000 are 154 MB
 
 _Piece = tuple[Request, int]
 
@@ -211,20 +211,22 @@ class Scheduler:
         """Chunks of the prompts in progress, then of requests admitted with what is left of the budget."""
         budget = min(budget, self.prefill_mgr.max_prefill_tokens)
         chosen: list[_Piece] = []
+        num_served = 0
         num_active = self.prefill_mgr.num_active_requests
         if num_active:
             for chunks, count in self.prefill_mgr.take(budget):
                 request = chunks.request
                 count = self._within_row_limit(chosen, request, count)
-                if (
-                    count
-                    and request.state is RequestState.PREFILL
-                    and self.residents.grow(request, request.cached_len + count)
+                if not count:  # it waits for rows of logits, which newcomers may not want
+                    num_served += 1
+                elif request.state is RequestState.PREFILL and self.residents.grow(
+                    request, request.cached_len + count
                 ):
                     self._choose(chosen, chunks, count)
                     budget -= count
+                    num_served += 1
         # Nobody joins while there are too few pages for those who run, or while one of them waits for budget.
-        if len(chosen) == num_active and not self.residents.preempted:
+        if num_served == num_active and not self.residents.preempted:
             self._admit(chosen, budget)
         return chosen
 
@@ -232,8 +234,8 @@ class Scheduler:
         """Seats waiting requests while there is budget, a seat, and memory for the first of them."""
         residents, pool = self.residents, self.pool
         while budget > 0 and residents.may_admit and pool.num_running < self.decode_mgr.max_batch_size:
-            request = pool.head(self.radix_mgr.peek)
-            if request is None or not self._within_row_limit(chosen, request, 1):
+            request = pool.head(self.radix_mgr.peek, lambda one: self._within_row_limit(chosen, one, 1) > 0)
+            if request is None:
                 return
             try:
                 started = residents.start(request, budget)
@@ -313,6 +315,7 @@ class Scheduler:
             self._mark_dirty(output)
             raise
         self.stats.output_tokens += len(output.new_tokens)
+        output.preempted = tuple(self.residents.preempted)  # the commit may have added to them
         return self.take_finished()
 
     def take_finished(self) -> list[Request]:

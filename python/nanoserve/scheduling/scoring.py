@@ -55,7 +55,9 @@ def score_prompts(
                     for i, position in enumerate(positions)
                 ]
             else:
-                bad = positions[finite[row : row + len(positions)].index(False)]
-                errors[request.req_id] = f"the logits at position {bad} are not finite"
+                # Not the first bad one: NaN keys of a chunk reach the masked lanes of earlier rows.
+                errors[request.req_id] = (
+                    f"the logits of positions {positions[0]} to {positions[-1]} are not all finite"
+                )
         row += len(positions) + sampled
     return scored

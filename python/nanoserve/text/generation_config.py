@@ -27,10 +27,10 @@ MAX_EOS_IDS = 256
 # Sampling values that become defaults: name -> (low, high, is low itself allowed, whole numbers only)
 _VALUES: dict[str, tuple[float, float, bool, bool]] = {
     "temperature": (0.0, 100.0, True, False),
-    "top_k": (0, 2**31 - 1, True, True),
+    "top_k": (-1, 2**31 - 1, True, True),
     "top_p": (0.0, 1.0, False, False),
     "min_p": (0.0, 1.0, True, False),
-    "repetition_penalty": (0.0, 100.0, False, False),
+    "repetition_penalty": (0.01, 100.0, True, False),
 }
 _OF_THE_DRAW = ("top_k", "top_p", "min_p")
 

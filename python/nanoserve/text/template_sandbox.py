@@ -101,10 +101,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             return _call_text_method(owner, __obj.__name__, args, kwargs)
         if isinstance(owner, list | tuple):
             meter.deep(owner)  # count() and index() compare
-        result = super().call(__context, __obj, *args, **kwargs)
-        if isinstance(result, str):  # a macro's text
-            meter.output(len(result))
-        return result
+        return super().call(__context, __obj, *args, **kwargs)
 
 
 # Searching from the right, and cutting off characters of a set, take time text x argument in CPython.

@@ -21,8 +21,8 @@ class TextOutput:
         stop: stop strings.
         include_stop: the text keeps the stop string that ended it.
         skip_special_tokens: special tokens contribute no text.
-        min_tokens: the text of the tokens before this many is not searched for stop strings: it just flows, and a stop
-            string that begins in it is not seen.
+        min_tokens: the text of this many tokens is not searched for stop strings: it just flows, and a stop string that
+            begins in it is not seen.
         hidden_ids: tokens that contribute no text, as the EOS that ends a request.
     """
 
@@ -92,7 +92,7 @@ class TextOutput:
 
     def _add(self, text: str) -> None:
         self._num_detokenized += len(text)
-        if len(self._offsets) >= self._min_tokens:
+        if len(self._offsets) > self._min_tokens:
             text, _ = self._stops.push(text)
         if text:
             self._parts.append(text)
