@@ -15,7 +15,17 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from its own rank and below. `errors` and `native` are below everything; `observe` imports nothing.
 RANKS = [
     {"checks", "checkpoint_json", "errors", "native", "observe"},
-    {"sampling", "sampler", "random_stream", "top_k", "logits_processors", "logprobs", "request", "batch", "compiler"},
+    {
+        "sampling",
+        "sampler",
+        "random_stream",
+        "top_k",
+        "logits_processors",
+        "logprobs",
+        "request",
+        "batch",
+        "compiler",
+    },
     {"cache", "kernels", "text"},
     {"scheduling", "models", "paged"},
     {"executor", "memory_plan", "machine_memory"},
@@ -71,7 +81,9 @@ def test_imports_point_one_way(path: Path) -> None:
                 f"{relative} must not know models: {module}"
             )
         if own == "text":
-            assert other in {"text", "checks", "checkpoint_json", "errors"}, f"{relative} imports {module}; text knows no engine"
+            assert other in {"text", "checks", "checkpoint_json", "errors"}, (
+                f"{relative} imports {module}; text knows no engine"
+            )
         if own == "compiler":
             assert other == "compiler", f"{relative} imports {module}"
 

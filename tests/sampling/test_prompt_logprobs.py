@@ -149,7 +149,10 @@ def test_a_non_finite_prompt_row_fails_its_request() -> None:
     request = system.add("a", prompt(20), 4, prompt_logprobs=0)
     other = system.add("b", prompt(20, 1), 4, prompt_logprobs=0)
     system.step()
-    assert (request.finish_reason, request.error) == ("error", "the logits of positions 0 to 3 are not all finite")
+    assert (request.finish_reason, request.error) == (
+        "error",
+        "the logits of positions 0 to 3 are not all finite",
+    )
     system.drain()
     assert (other.finish_reason, other.prompt_logprobs) == ("length", expected(other))
     system.check_nothing_is_held()

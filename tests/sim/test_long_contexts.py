@@ -39,7 +39,7 @@ def test_prompts_that_want_logits_do_not_shut_the_door(monkeypatch: pytest.Monke
     from nanoserve.scheduling import scheduler
 
     monkeypatch.setattr(scheduler, "MAX_PROMPT_LOGPROB_ROWS", 8)
-    system = System(num_pages=200, chunk_size=8, max_batch_size=8)
+    system = System(num_pages=400, chunk_size=8, max_batch_size=8)
     slow = [system.add(name, prompt(160, i), 2, prompt_logprobs=0) for i, name in enumerate("abc")]
     quick = system.add("quick", prompt(4, 9), 2)
     steps = 0
@@ -47,6 +47,14 @@ def test_prompts_that_want_logits_do_not_shut_the_door(monkeypatch: pytest.Monke
         system.step()
         steps += 1
     assert steps <= 4
+    monkeypatch.setattr(scheduler, "MAX_PROMPT_LOGPROB_ROWS", 64)
+    slow += [system.add(name, prompt(160, i), 2, prompt_logprobs=0) for i, name in enumerate("def", start=3)]
+    system.step()  # several are in the middle of their prompts
+    monkeypatch.setattr(scheduler, "MAX_PROMPT_LOGPROB_ROWS", 8)
+    quick = system.add("late", prompt(4, 10), 2)
+    for _ in range(4):
+        system.step()
+    assert quick.is_finished
     system.drain()
     for request in slow:
         assert request.output_tokens == system.expected(request)
