@@ -14,6 +14,8 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench.run $(ARGS)
+	$(BIN)/python -m bench.sampler
+	$(BIN)/python -m bench.loading
 	$(BIN)/python -m bench.report
 
 lint: $(VENV)/.dev

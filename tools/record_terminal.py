@@ -27,7 +27,13 @@ def record(command: list[str], lines: list[str]) -> str:
     master, slave = pty.openpty()
     environment = {**os.environ, "COLUMNS": str(COLUMNS), "TERM": "xterm-256color"}
     program = subprocess.Popen(
-        command, stdin=slave, stdout=slave, stderr=slave, close_fds=True, start_new_session=True, env=environment
+        command,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        close_fds=True,
+        start_new_session=True,
+        env=environment,
     )
     os.close(slave)
     seen, pending = b"", [*(line + "\n" for line in lines), "\x04"]
@@ -54,7 +60,9 @@ def record(command: list[str], lines: list[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("picture", type=Path)
     parser.add_argument("--type", action="append", default=[], metavar="LINE")
     parser.add_argument("--title", default="nanoserve")
