@@ -28,6 +28,8 @@ RANKS = [
     },
     {"cache", "kernels", "text"},
     {"scheduling", "models", "paged"},
+    {"packed_weights"},
+    {"bound_op"},
     {"executor", "memory_plan", "machine_memory"},
     {"nano_engine"},
     {"outputs", "text_request"},

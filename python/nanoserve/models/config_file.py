@@ -53,6 +53,7 @@ def config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:
     if family is None:
         raise CheckpointError(
             f"config.json: model_type {shown(model_type)} is not supported; supported: {', '.join(FAMILIES)}"
+            + _stranger(raw)
         )
     _refuse_unknown(raw, family, str(model_type))
     given = {**family.defaults, **{name: value for name, value in raw.items() if _is_set(name, value)}}
@@ -92,10 +93,23 @@ def _is_set(name: str, value: object) -> bool:
     return value is not None or name in _NULL_MEANS_OFF
 
 
+def _known_fields(family: Family) -> set[str]:
+    """What a config.json of the family may have, but for the fields that must hold one value."""
+    rope = ROPE_FIELDS if family.fixed.get("positions") == "rope" else frozenset()
+    return {*family.fields, *family.harmless, *BOOKKEEPING, *LAYER_FIELDS[family.sliding], *rope}
+
+
+def _stranger(raw: Mapping[str, Any]) -> str:
+    """The first field no family here has: often what makes the architecture another one."""
+    known = {*REQUIRED}.union(
+        *map(_known_fields, FAMILIES.values()), *(f.required for f in FAMILIES.values())
+    )
+    first = next((name for name in raw if name not in known), None)
+    return "" if first is None else f"; the first of its fields that none of them has: {shown(first)}"
+
+
 def _refuse_unknown(raw: Mapping[str, Any], family: Family, model_type: str) -> None:
-    known = {*family.fields, *family.harmless, *BOOKKEEPING, *LAYER_FIELDS[family.sliding]}
-    if family.fixed.get("positions") == "rope":
-        known |= ROPE_FIELDS
+    known = _known_fields(family)
     required = {**REQUIRED, **family.required}
     for name, value in raw.items():
         if name in required:

@@ -1,0 +1,95 @@
+"""A model's weights in the form its kernels read, each packed once and then known to the native step by a number.
+
+One at a time: a weight is read from its file, packed, and the file's pages let go before the next one's turn, so that no
+second copy of the model ever exists. A tied embedding and head are one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoserve.kernels import gemm
+from nanoserve.models.rope import Rope
+from nanoserve.models.weights import BoundWeight
+from nanoserve.native import StepExecutor
+
+Arg = tuple[str, int] | tuple[str]  # where a kernel finds an argument (plan.md, "Kernel ABI")
+Float32Array = NDArray[np.float32]
+OnProgress = Callable[[int, int, str], None]
+
+
+class PackedWeights:
+    """Arguments for the kernels of one model.
+
+    Args:
+        native: whose weights they become.
+        weights: by the decoder's names.
+        max_model_len: rows of a rotary table.
+        switch_len: sequences longer than this use a second half of it.
+        on_load: called as (bytes done, bytes in total, weight name).
+
+    Attributes:
+        num_bytes: of everything packed so far.
+    """
+
+    def __init__(
+        self,
+        native: StepExecutor,
+        weights: Mapping[str, BoundWeight],
+        max_model_len: int,
+        switch_len: int,
+        on_load: OnProgress | None = None,
+    ) -> None:
+        self._native = native
+        self._weights = weights
+        self._max_model_len = max_model_len
+        self._has_halves = switch_len < max_model_len
+        self._on_load = on_load
+        self._loaded, self._total = 0, sum(weight.num_bytes for weight in weights.values())
+        self._packed: dict[str, Arg] = {}
+        self._ropes: dict[Rope, Arg] = {}
+        self.num_bytes = 0
+
+    def vector(self, name: str) -> Arg:
+        """A weight the kernels read as it is: of norms, and tables of embeddings and positions."""
+        return self._once(name, _copied)
+
+    def matrix(self, name: str) -> Arg:
+        """A GEMM's weight."""
+        return self._once(name, gemm.pack)
+
+    def bias(self, name: str) -> Arg:
+        """A GEMM's bias."""
+        return self._once(name, lambda weight: gemm.pack_bias(weight[:]))
+
+    def rope(self, rope: Rope) -> Arg:
+        """A rotary table; layers that turn alike share it. All have two halves where some layer's has."""
+        if rope not in self._ropes:
+            table = rope.table(self._max_model_len)
+            if rope.switch_len is None and self._has_halves:
+                table = np.concatenate([table, table])
+            self._ropes[rope] = ("weight", self._native.weight(table))
+        return self._ropes[rope]
+
+    def _once(self, name: str, pack: Callable[[BoundWeight], Float32Array]) -> Arg:
+        if name not in self._packed:
+            weight = self._weights[name]
+            packed = pack(weight)
+            self._packed[name] = ("weight", self._native.weight(packed))
+            weight.forget()
+            self.num_bytes += packed.nbytes
+            self._loaded += weight.num_bytes
+            if self._on_load is not None:
+                self._on_load(self._loaded, self._total, name)
+        return self._packed[name]
+
+
+def _copied(weight: BoundWeight, step: int = 4096) -> Float32Array:
+    """The weight in memory of its own, some rows at a time: converting all of it at once would take it twice."""
+    copy = np.empty(weight.shape, np.float32)
+    for at in range(0, weight.shape[0], step):
+        copy[at : at + step] = weight[at : at + step]
+    return copy
