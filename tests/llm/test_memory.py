@@ -28,13 +28,15 @@ def test_peak_memory_is_weights_and_pool_and_fifteen_percent(tmp_path: Path, dty
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
     shapes = checkpoint_shapes(ModelConfig.from_pretrained(tmp_path))
     write_random_checkpoint(tmp_path, SHAPE, shapes, dtype=dtype, shard_bytes=200_000_000)
-    output = subprocess.run(
-        [sys.executable, "-m", "bench.loading", "--inside", "load", str(tmp_path)], cwd=ROOT, check=True, text=True,
-        capture_output=True, env={**os.environ, "PYTHONPATH": f"{ROOT / 'python'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
-    )  # fmt: skip
+    for _ in range(2):  # the first may compile kernels, and the compiler takes memory of its own
+        output = subprocess.run(
+            [sys.executable, "-m", "bench.loading", "--inside", "load", str(tmp_path)], cwd=ROOT, check=True, text=True,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": f"{ROOT / 'python'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        )  # fmt: skip
     told = json.loads(output.stdout)
     assert told["weight_bytes"] > 400e6
     grown = told["peak_bytes"] - told["before_loading_bytes"]
-    # The pool is hardly touched in so short a run and not allowed for; the compiler and the libraries are.
+    # The pool is hardly touched in so short a run and not allowed for; libraries and activations are.
     assert grown < 1.15 * told["weight_bytes"] + 64 * 2**20, told
     assert grown > 0.9 * told["weight_bytes"], "the measure itself is broken"

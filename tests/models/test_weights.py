@@ -92,7 +92,10 @@ GOOD = {"model_type": "gpt2", "vocab_size": 11, "n_layer": 1, "n_head": 2, "n_em
     ("change", "words"),
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: gpt2, llama"),
-        ({"model_type": "mamba", "conv_kernel": 4}, "first of its fields that none of them has: 'conv_kernel'"),
+        (
+            {"model_type": "mamba", "conv_kernel": 4},
+            "first of its fields that none of them has: 'conv_kernel'",
+        ),
         ({"model_type": None}, "is not supported"),
         ({"sliding_window": 128}, "field 'sliding_window' is not understood"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: True is not supported"),

@@ -127,7 +127,7 @@ def test_every_key_of_transformers_is_classified(tmp_path: Path) -> None:
         ({"temperature": True}, "temperature: True"),
         ({"temperature": 10**400}, "temperature: an integer of 1329 bits"),
         ({"top_k": 2.5}, "top_k: 2.5 must be a whole number"),
-        ({"top_k": -1}, "top_k: -1"),
+        ({"top_k": -2}, "top_k: -2"),
         ({"top_p": 0}, r"top_p: 0 must be a number in \(0, 1\]"),
         ({"top_p": 1.5}, "top_p: 1.5"),
         ({"min_p": 2}, "min_p: 2"),
