@@ -65,6 +65,14 @@ def test_a_name_goes_to_the_hub(
     assert [(call["repo_id"], call["revision"]) for call in downloads] == [(model, revision)]
 
 
+def test_the_weights_can_be_left_where_they_are(downloads: list[Any]) -> None:
+    """For who reads config and tokenizer only: everything but the large files."""
+    checkpoint_directory("org/name", weights=False)
+    (call,) = downloads
+    assert "*.safetensors" not in call["allow_patterns"]
+    assert {"config.json", "*.safetensors.index.json", "tokenizer*.json"} <= set(call["allow_patterns"])
+
+
 def test_only_a_checkpoints_files_are_asked_for(downloads: list[Any]) -> None:
     """By the library's own matching: no code, no pickles, no second copy of the weights, no subdirectories."""
     from huggingface_hub.utils import filter_repo_objects

@@ -46,7 +46,7 @@ def _require_template(model: str, revision: str | None) -> None:
     from nanoserve.models.checkpoint import checkpoint_directory
     from nanoserve.text.chat_template import ChatTemplate
 
-    directory = checkpoint_directory(model, revision=revision)
+    directory = checkpoint_directory(model, revision=revision, weights=False)
     if ChatTemplate.load(directory, _NoSpecialTokens()) is None:
         raise ValueError(
             f"{model}: this checkpoint has no chat template, so nobody knows how it expects messages to be written. "

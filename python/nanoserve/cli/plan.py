@@ -36,8 +36,8 @@ def plan(
 ) -> None:  # fmt: skip
     """Show what a model takes and what fits beside it, without loading it.
 
-    Reads config.json and the headers of the weight files, never the weights (a hub name is downloaded first). What does not
-    fit is refused with the numbers and exit code 2, by the same rules as nanoserve generate and chat.
+    Reads config.json and the headers of weight files that are here, never the weights (of a hub name, only the small files are
+    downloaded). What does not fit is refused with the numbers and exit code 2, by the same rules as nanoserve generate and chat.
 
     Examples:
       nanoserve plan models/tiny-gpt
@@ -69,9 +69,9 @@ def _look_at(model: str, revision: str | None) -> tuple[ModelConfig, int | None]
     path = Path(model)
     if path.is_file():
         return ModelConfig.from_pretrained(path), None
-    directory = checkpoint_directory(model, revision=revision)
+    directory = checkpoint_directory(model, revision=revision, weights=False)
     config = ModelConfig.from_pretrained(directory)
-    if not any(directory.glob("*.safetensors*")):
+    if not any(directory.glob("*.safetensors")):
         return config, None
     return config, sum(tensor.nbytes for tensor in load_weights(directory).values())
 

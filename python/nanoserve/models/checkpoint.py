@@ -24,12 +24,13 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _OTHER_FORMATS = (".bin", ".pth", ".pt", ".gguf")
 
 
-def checkpoint_directory(model: str | Path, *, revision: str | None = None) -> Path:
+def checkpoint_directory(model: str | Path, *, revision: str | None = None, weights: bool = True) -> Path:
     """The directory of a checkpoint that is here, or of a model on the Hugging Face Hub after its download.
 
     Args:
         model: a directory, or "org/name" (a str, and no such path here) for the hub.
         revision: branch, tag or commit on the hub.
+        weights: False for who only reads config and tokenizer: the weights are not downloaded.
 
     Raises:
         CheckpointError: no such directory, one without a config.json, or the hub cannot give it (see `hub.download`).
@@ -48,7 +49,7 @@ def _directory(model: str | Path, revision: str | None) -> Path:
         if revision is not None:
             raise CheckpointError(f"revision: {shown(revision)} is for the hub, but {path} is a local path")
     elif isinstance(model, str) and hub.is_repo_id(model):
-        path = hub.download(model, revision)
+        path = hub.download(model, revision, weights=weights)
     else:
         raise CheckpointError(f"{path}: no such directory")
     if not path.is_dir():

@@ -41,12 +41,13 @@ def is_repo_id(text: str) -> bool:
     )
 
 
-def download(repo_id: str, revision: str | None = None) -> Path:
+def download(repo_id: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The directory of a model's files, downloaded unless the cache has them.
 
     Args:
         repo_id: "org/name".
         revision: branch, tag or commit; None is the main branch.
+        weights: False leaves the large files where they are.
 
     Raises:
         CheckpointError: huggingface_hub is not installed, no such model or revision, no access, or no connection.
@@ -59,11 +60,12 @@ def download(repo_id: str, revision: str | None = None) -> Path:
             f"{repo_id}: no such directory here, and the hub needs huggingface_hub: pip install huggingface_hub, "
             "or give a local directory"
         ) from error
+    wanted = WANTED if weights else [pattern for pattern in WANTED if pattern != "*.safetensors"]
     at = f"{repo_id} at revision {shown(revision)}" if revision else repo_id
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                repo_id, revision=revision, allow_patterns=WANTED, ignore_patterns=NOT_WANTED
+                repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=NOT_WANTED
             )
         )
     except errors.GatedRepoError as error:
