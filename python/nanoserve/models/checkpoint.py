@@ -36,12 +36,12 @@ def checkpoint_directory(model: str | Path, *, revision: str | None = None, weig
         CheckpointError: no such directory, one without a config.json, or the hub cannot give it (see `hub.download`).
     """
     try:
-        return _directory(model, revision)
+        return _directory(model, revision, weights)
     except OSError as error:
         raise CheckpointError(f"{model}: cannot be read ({error.strerror})") from error
 
 
-def _directory(model: str | Path, revision: str | None) -> Path:
+def _directory(model: str | Path, revision: str | None, weights: bool) -> Path:
     path = Path(model)
     if revision is not None and (not isinstance(revision, str) or not revision):
         raise CheckpointError(f"revision: {shown(revision)} must be the name of a branch, a tag or a commit")
