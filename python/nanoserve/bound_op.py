@@ -67,9 +67,9 @@ class OpBinder:
                 tied = config.tie_embeddings
                 spec = embedding.embedding_spec(
                     config.n_embd, strides[op.out], positions=op.pos_table is not None, scale=op.scale,
-                    panel=gemm.panel_width(config.vocab_size) if tied else 0,
+                    panel=gemm.panel_width(config.vocab_size) if tied else 0, dtype=self._weights.dtype(op.table),
                 )  # fmt: skip
-                table = self._weights.matrix(op.table) if tied else self._weights.vector(op.table)
+                table = self._weights.matrix(op.table) if tied else self._weights.table(op.table)
                 args: list[Arg] = [("ids",), ("positions",), table]
                 if op.pos_table:
                     args.append(self._weights.vector(op.pos_table))
@@ -116,12 +116,14 @@ class OpBinder:
                 )
 
     def _bind_gemm(self, op: Gemm) -> BoundOp:
-        spec = gemm.gemm_spec(
-            op.n_in, op.n_out, self._strides[op.x], self._strides[op.out],
-            bias=op.bias is not None, activation=op.activation, residual=op.residual, scale=op.scale, softcap=op.softcap,
-        )  # fmt: skip
         tied = op.weight == "head.weight" and self._config.tie_embeddings
-        args: list[Arg] = [self._buffer(op.x), self._weights.matrix("embed.weight" if tied else op.weight)]
+        weight = "embed.weight" if tied else op.weight
+        spec = gemm.gemm_spec(
+            op.n_in, op.n_out, self._strides[op.x], self._strides[op.out], bias=op.bias is not None,
+            activation=op.activation, residual=op.residual, scale=op.scale, softcap=op.softcap,
+            dtype=self._weights.dtype(weight),
+        )  # fmt: skip
+        args: list[Arg] = [self._buffer(op.x), self._weights.matrix(weight)]
         if op.bias:
             args.append(self._weights.bias(op.bias))
         over = "samples" if op.x == "last" else "rows"

@@ -20,6 +20,7 @@ from nanoserve.errors import CheckpointError, RequestRefused
 from nanoserve.memory_plan import plan_memory
 from nanoserve.models.checkpoint import checkpoint_directory, load_weights
 from nanoserve.models.config import ModelConfig
+from nanoserve.models.weights import loaded_bytes
 from nanoserve.nano_engine import NanoServingEngine, as_list, params_per_prompt
 from nanoserve.outputs import RequestOutput, TextDelta
 from nanoserve.sampling import SamplingParams
@@ -83,13 +84,14 @@ class LLM:
         self.chat_template = None if self.tokenizer is None else ChatTemplate.load(directory, self.tokenizer)
         self.generation = GenerationConfig.load(directory, self.config.vocab_size)
         self.default_params = self._default_params()
+        tensors = load_weights(directory)
         plan = plan_memory(
-            self.config, kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
+            self.config, weight_bytes=loaded_bytes(self.config, tensors), kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
             page_size=engine_options.get("page_size", 16), max_num_batched_tokens=max_num_batched_tokens,
         )  # fmt: skip
         self.engine = NanoServingEngine(
             self.config,
-            load_weights(directory),
+            tensors,
             kv_cache_pages=plan.num_pages,
             max_batch_size=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,

@@ -2,7 +2,8 @@
 
     memory = weights + activations + KV pool
 
-Weights are float32 as packed (the zeros that fill a matrix's last panel are not counted, under a percent). Activations are
+Weights are as packed (the zeros that fill a matrix's last panel are not counted, under a percent): bfloat16 and float16 stay
+what they are in memory, where the caller knows the files; without them all is taken for float32. Activations are
 the executor's buffers, rotary tables and a step's logits. The pool gets what is left, within three limits: no more than
 `max_num_seqs` sequences of `max_model_len` can ever use; without a budget of the user's, no more than a quarter of what is
 available, for a default must not eat the machine; and slots are int32.
@@ -35,7 +36,7 @@ class MemoryPlan:
 
     Attributes:
         num_parameters: of the model; a tied head is counted once.
-        weight_bytes: float32, without the padding of packed panels.
+        weight_bytes: in memory, without the padding of packed panels.
         stored_bytes: the checkpoint's files, when the caller knows.
         activation_bytes: buffers, rotary tables and logits of the largest step.
         kv_bytes_per_token, page_bytes, page_size, num_pages: of the pool; page_size in tokens.
@@ -87,6 +88,7 @@ def plan_memory(
     max_model_len: int | None = None,
     max_num_seqs: int = 32,
     page_size: int = 16,
+    weight_bytes: int | None = None,
     stored_bytes: int | None = None,
     max_num_batched_tokens: int = 2048,
 ) -> MemoryPlan:
@@ -97,6 +99,7 @@ def plan_memory(
         kv_cache_bytes: for the pool; None lets it have what is sensible.
         max_model_len: longest prompt + output that must fit; None takes what model and pool allow.
         max_num_seqs, page_size, max_num_batched_tokens: as the engine's max_batch_size and the like.
+        weight_bytes: what the checkpoint's weights take in memory (`loaded_bytes`); None: float32, all of them.
         stored_bytes: size of the checkpoint's files, passed on.
 
     Raises:
@@ -112,7 +115,10 @@ def plan_memory(
     if whole_number("page_size", page_size, 1, 2**16) % 16:
         raise ValueError(f"page_size: {page_size} must be a multiple of 16, the width of a vector of scores")
     longest = config.max_seq_len if max_model_len is None else max_model_len
-    weights = num_parameters(config) * _FLOAT_BYTES
+    parameters = num_parameters(config)
+    weights = (
+        parameters * _FLOAT_BYTES if weight_bytes is None else whole_number("weight_bytes", weight_bytes, 1)
+    )
     activations = _activation_bytes(config, max_num_batched_tokens, max_num_seqs, longest)
     per_token = config.kv_bytes_per_token
     page = per_token * page_size
@@ -138,8 +144,8 @@ def plan_memory(
         if left < page:
             source = ", available on this machine," if is_default else ""
             raise ValueError(
-                f"memory_bytes: {memory_bytes}{source} is less than {weights} of weights ({weights // _FLOAT_BYTES} parameters in "
-                f"float32) + {activations} of activations + {page} of one KV page"
+                f"memory_bytes: {memory_bytes}{source} is less than {weights} of weights ({parameters} parameters) "
+                f"+ {activations} of activations + {page} of one KV page"
             )
         wanted = min(max_num_seqs * per_sequence, left // page, most_pages)
         if is_default:
@@ -152,7 +158,7 @@ def plan_memory(
             f"there is room for {pages} ({pages * page})"
         )
     return MemoryPlan(
-        num_parameters=weights // _FLOAT_BYTES, weight_bytes=weights, stored_bytes=stored_bytes,
+        num_parameters=parameters, weight_bytes=weights, stored_bytes=stored_bytes,
         activation_bytes=activations, kv_bytes_per_token=per_token, page_bytes=page, page_size=page_size, num_pages=pages,
         max_model_len=min(longest, pages * page_size), max_num_seqs=max_num_seqs, memory_bytes=memory_bytes,
     )  # fmt: skip

@@ -1,12 +1,14 @@
 """A model's weights in the form its kernels read, each packed once and then known to the native step by a number.
 
-One at a time: a weight is read from its file, packed, and the file's pages let go before the next one's turn, so that no
+A matrix that is stored as bfloat16 or float16 stays that, and its kernels widen it: the same bits as a float32 copy, from half
+the memory. One at a time: a weight is read from its file, packed, and the file's pages let go before the next one's turn, so that no
 second copy of the model ever exists. A tied embedding and head are one matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,13 +55,22 @@ class PackedWeights:
         self._ropes: dict[Rope, Arg] = {}
         self.num_bytes = 0
 
+    def dtype(self, name: str) -> str:
+        """How a matrix or table is stored: "f32", or "bf16" and "f16" where that loses nothing."""
+        return self._weights[name].dtype
+
     def vector(self, name: str) -> Arg:
-        """A weight the kernels read as it is: of norms, and tables of embeddings and positions."""
+        """A weight the kernels read as float32: of norms, and tables of positions."""
         return self._once(name, _copied)
 
+    def table(self, name: str) -> Arg:
+        """An embedding's rows, in their dtype."""
+        return self._once(name, _copied if self.dtype(name) == "f32" else _copied_as_stored)
+
     def matrix(self, name: str) -> Arg:
-        """A GEMM's weight."""
-        return self._once(name, gemm.pack)
+        """A GEMM's weight, packed, in its dtype."""
+        dtype = self.dtype(name)
+        return self._once(name, lambda weight: gemm.pack(weight, dtype=dtype))
 
     def bias(self, name: str) -> Arg:
         """A GEMM's bias."""
@@ -74,7 +85,7 @@ class PackedWeights:
             self._ropes[rope] = ("weight", self._native.weight(table))
         return self._ropes[rope]
 
-    def _once(self, name: str, pack: Callable[[BoundWeight], Float32Array]) -> Arg:
+    def _once(self, name: str, pack: Callable[[BoundWeight], NDArray[Any]]) -> Arg:
         if name not in self._packed:
             weight = self._weights[name]
             packed = pack(weight)
@@ -85,6 +96,13 @@ class PackedWeights:
             if self._on_load is not None:
                 self._on_load(self._loaded, self._total, name)
         return self._packed[name]
+
+
+def _copied_as_stored(weight: BoundWeight, step: int = 4096) -> NDArray[np.uint16]:
+    copy = np.empty(weight.shape, np.uint16)
+    for at in range(0, weight.shape[0], step):
+        copy[at : at + step] = weight.stored(at, min(at + step, weight.shape[0]))
+    return copy
 
 
 def _copied(weight: BoundWeight, step: int = 4096) -> Float32Array:

@@ -96,7 +96,7 @@ def test_the_machine_is_not_asked_when_the_pool_is_given(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"memory_bytes": 1000}, f"memory_bytes: 1000 is less than {WEIGHTS} of weights (1927296 parameters in float32) + "),
+        ({"memory_bytes": 1000}, f"memory_bytes: 1000 is less than {WEIGHTS} of weights (1927296 parameters) + "),
         ({"memory_bytes": WEIGHTS}, f"memory_bytes: {WEIGHTS} is less than {WEIGHTS} of weights"),
         ({"memory_bytes": 30_000_000, "kv_cache_bytes": 10_000_000}, f"kv_cache_bytes: 10000000 + {WEIGHTS} of weights + "),
         ({"kv_cache_bytes": PAGE - 1}, f"kv_cache_bytes: {PAGE - 1} is less than one page of {PAGE} bytes"),

@@ -32,13 +32,13 @@ def test_the_table_has_what_a_user_must_know(run: Run) -> None:
     assert "1,927,296" in lines["parameters"]
     assert "4 layers, width 192, 6 heads, 6 of KV" in lines["parameters"]
     assert "3.68 MiB" in lines["weights on disk"]
-    assert "7.35 MiB  float32" in lines["weights in memory"]
+    assert "3.88 MiB  float32, or the file" in lines["weights in memory"]
     assert "96.00 MiB" in lines["KV cache"]
     assert "1,024 pages of 16 tokens, 96.00 KiB each" in lines["KV cache"]
     assert "6.00 KiB" in lines["KV per token"]
     assert "16,384" in lines["tokens in the cache"]
     assert "the model's limit is 512" in lines["longest sequence"]
-    assert "12% of 1.00 GiB" in lines["total"]
+    assert "11% of 1.00 GiB" in lines["total"]
 
 
 def test_concurrency_is_told_per_context_length(run: Run) -> None:
@@ -57,6 +57,7 @@ def test_json_is_the_plan(run: Run) -> None:
         memory_bytes=60_000_000,
         max_model_len=300,
         stored_bytes=3_854_592,
+        weight_bytes=4_071_936,  # float16 matrices stay so; positions, biases and norms are float32
     )
     assert told["num_pages"] == plan.num_pages
     assert told["total_bytes"] == plan.total_bytes <= 60_000_000
@@ -95,9 +96,9 @@ def test_a_config_alone_is_enough(run: Run, tmp_path: Path) -> None:
     [
         (
             ["--memory", "5MB"],
-            "memory_bytes: 5000000 is less than 7709184 of weights (1927296 parameters in float32)",
+            "memory_bytes: 5000000 is less than 4071936 of weights (1927296 parameters)",
         ),
-        (["--memory", "40MB", "--kv-cache", "30MB"], "kv_cache_bytes: 30000000 + 7709184 of weights + "),
+        (["--memory", "40MB", "--kv-cache", "30MB"], "kv_cache_bytes: 30000000 + 4071936 of weights + "),
         (["--max-model-len", "9999"], "max_model_len: 9999 must be in [1, the model's 512]"),
         (
             ["--max-model-len", "512", "--kv-cache", "1MiB"],
@@ -121,3 +122,16 @@ def test_a_damaged_header_is_an_error_not_a_guess(run: Run, tmp_path: Path) -> N
     result = run("plan", tmp_path)
     assert result.exit_code == 2
     assert "model.safetensors" in result.stderr
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("bfloat16", 2), ("float32", 4), (None, 4)])
+def test_without_weight_files_config_json_says_how_large_they_are(
+    run: Run, tmp_path: Path, dtype: str | None, bytes_each: int
+) -> None:
+    config = json.loads((Path(TINY_GPT) / "config.json").read_text())
+    config.pop("dtype", None)
+    config.pop("torch_dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps(config if dtype is None else {**config, "dtype": dtype}))
+    told = json.loads(run("plan", str(tmp_path), "--json", "--memory", "1GB").stdout)
+    assert told["weight_bytes"] == bytes_each * 1_927_296
+    assert told["stored_bytes"] is None

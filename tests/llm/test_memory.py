@@ -24,7 +24,7 @@ SHAPE = {
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_peak_memory_is_weights_and_pool_and_fifteen_percent(tmp_path: Path, dtype: str) -> None:
-    """430 MB of weights; float32 files are mapped, so their pages count too if they are not given back."""
+    """430 MB of float32, or half of that; the files are mapped, so their pages count too if they are not given back."""
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
     shapes = checkpoint_shapes(ModelConfig.from_pretrained(tmp_path))
     write_random_checkpoint(tmp_path, SHAPE, shapes, dtype=dtype, shard_bytes=200_000_000)
@@ -35,7 +35,7 @@ def test_peak_memory_is_weights_and_pool_and_fifteen_percent(tmp_path: Path, dty
             env={**os.environ, "PYTHONPATH": f"{ROOT / 'python'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
         )  # fmt: skip
     told = json.loads(output.stdout)
-    assert told["weight_bytes"] > 400e6
+    assert told["weight_bytes"] > (400e6 if dtype == "float32" else 200e6)
     grown = told["peak_bytes"] - told["before_loading_bytes"]
     # The pool is hardly touched in so short a run and not allowed for; libraries and activations are.
     assert grown < 1.15 * told["weight_bytes"] + 64 * 2**20, told

@@ -51,8 +51,8 @@ def plan(
     if "num_threads" in engine:
         raise ValueError("--threads: changes nothing about memory, leave it out")
     memory_bytes = None if memory is None else parse_size("--memory", memory)
-    config, stored_bytes = _look_at(model, engine.pop("revision", None))
-    made = plan_memory(config, memory_bytes=memory_bytes, stored_bytes=stored_bytes, **engine)
+    config, weights = _look_at(model, engine.pop("revision", None))
+    made = plan_memory(config, memory_bytes=memory_bytes, **weights, **engine)
     if as_json:
         print(json.dumps(_as_dict(made)))
         return
@@ -61,19 +61,33 @@ def plan(
     console.print(_concurrency(made))
 
 
-def _look_at(model: str, revision: str | None) -> tuple[ModelConfig, int | None]:
-    """Config, and bytes of the weight files' tensors where the files are there."""
+def _look_at(model: str, revision: str | None) -> tuple[ModelConfig, dict[str, int]]:
+    """Config, and what plan_memory is to know of the weights: from their files, else from the dtype config.json names."""
     from nanoserve.models.checkpoint import checkpoint_directory, load_weights
     from nanoserve.models.config import ModelConfig
+    from nanoserve.models.weights import loaded_bytes
 
     path = Path(model)
     if path.is_file():
-        return ModelConfig.from_pretrained(path), None
+        return ModelConfig.from_pretrained(path), _as_config_says(path)
     directory = checkpoint_directory(model, revision=revision, weights=False)
     config = ModelConfig.from_pretrained(directory)
     if not any(directory.glob("*.safetensors")):
-        return config, None
-    return config, sum(tensor.nbytes for tensor in load_weights(directory).values())
+        return config, _as_config_says(directory / "config.json")
+    tensors = load_weights(directory)
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    return config, {"stored_bytes": stored, "weight_bytes": loaded_bytes(config, tensors)}
+
+
+def _as_config_says(file: Path) -> dict[str, int]:
+    """Two bytes a parameter where config.json says that they are stored so, as kernels read them."""
+    from nanoserve.checkpoint_json import read_object
+    from nanoserve.models.config_file import MAX_CONFIG_BYTES, config_from_dict
+    from nanoserve.models.decoder import num_parameters
+
+    raw = read_object(file, MAX_CONFIG_BYTES)
+    narrow = raw.get("dtype", raw.get("torch_dtype")) in ("bfloat16", "float16")
+    return {"weight_bytes": 2 * num_parameters(config_from_dict(raw))} if narrow else {}
 
 
 def _contexts(plan: MemoryPlan) -> list[int]:
@@ -97,7 +111,7 @@ def _sizes(config: ModelConfig, plan: MemoryPlan) -> Table:
     rows = [
         ("parameters", f"{plan.num_parameters:,}", f"{config.family}: {shape}"),
         ("weights on disk", stored, ""),
-        ("weights in memory", format_size(plan.weight_bytes), "float32"),
+        ("weights in memory", format_size(plan.weight_bytes), "float32, or the file's 16 bits, widened in the kernels"),
         ("activations", format_size(plan.activation_bytes), "buffers, rotary tables and logits of the largest step"),
         ("KV cache", format_size(plan.kv_cache_bytes),
          f"{plan.num_pages:,} pages of {plan.page_size} tokens, {format_size(plan.page_bytes)} each"),

@@ -212,6 +212,14 @@ def copysign(a: Value, sign: Value) -> Value:
     return Value(math.copysign(a.ir, sign.ir))
 
 
+def widen(value: Value) -> Value:
+    """bf16 or f16 as float32, exactly; float32 as it is."""
+    if str(_element(value.type)) == "f32":
+        return value
+    wide = vector_of(value.width) if _is_vector(value.type) else type_of("f32")
+    return Value(arith.extf(wide, value.ir))
+
+
 def bitcast(value: Value, element: str) -> Value:
     """The same bits as another element type of the same size."""
     if _is_vector(value.type):

@@ -13,6 +13,7 @@ import math
 from typing import Any
 
 from nanoserve.compiler.target import Target
+from nanoserve.kernels.gemm import WEIGHT_BYTES
 from nanoserve.kernels.library import KernelSpec
 
 
@@ -21,7 +22,7 @@ def embedding_spec(
 ) -> KernelSpec:
     """Args: ids, positions, table[V][cols], (pos_table[S][cols]), x[.][ldx], begin, end over rows.
 
-    With `panel` > 0 the table is gemm.pack's [ceil(V / panel)][cols][panel]; panel is gemm.panel_width(V).
+    `dtype` is the table's: "bf16" and "f16" are widened exactly. With `panel` > 0 the table is gemm.pack's [ceil(V / panel)][cols][panel]; panel is gemm.panel_width(V).
     """
     if not 1 <= cols <= ldx:
         raise ValueError(f"embedding: cols={cols} must be in [1, ldx={ldx}]")
@@ -29,8 +30,8 @@ def embedding_spec(
         raise ValueError(f"embedding: scale={scale} must be finite")
     if panel < 0:
         raise ValueError(f"embedding: panel={panel} must be at least 0, 0 for a table of rows")
-    if dtype != "f32":
-        raise ValueError(f"embedding: dtype {dtype!r} is not supported, only 'f32'")
+    if dtype not in WEIGHT_BYTES:
+        raise ValueError(f"embedding: dtype {dtype!r} must be one of {', '.join(WEIGHT_BYTES)}")
     return KernelSpec.make(
         "embedding", c=cols, ldx=ldx, positions=positions, scale=float(scale), panel=panel, dtype=dtype
     )
@@ -39,13 +40,13 @@ def embedding_spec(
 def build(
     symbol: str, target: Target, *, c: int, ldx: int, positions: bool, scale: float, panel: int, dtype: str
 ) -> None:
-    from nanoserve.compiler.builder import LANES, index
+    from nanoserve.compiler.builder import LANES, index, widen
     from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop, over
 
     arguments = {
         "ids": array(UNBOUNDED, element="i32"),
         "positions": array(UNBOUNDED, element="i32"),
-        "table": array(UNBOUNDED, c, panel) if panel else array(UNBOUNDED, c),
+        "table": array(UNBOUNDED, c, panel, element=dtype) if panel else array(UNBOUNDED, c, element=dtype),
     }
     if positions:
         arguments["pos_table"] = array(UNBOUNDED, c)
@@ -62,7 +63,7 @@ def build(
             @over(c, 1 if panel else LANES)
             def _(at: Any, width: int) -> None:
                 place = (token // panel, at, token % panel) if panel else (token, at)
-                value = table.load(*place, width=width)
+                value = widen(table.load(*place, width=width))
                 if scale != 1.0:
                     value = value * scale
                 if position is not None:

@@ -3,6 +3,9 @@
 The weight is packed once at load into panels [N/NR][K][NR], so that the inner loop streams it: per k one row of a panel,
 multiplied with a broadcast element of each of up to 8 rows of x, accumulated in registers. x is read where it lies.
 
+The weight may be stored as bfloat16 or float16 (`dtype`): it is widened to float32 on its way into the registers, exactly, so
+the result has the bits that a float32 copy of it would give, from half the memory.
+
 Numerics: one accumulator per output, k ascending, fused multiply-add; then + bias, activation, * scale, soft cap,
 + residual (y itself), each only where the spec has it. No part of that depends on m, on the row tile, or on how units are
 split, so an output's bits depend on its own row only.
@@ -19,7 +22,7 @@ from __future__ import annotations
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +33,7 @@ from nanoserve.kernels.library import KernelSpec
 if TYPE_CHECKING:
     from nanoserve.compiler.builder import Value
 
+WEIGHT_BYTES = {"f32": 4, "bf16": 2, "f16": 2}  # per element, by dtype
 ROW_BLOCK = 64  # rows of x that stay in L1/L2 while a panel is used
 ACTIVATIONS = (None, "gelu_tanh", "gelu_erf", "silu")
 _K_BLOCK_BYTES = 512 * 1024  # of a panel: what stays in a core's L2 beside x
@@ -67,8 +71,15 @@ class Rows(Protocol):
     def __getitem__(self, rows: slice, /) -> Any: ...
 
 
-def pack(weight: Rows, target: Target | None = None) -> NDArray[np.float32]:
-    """weight[N, K] -> panels[N/NR][K][NR], zero beyond N.
+class NarrowRows(Rows, Protocol):
+    """A matrix whose rows can also be had as they are stored."""
+
+    def stored(self, begin: int, end: int) -> NDArray[np.uint16]:
+        """Rows [begin, end) as the 16 bits of each element."""
+
+
+def pack(weight: Rows, target: Target | None = None, dtype: str = "f32") -> NDArray[Any]:
+    """weight[N, K] -> panels[N/NR][K][NR], zero beyond N; for "bf16" and "f16" (of NarrowRows) uint16, the bits of each.
 
     Reads a few megabytes of whole panels at a time, so that no second copy of a large weight exists, and from several
     threads: `weight[begin:end]` must be float32 or convertible to it, and safe to call concurrently.
@@ -81,12 +92,16 @@ def pack(weight: Rows, target: Target | None = None) -> NDArray[np.float32]:
     n, k = weight.shape
     width = panel_width(n, target)
     panels = -(-n // width)
-    packed = np.empty((panels, k, width), dtype=np.float32)
+    packed = np.empty((panels, k, width), dtype=np.float32 if dtype == "f32" else np.uint16)
     each = max(1, _PACK_BLOCK_BYTES // (4 * max(1, k) * width))
 
     def copy(first: int) -> None:
         block = packed[first : first + each]
-        rows = np.asarray(weight[first * width : min((first + each) * width, n)], dtype=np.float32)
+        begin, end = first * width, min((first + each) * width, n)
+        if dtype == "f32":
+            rows: NDArray[Any] = np.asarray(weight[begin:end], dtype=np.float32)
+        else:
+            rows = cast(NarrowRows, weight).stored(begin, end)
         whole, left = divmod(len(rows), width)
         block[:whole] = rows[: whole * width].reshape(whole, width, k).transpose(0, 2, 1)
         if left:
@@ -129,8 +144,8 @@ def gemm_spec(
         raise ValueError(f"gemm: scale={scale} must be finite")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"gemm: softcap={softcap} must be finite and at least 0, 0 for none")
-    if dtype != "f32":
-        raise ValueError(f"gemm: dtype {dtype!r} is not supported, only 'f32'")
+    if dtype not in WEIGHT_BYTES:
+        raise ValueError(f"gemm: dtype {dtype!r} must be one of {', '.join(WEIGHT_BYTES)}")
     return KernelSpec.make(
         "gemm", k=n_in, n=n_out, ldx=ldx, ldy=ldy, bias=bias, activation=activation, residual=residual,
         scale=float(scale), softcap=float(softcap), dtype=dtype,
@@ -141,15 +156,15 @@ def build(
     symbol: str, target: Target, *, k: int, n: int, ldx: int, ldy: int, bias: bool, activation: str | None,
     residual: bool, scale: float, softcap: float, dtype: str,
 ) -> None:  # fmt: skip
-    from nanoserve.compiler.builder import ceildiv, fma, imin, index, select, splat, zeros
+    from nanoserve.compiler.builder import ceildiv, fma, imin, index, select, splat, widen, zeros
     from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop, scratch, when
     from nanoserve.compiler.vector_math import activate, soft_cap
 
     width = panel_width(n, target)
     vectors = range(0, width, 16)
     tiles = row_tiles(width, target)
-    k_block = max(64, _K_BLOCK_BYTES // (4 * width) // 64 * 64)
-    arguments = {"x": array(UNBOUNDED, ldx), "w": array(-(-n // width), k, width)}
+    k_block = max(64, _K_BLOCK_BYTES // (WEIGHT_BYTES[dtype] * width) // 64 * 64)
+    arguments = {"x": array(UNBOUNDED, ldx), "w": array(-(-n // width), k, width, element=dtype)}
     if bias:
         arguments["b"] = array(_round_up(n, width))
     arguments["y"] = array(UNBOUNDED, ldy)
@@ -161,7 +176,7 @@ def build(
         row_blocks = ceildiv(m, ROW_BLOCK)
         # What full tiles ask into L2 (smaller ones outrun nothing: they wait for memory either way). One tile: the panel
         # itself, 8 KiB ahead; several: the next panel, while this one is used again.
-        ahead = select(m <= tiles[0], index(8192 // (4 * width)), k)
+        ahead = select(m <= tiles[0], index(8192 // (WEIGHT_BYTES[dtype] * width)), k)
         # Accumulators on their way to the epilogue, or to the next block of k; with room for rows a last tile repeats.
         acc_rows = scratch(ROW_BLOCK + tiles[0], width)
 
@@ -177,7 +192,7 @@ def build(
 
             @loop(k_begin, k_end, carry=acc)
             def total(kk: Value, acc: list[Value]) -> list[Value]:
-                weights = [w.load(panel, kk, j) for j in vectors]
+                weights = [widen(w.load(panel, kk, j)) for j in vectors]
                 for j in vectors if rows == tiles[0] else ():
                     w.prefetch(panel, kk + ahead, j, locality=2)
                 result = []

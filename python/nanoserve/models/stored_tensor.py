@@ -87,6 +87,12 @@ class StoredTensor:
         row = math.prod(self.shape[1:])
         return self._read(begin * row, end * row).reshape(end - begin, *self.shape[1:])
 
+    def stored(self, begin: int, end: int) -> NDArray[Any]:
+        """Rows [begin, end) as they lie in the file, read-only; bfloat16 and float16 as uint16, their bits."""
+        row = math.prod(self.shape[1:])
+        raw = self._raw(begin * row, end * row).reshape(end - begin, *self.shape[1:])
+        return raw.view(np.uint16) if raw.dtype.itemsize == 2 else raw
+
     def columns(self, begin: int, end: int) -> Float32Array:
         """float32[rows, end - begin] of a matrix: those columns of every row, and memory for no others.
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from nanoserve.checks import few
 from nanoserve.errors import CheckpointError
-from nanoserve.kernels.gemm import Rows
+from nanoserve.kernels.gemm import WEIGHT_BYTES, Rows
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.decoder import weight_shapes
 from nanoserve.models.stored_tensor import StoredTensor
@@ -26,17 +26,24 @@ Float32Array = NDArray[np.float32]
 Tensors = Mapping[str, Any]  # StoredTensor or NumPy arrays, by checkpoint name
 # Buffers older checkpoints carry; they are constants of the architecture, not weights.
 _NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
+_NARROW = {"bfloat16": "bf16", "float16": "f16"}
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(slots=True)
 class BoundWeight:
-    """A decoder weight: rows of checkpoint tensors laid end to end, read as float32 when asked for."""
+    """A decoder weight: rows of checkpoint tensors laid end to end, read as float32 when asked for.
+
+    Attributes:
+        dtype: "bf16" or "f16" for a matrix whose kernel may read it as it is stored, else "f32".
+        offset: added to every element.
+    """
 
     shape: tuple[int, ...]
     parts: list[Rows]
     transposed: bool = False
-    offset: float = 0.0  # added to every element
+    offset: float = 0.0
+    dtype: str = "f32"
 
     def __getitem__(self, rows: slice) -> Float32Array:
         """float32 rows [start, stop): a view of the file where that is possible, else a copy of those rows."""
@@ -57,10 +64,23 @@ class BoundWeight:
         result = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         return result if self.offset == 0 else result + np.float32(self.offset)
 
+    def stored(self, begin: int, end: int) -> NDArray[np.uint16]:
+        """Rows [begin, end) of a weight that is not "f32": the 16 bits of each element."""
+        parts = [part for part in self.parts if isinstance(part, StoredTensor)]
+        if self.transposed:
+            return parts[0].stored(0, parts[0].shape[0])[:, begin:end].T
+        pieces, first = [], 0
+        for part in parts:
+            low, high = max(begin - first, 0), min(end - first, part.shape[0])
+            if low < high:
+                pieces.append(part.stored(low, high))
+            first += part.shape[0]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
     @property
     def num_bytes(self) -> int:
-        """Bytes as float32."""
-        return 4 * int(np.prod(self.shape, dtype=np.int64))
+        """Bytes of `dtype`."""
+        return WEIGHT_BYTES[self.dtype] * int(np.prod(self.shape, dtype=np.int64))
 
     def forget(self) -> None:
         """The file's pages behind it are not needed any more."""
@@ -130,6 +150,11 @@ def bind_weights(config: ModelConfig, tensors: Tensors) -> dict[str, BoundWeight
     return bound
 
 
+def loaded_bytes(config: ModelConfig, tensors: Tensors) -> int:
+    """What the weights will take in memory; nothing is read. Raises as bind_weights."""
+    return sum(weight.num_bytes for weight in bind_weights(config, tensors).values())
+
+
 def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a checkpoint of this config, as transformers saves it."""
     prefix, head = WEIGHT_NAMES[config.family].prefix, WEIGHT_NAMES[config.family].top["head"]
@@ -174,7 +199,14 @@ def _join(
             needed = wanted[::-1] if source.transposed else wanted
             raise CheckpointError(f"weights: {part_name!r} has shape {part.shape}, the config needs {needed}")
         parts.append(part)
-    return BoundWeight(shape, parts, source.transposed, source.offset)
+    return BoundWeight(shape, parts, source.transposed, source.offset, _kernel_dtype(name, parts))
+
+
+def _kernel_dtype(name: str, parts: list[Any]) -> str:
+    """What a kernel may read a weight as without losing a bit; vectors and positions are few, and stay float32."""
+    is_matrix = len(parts[0].shape) == 2 and name != "pos_embed.weight"
+    kinds = {part.dtype if isinstance(part, StoredTensor) else "float32" for part in parts}
+    return _NARROW.get(kinds.pop(), "f32") if is_matrix and len(kinds) == 1 else "f32"
 
 
 def _equal(head: Rows, embedding: BoundWeight, step: int = 4096) -> bool:
