@@ -62,7 +62,7 @@ def table(results: dict[str, Any]) -> str:
 
 def loading_table(results: dict[str, Any]) -> str:
     """What loading a checkpoint of a real shape costs, Markdown."""
-    lines = ["| shape, bfloat16 file, float32 in memory | packed weights | KV pool | peak memory of the process | over both | over the weights alone | warm start | greedy tokens are transformers' | largest difference of a log-probability |",
+    lines = ["| shape, bfloat16 file | packed weights | KV pool | peak memory of the process | over both | over the weights alone | warm start | greedy tokens are transformers' | largest difference of a log-probability |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, one in results["shapes"].items():
         lines.append(

@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 from nanoserve.compiler.target import Target
-from nanoserve.kernels.gemm import WEIGHT_BYTES
+from nanoserve.kernels.gemm import WEIGHT_BYTES, is_paired
 from nanoserve.kernels.library import KernelSpec
 
 
@@ -43,10 +43,12 @@ def build(
     from nanoserve.compiler.builder import LANES, index, widen
     from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop, over
 
+    pair = 2 if panel and is_paired(c, dtype) else 1
+    shape = (c // pair, panel, pair) if panel else (c,)
     arguments = {
         "ids": array(UNBOUNDED, element="i32"),
         "positions": array(UNBOUNDED, element="i32"),
-        "table": array(UNBOUNDED, c, panel, element=dtype) if panel else array(UNBOUNDED, c, element=dtype),
+        "table": array(UNBOUNDED, *shape, element=dtype),
     }
     if positions:
         arguments["pos_table"] = array(UNBOUNDED, c)
@@ -62,7 +64,7 @@ def build(
 
             @over(c, 1 if panel else LANES)
             def _(at: Any, width: int) -> None:
-                place = (token // panel, at, token % panel) if panel else (token, at)
+                place = (token // panel, at // pair, token % panel, at % pair) if panel else (token, at)
                 value = widen(table.load(*place, width=width))
                 if scale != 1.0:
                     value = value * scale

@@ -4,7 +4,8 @@ The weight is packed once at load into panels [N/NR][K][NR], so that the inner l
 multiplied with a broadcast element of each of up to 8 rows of x, accumulated in registers. x is read where it lies.
 
 The weight may be stored as bfloat16 or float16 (`dtype`): it is widened to float32 on its way into the registers, exactly, so
-the result has the bits that a float32 copy of it would give, from half the memory.
+the result has the bits that a float32 copy of it would give, from half the memory. bfloat16 panels of even K hold two k side by
+side, [K/2][NR][2]: one load of 32-bit lanes has both, the even k by a shift, the odd one by a mask.
 
 Numerics: one accumulator per output, k ascending, fused multiply-add; then + bias, activation, * scale, soft cap,
 + residual (y itself), each only where the spec has it. No part of that depends on m, on the row tile, or on how units are
@@ -78,6 +79,11 @@ class NarrowRows(Rows, Protocol):
         """Rows [begin, end) as the 16 bits of each element."""
 
 
+def is_paired(k: int, dtype: str) -> bool:
+    """Whether pack lays two k side by side."""
+    return dtype == "bf16" and k % 2 == 0
+
+
 def pack(weight: Rows, target: Target | None = None, dtype: str = "f32") -> NDArray[Any]:
     """weight[N, K] -> panels[N/NR][K][NR], zero beyond N; for "bf16" and "f16" (of NarrowRows) uint16, the bits of each.
 
@@ -92,7 +98,8 @@ def pack(weight: Rows, target: Target | None = None, dtype: str = "f32") -> NDAr
     n, k = weight.shape
     width = panel_width(n, target)
     panels = -(-n // width)
-    packed = np.empty((panels, k, width), dtype=np.float32 if dtype == "f32" else np.uint16)
+    pair = 2 if is_paired(k, dtype) else 1
+    packed = np.empty((panels, k // pair, width, pair), dtype=np.float32 if dtype == "f32" else np.uint16)
     each = max(1, _PACK_BLOCK_BYTES // (4 * max(1, k) * width))
 
     def copy(first: int) -> None:
@@ -103,15 +110,15 @@ def pack(weight: Rows, target: Target | None = None, dtype: str = "f32") -> NDAr
         else:
             rows = cast(NarrowRows, weight).stored(begin, end)
         whole, left = divmod(len(rows), width)
-        block[:whole] = rows[: whole * width].reshape(whole, width, k).transpose(0, 2, 1)
+        block[:whole] = rows[: whole * width].reshape(whole, width, k // pair, pair).transpose(0, 2, 1, 3)
         if left:
-            block[whole, :, :left] = rows[whole * width :].T
+            block[whole, :, :left] = rows[whole * width :].reshape(left, k // pair, pair).transpose(1, 0, 2)
             block[whole, :, left:] = 0
 
     with ThreadPoolExecutor(min(_PACK_THREADS, os.cpu_count() or 1)) as threads:
         for _ in threads.map(copy, range(0, panels, each)):
             pass  # an error of a block is raised here
-    return packed
+    return packed.reshape(panels, k, width)
 
 
 def pack_bias(bias: NDArray[Any], target: Target | None = None) -> NDArray[np.float32]:
@@ -156,7 +163,7 @@ def build(
     symbol: str, target: Target, *, k: int, n: int, ldx: int, ldy: int, bias: bool, activation: str | None,
     residual: bool, scale: float, softcap: float, dtype: str,
 ) -> None:  # fmt: skip
-    from nanoserve.compiler.builder import ceildiv, fma, imin, index, select, splat, widen, zeros
+    from nanoserve.compiler.builder import bitcast, ceildiv, fma, imin, index, select, splat, widen, zeros
     from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop, scratch, when
     from nanoserve.compiler.vector_math import activate, soft_cap
 
@@ -164,7 +171,13 @@ def build(
     vectors = range(0, width, 16)
     tiles = row_tiles(width, target)
     k_block = max(64, _K_BLOCK_BYTES // (WEIGHT_BYTES[dtype] * width) // 64 * 64)
-    arguments = {"x": array(UNBOUNDED, ldx), "w": array(-(-n // width), k, width, element=dtype)}
+    paired = is_paired(k, dtype)
+    stored = (
+        array(-(-n // width), k // 2, width, element="i32")
+        if paired
+        else array(-(-n // width), k, width, element=dtype)
+    )
+    arguments = {"x": array(UNBOUNDED, ldx), "w": stored}
     if bias:
         arguments["b"] = array(_round_up(n, width))
     arguments["y"] = array(UNBOUNDED, ldy)
@@ -176,7 +189,8 @@ def build(
         row_blocks = ceildiv(m, ROW_BLOCK)
         # What full tiles ask into L2 (smaller ones outrun nothing: they wait for memory either way). One tile: the panel
         # itself, 8 KiB ahead; several: the next panel, while this one is used again.
-        ahead = select(m <= tiles[0], index(8192 // (WEIGHT_BYTES[dtype] * width)), k)
+        depth = k // 2 if paired else k  # of a panel, in loads
+        ahead = select(m <= tiles[0], index(8192 * depth // (WEIGHT_BYTES[dtype] * width * k)), depth)
         # Accumulators on their way to the epilogue, or to the next block of k; with room for rows a last tile repeats.
         acc_rows = scratch(ROW_BLOCK + tiles[0], width)
 
@@ -190,16 +204,22 @@ def build(
             else:
                 acc = [zeros() for _ in range(rows) for _ in vectors]
 
-            @loop(k_begin, k_end, carry=acc)
-            def total(kk: Value, acc: list[Value]) -> list[Value]:
-                weights = [widen(w.load(panel, kk, j)) for j in vectors]
-                for j in vectors if rows == tiles[0] else ():
-                    w.prefetch(panel, kk + ahead, j, locality=2)
+            def step(kk: Value, weights: list[Value], acc: list[Value]) -> list[Value]:
                 result = []
                 for i in range(rows):
                     a = splat(x[row[i], kk])
                     result += [fma(a, weights[j], acc[i * len(vectors) + j]) for j in range(len(vectors))]
                 return result
+
+            @loop(k_begin // 2 if paired else k_begin, k_end // 2 if paired else k_end, carry=acc)
+            def total(at: Value, acc: list[Value]) -> list[Value]:
+                loaded = [w.load(panel, at, j) for j in vectors]
+                for j in vectors if rows == tiles[0] else ():
+                    w.prefetch(panel, at + ahead, j, locality=2)
+                if not paired:
+                    return step(at, [widen(v) for v in loaded], acc)
+                acc = step(at * 2, [bitcast(v << 16, "f32") for v in loaded], acc)
+                return step(at * 2 + 1, [bitcast(v & -65536, "f32") for v in loaded], acc)
 
             for i in range(rows):
                 for j, at in enumerate(vectors):
