@@ -11,7 +11,7 @@ from nanoserve.batch import Batch
 from nanoserve.logprobs import token_logprob
 from nanoserve.request import Request
 from nanoserve.sampling import SamplingParams
-from nanoserve.scheduling import scheduler
+from nanoserve.scheduling import scoring
 from nanoserve.scheduling.prefill_manager import PrefillManager
 from support.fakes import KVCachePool, System, logits_after, prefix_hashes, prompt
 
@@ -116,7 +116,7 @@ def test_a_batch_keeps_sampling_rows_apart_from_prompt_rows() -> None:
 
 def test_rows_per_step_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of logits is large, so a step has few of prompts: chunks are shortened, others are not held up for ever."""
-    monkeypatch.setattr(scheduler, "MAX_PROMPT_LOGPROB_ROWS", 7)
+    monkeypatch.setattr(scoring, "MAX_PROMPT_LOGPROB_ROWS", 7)
     system = System(chunk_size=16, max_num_batched_tokens=40)
     asked = [system.add(i, prompt(20, i), 3, prompt_logprobs=0) for i in range(3)]
     plain = system.add("plain", prompt(60, 9), 3)
@@ -135,7 +135,7 @@ def test_rows_per_step_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_limit_holds_for_whole_prompts_and_single_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole prompt is cut rather than never admitted; one row per step still comes to an end."""
-    monkeypatch.setattr(scheduler, "MAX_PROMPT_LOGPROB_ROWS", 1)
+    monkeypatch.setattr(scoring, "MAX_PROMPT_LOGPROB_ROWS", 1)
     system = System(prefill_mgr=PrefillManager(KVCachePool(64, 4, 1, 1, 4), 64))
     requests = [system.add(i, prompt(12 + i, i), 2, prompt_logprobs=0) for i in range(2)]
     system.drain()

@@ -339,13 +339,13 @@ def test_counts_are_taken_after_the_prefix_was_acquired() -> None:
 
 
 def test_a_request_of_the_same_batch_does_not_hit_pages_that_are_not_computed() -> None:
-    """Four equal prompts in one step: no hit, because nothing is in the pages yet. In the next step there is."""
+    """Four equal prompts, too short to wait for each other: no hit, nothing is in the pages yet. In the next step there is."""
     system = System(page_size=4, chunk_size=16)
     for i in range(4):
-        system.add(i, prompt(12), max_tokens=3)
-    assert system.step().scheduled == {0: 12, 1: 12, 2: 12, 3: 12}
-    system.add("late", prompt(12), max_tokens=3)
-    assert system.step().scheduled["late"] == 1
+        system.add(i, prompt(7), max_tokens=3)
+    assert system.step().scheduled == {0: 7, 1: 7, 2: 7, 3: 7}
+    system.add("late", prompt(7), max_tokens=3)
+    assert system.step().scheduled["late"] == 3
     system.drain()
 
 
@@ -356,7 +356,7 @@ def test_a_prompt_in_progress_is_not_shared() -> None:
     system.step()
     system.step()
     assert system.radix.tree_pages() == []
-    system.add("b", prompt(30), max_tokens=2)
+    system.add("b", prompt(7) + prompt(20, 1), max_tokens=2)  # shares too little to be held back
     assert system.step().scheduled == {"a": 8, "b": 8}
     system.drain()
 
@@ -364,7 +364,7 @@ def test_a_prompt_in_progress_is_not_shared() -> None:
 def test_a_prefix_computed_twice_stays_with_both() -> None:
     """The second to cache it keeps the pages its table points at; they are freed with it, not under it."""
     system = System(page_size=4, num_pages=16)
-    requests = [system.add(i, prompt(9), max_tokens=10) for i in range(2)]
+    requests = [system.add(i, prompt(7), max_tokens=10) for i in range(2)]  # too short to be held back
     for _ in range(3):
         system.step()
     assert set(requests[0].kv_pages).isdisjoint(requests[1].kv_pages)

@@ -36,9 +36,9 @@ def test_both_sides_of_the_switch_are_cached_apart() -> None:
 
 def test_prompts_that_want_logits_do_not_shut_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two long prompts share the rows of logits of a step; a small request behind them is served meanwhile."""
-    from nanoserve.scheduling import scheduler
+    from nanoserve.scheduling import scoring
 
-    monkeypatch.setattr(scheduler, "MAX_PROMPT_LOGPROB_ROWS", 8)
+    monkeypatch.setattr(scoring, "MAX_PROMPT_LOGPROB_ROWS", 8)
     system = System(num_pages=400, chunk_size=8, max_batch_size=8)
     slow = [system.add(name, prompt(160, i), 2, prompt_logprobs=0) for i, name in enumerate("abc")]
     quick = system.add("quick", prompt(4, 9), 2)
@@ -47,10 +47,10 @@ def test_prompts_that_want_logits_do_not_shut_the_door(monkeypatch: pytest.Monke
         system.step()
         steps += 1
     assert steps <= 4
-    monkeypatch.setattr(scheduler, "MAX_PROMPT_LOGPROB_ROWS", 64)
+    monkeypatch.setattr(scoring, "MAX_PROMPT_LOGPROB_ROWS", 64)
     slow += [system.add(name, prompt(160, i), 2, prompt_logprobs=0) for i, name in enumerate("def", start=3)]
     system.step()  # several are in the middle of their prompts
-    monkeypatch.setattr(scheduler, "MAX_PROMPT_LOGPROB_ROWS", 8)
+    monkeypatch.setattr(scoring, "MAX_PROMPT_LOGPROB_ROWS", 8)
     quick = system.add("late", prompt(4, 10), 2)
     for _ in range(4):
         system.step()

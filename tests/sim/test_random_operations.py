@@ -197,7 +197,7 @@ def test_the_simulation_meets_every_kind_of_event() -> None:
             ends[request.finish_reason] = ends.get(request.finish_reason, 0) + 1
     assert set(kinds) == {
         "admitted", "prefix_hit", "chunk", "pages_granted", "pages_freed", "preempted", "finished", "aborted", "refused",
-        "error",
+        "error", "held_back",
     }, kinds  # fmt: skip
     assert set(ends) == {"stop", "length", "abort", "error"}
     assert min(*kinds.values(), *ends.values()) >= 20, (kinds, ends)

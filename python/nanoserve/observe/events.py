@@ -19,6 +19,7 @@ ReqId = int | str
 
 KINDS = frozenset(
     {
+        "held_back",  # by: who is computing the `tokens` it shares; passed over at admission until then
         "admitted",  # waited: steps in the queue
         "prefix_hit",  # tokens: found in the prefix cache at admission
         "chunk",  # start, count, of: prompt tokens [start, start + count) of `of` are in this step's batch

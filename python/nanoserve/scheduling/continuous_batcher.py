@@ -278,6 +278,7 @@ class ContinuousBatcher:
             "num_errors": stats.errors,
             "num_refused": stats.refused,
             "preemptions": stats.preemptions,
+            "num_held_back": stats.held_back,
             "cache_hits": radix.cache_hits,
             "cache_misses": radix.cache_misses,
             "cache_hit_rate": radix.cache_hit_rate,

@@ -16,6 +16,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 from operator import itemgetter
 
 from nanoserve.errors import IllegalTransition, InvariantViolation, RequestRefused
@@ -34,6 +35,7 @@ LEGAL: dict[RequestState, frozenset[RequestState]] = {
     FINISHED: frozenset(),
 }
 KEPT_FINISHED = 1024
+LOOKAHEAD = 256  # of the queue, past those who may not go: a long queue must not make a step long
 
 _Entry = tuple[
     int, int, int, Request
@@ -98,11 +100,13 @@ class RequestPool:
 
         Args:
             peek: counts cached leading tokens, for policies that ask.
-            may_go: whom to pass over. What they lack must be given to them before anybody else who needs it.
+            may_go: whom to pass over, among the first LOOKAHEAD. What they lack must be given to them before anybody
+                else who needs it.
         """
+        candidates = (entry for entry in islice(self._queue, LOOKAHEAD) if may_go(entry[-1]))
         if not self.policy.by_prefix or peek is None:
-            return next((entry[-1] for entry in self._queue if may_go(entry[-1])), None)
-        window = [entry for entry in self._queue if may_go(entry[-1])][:LPM_WINDOW]
+            return next((entry[-1] for entry in candidates), None)
+        window = list(islice(candidates, LPM_WINDOW))
         if not window:
             return None
         ranked = [
@@ -110,6 +114,11 @@ class RequestPool:
             for key, rank, arrival, request in window
         ]
         return min(ranked)[-1]
+
+    def is_before(self, one: Request, other: Request) -> bool:
+        """Of two live requests the one whose place in the queue's order, for life, is nearer to its head."""
+        keys = self._joined
+        return (keys[one.req_id][1], one.arrival) < (keys[other.req_id][1], other.arrival)
 
     def steps_waited(self, request: Request, step: int) -> int:
         """Steps since the request arrived."""

@@ -12,8 +12,8 @@ Progress: every step with a live request computes something, and every request e
   3. Those can be too many in one case only: it pins cached pages it does not hold, because another request cached the
      same prefix under other pages first, or because it copied a shared page. By then nobody else runs. It is preempted
      itself, its pin goes, and the queue's head, by 1, fits the pool.
-  4. The queue's head is not overtaken for want of pages. Its key is fixed and later arrivals' grow with time
-     (policies.py), so a finite number of requests can come before it.
+  4. The queue's head is not overtaken for want of pages. Its key is fixed and later arrivals' grow with time (policies.py):
+     finitely many come before it, and those that go while somebody else computes its prefix (twins.py).
 
 Between `step` and `update` nothing has advanced: an output can be discarded, a request aborted, a forward repeated.
 """
@@ -26,7 +26,6 @@ from nanoserve.batch import Batch
 from nanoserve.cache.kv_pool import KVCachePool
 from nanoserve.cache.radix_manager import RadixCacheManager
 from nanoserve.errors import InvariantViolation, RequestRefused
-from nanoserve.logprobs import MAX_PROMPT_LOGPROB_ROWS
 from nanoserve.observe.events import EventLog, ReqId
 from nanoserve.request import Request, RequestState
 from nanoserve.scheduling.chunked_prefill import ChunkedPrefillManager
@@ -39,7 +38,9 @@ from nanoserve.scheduling.prefill_manager import PrefillManager
 from nanoserve.scheduling.request_pool import RequestPool
 from nanoserve.scheduling.residents import Residents, by_arrival
 from nanoserve.scheduling.scheduler_output import SchedulerOutput
+from nanoserve.scheduling.scoring import within_row_limit
 from nanoserve.scheduling.stats import SchedulerStats
+from nanoserve.scheduling.twins import Twins
 
 __all__ = ["Scheduler", "SchedulerOutput"]
 
@@ -108,6 +109,7 @@ class Scheduler:
         # Aborted between step and update: the forward may still write their pages.
         self.gone_in_flight: list[Request] = []
         self._committer = Committer(self.residents, self.eos_token_ids, max_model_len, vocab_size)
+        self._twins = Twins(self.residents)
         self._page_size: int = kv_pool.page_size
 
     @property
@@ -216,7 +218,7 @@ class Scheduler:
         if num_active:
             for chunks, count in self.prefill_mgr.take(budget):
                 request = chunks.request
-                count = self._within_row_limit(chosen, request, count)
+                count = within_row_limit(chosen, request, count)
                 if not count:  # it waits for rows of logits, which newcomers may not want
                     num_served += 1
                 elif request.state is RequestState.PREFILL and self.residents.grow(
@@ -232,9 +234,15 @@ class Scheduler:
 
     def _admit(self, chosen: list[_Piece], budget: int) -> None:
         """Seats waiting requests while there is budget, a seat, and memory for the first of them."""
-        residents, pool = self.residents, self.pool
+        residents, pool, twins = self.residents, self.pool, self._twins
+        if not pool.num_waiting:
+            return
+        twins.look()
         while budget > 0 and residents.may_admit and pool.num_running < self.decode_mgr.max_batch_size:
-            request = pool.head(self.radix_mgr.peek, lambda one: self._within_row_limit(chosen, one, 1) > 0)
+            request = pool.head(
+                self.radix_mgr.peek,
+                lambda one: within_row_limit(chosen, one, 1) > 0 and not twins.holds_back(one),
+            )
             if request is None:
                 return
             try:
@@ -246,19 +254,11 @@ class Scheduler:
                 continue
             if started is None:
                 return
+            twins.add(request)
             chunks, count = started
-            count = self._within_row_limit(chosen, request, count)
+            count = within_row_limit(chosen, request, count)
             self._choose(chosen, chunks, count)
             budget -= count
-
-    def _within_row_limit(self, chosen: list[_Piece], request: Request, count: int) -> int:
-        """How many of a piece's tokens the step can give the prompt log-probabilities they are to have."""
-        if not request.lacks_prompt_logprobs:
-            return count
-        taken = sum(len(other.prompt_logprob_rows(other.cached_len, n)) for other, n in chosen)
-        rows = request.prompt_logprob_rows(request.cached_len, count)
-        left = MAX_PROMPT_LOGPROB_ROWS - taken
-        return count if len(rows) <= left else rows[left] - request.cached_len
 
     def _choose(self, chosen: list[_Piece], chunks: ChunkedRequest, count: int) -> None:
         request = chunks.request

@@ -1,6 +1,7 @@
 """Log-probabilities of one step: of the tokens that were sampled, and of the prompt tokens whose rows were computed.
 
-Rows that are not finite have none: their requests fail, and so does a request with such a row inside its prompt.
+Rows that are not finite have none: their requests fail, and so does a request with such a row inside its prompt. Rows of
+prompts are bounded per step, because each is a row of logits.
 """
 
 from __future__ import annotations
@@ -11,11 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoserve.batch import Batch
-from nanoserve.logprobs import TokenLogprob, token_logprob
+from nanoserve.logprobs import MAX_PROMPT_LOGPROB_ROWS, TokenLogprob, token_logprob
 from nanoserve.observe.events import ReqId
 from nanoserve.request import Request
 
 Logits = NDArray[np.float32]
+
+
+def within_row_limit(chosen: Sequence[tuple[Request, int]], request: Request, count: int) -> int:
+    """How many of a piece's tokens a step can give the prompt log-probabilities they are to have.
+
+    Args:
+        chosen: the pieces, (request, tokens), that are in the step already.
+        request, count: one more, from the request's `cached_len` on.
+    """
+    if not request.lacks_prompt_logprobs:
+        return count
+    taken = sum(len(other.prompt_logprob_rows(other.cached_len, n)) for other, n in chosen)
+    rows = request.prompt_logprob_rows(request.cached_len, count)
+    left = MAX_PROMPT_LOGPROB_ROWS - taken
+    return count if len(rows) <= left else rows[left] - request.cached_len
 
 
 def score_tokens(

@@ -19,6 +19,7 @@ class SchedulerStats:
     errors: int = 0
     refused: int = 0
     preemptions: int = 0
+    held_back: int = 0  # waits for an elder's prompt, one per elder (twins.py)
 
     def count(self, num_requests: int, num_tokens: int, num_decode_rows: int) -> None:
         """A step was computed."""
