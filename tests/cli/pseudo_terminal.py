@@ -42,7 +42,7 @@ class Terminal:
     def press(self, keys: str) -> None:
         os.write(self._fd, keys.encode())
 
-    def expect(self, text: str, timeout: float = 30.0) -> str:
+    def expect(self, text: str, timeout: float = 120.0) -> str:
         """Wait until `text` is shown after what was found before; everything up to its end."""
         ends = time.monotonic() + timeout
         while (at := self.shown.find(text, self._searched)) < 0:
@@ -54,7 +54,7 @@ class Terminal:
         self._searched = at + len(text)
         return before
 
-    def wait(self, timeout: float = 30.0, press: str = "") -> int:
+    def wait(self, timeout: float = 120.0, press: str = "") -> int:
         """The exit code, once the program has ended.
 
         `press` is pressed now and again every second, as a person would: what is typed in the instant between readline's
