@@ -69,10 +69,10 @@ class OpBinder:
                     config.n_embd, strides[op.out], positions=op.pos_table is not None, scale=op.scale,
                     panel=gemm.panel_width(config.vocab_size) if tied else 0, dtype=self._weights.dtype(op.table),
                 )  # fmt: skip
-                table = self._weights.matrix(op.table) if tied else self._weights.table(op.table)
+                table = self._weights.matrix(op.table) if tied else self._weights.rows(op.table)
                 args: list[Arg] = [("ids",), ("positions",), table]
                 if op.pos_table:
-                    args.append(self._weights.vector(op.pos_table))
+                    args.append(self._weights.rows(op.pos_table))
                 args.append(self._buffer(op.out))
                 return BoundOp("embedding", (spec,), args, "rows", {"cost_per_unit": config.n_embd})
             case Norm():
@@ -83,10 +83,10 @@ class OpBinder:
                 args = [
                     self._buffer(op.x),
                     *([("sample_rows",)] if op.gather else []),
-                    self._weights.vector(op.weight),
+                    self._weights.rows(op.weight),
                 ]
                 if op.bias:
-                    args.append(self._weights.vector(op.bias))
+                    args.append(self._weights.rows(op.bias))
                 args.append(self._buffer(op.out))
                 domain = "samples" if op.gather else "rows"
                 return BoundOp(op.weight, (spec,), args, domain, {"cost_per_unit": 4 * op.cols * op.groups})

@@ -21,6 +21,19 @@ def whole_number(name: str, value: object, low: int, high: int = INT64_MAX, high
     return number
 
 
+def number(name: str, value: object, above: float, most: float, *, or_zero: bool = False) -> float:
+    """The value as a float in (above, most], or zero where that means "off"; a bool is not a number here.
+
+    Raises:
+        ValueError: naming the field, the value and the limits.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (above < value <= most or (or_zero and value == 0)):  # type: ignore[operator]
+        limits = f"{'[' if or_zero else '('}{above:g}, {most:g}]"
+        raise ValueError(f"{name}: {shown(value)} must be a number in {limits}")
+    return float(value)  # type: ignore[arg-type]
+
+
 def truth(name: str, value: object) -> bool:
     """The value if it is a bool; a ValueError otherwise, because "no" is true."""
     if not isinstance(value, bool):

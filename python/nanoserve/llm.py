@@ -50,8 +50,10 @@ class LLM:
         engine_options: of NanoServingEngine: page_size, max_chunk_size, policy, enable_prefix_cache, num_threads, seed.
 
     Attributes:
-        directory: where it was loaded from. config: its ModelConfig. tokenizer: None when the checkpoint has none. chat_template: likewise.
-        generation: the checkpoint's GenerationConfig. default_params: the SamplingParams it asks for.
+        directory: where it was loaded from. config: its ModelConfig.
+        tokenizer: None when the checkpoint has none. chat_template: likewise.
+        generation: the checkpoint's GenerationConfig. sampling_defaults: what it asks for, by SamplingParams field;
+            default_params: as SamplingParams.
 
     Raises:
         CheckpointError: what is wrong with the checkpoint. ValueError: naming the field, its value and its limit.
@@ -83,10 +85,11 @@ class LLM:
         self.tokenizer: AnyTokenizer | None = load_tokenizer(directory, self.config.vocab_size)
         self.chat_template = None if self.tokenizer is None else ChatTemplate.load(directory, self.tokenizer)
         self.generation = GenerationConfig.load(directory, self.config.vocab_size)
-        self.default_params = self._default_params()
+        self.sampling_defaults, self.default_params = self._sampling_defaults()
         tensors = load_weights(directory)
         plan = plan_memory(
-            self.config, weight_bytes=loaded_bytes(self.config, tensors), kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
+            self.config, weight_bytes=loaded_bytes(self.config, tensors), kv_cache_bytes=kv_cache_bytes,
+            max_num_seqs=max_num_seqs, max_model_len=max_model_len,
             page_size=engine_options.get("page_size", 16), max_num_batched_tokens=max_num_batched_tokens,
         )  # fmt: skip
         self.engine = NanoServingEngine(
@@ -102,16 +105,17 @@ class LLM:
             **engine_options,
         )
 
-    def _default_params(self) -> SamplingParams:
-        defaults = self.generation.defaults
+    def _sampling_defaults(self) -> tuple[dict[str, Any], SamplingParams]:
+        asked = self.generation.defaults
+        # A checkpoint that wants more tokens than max_tokens allows by default gets them.
+        defaults = {"max_tokens": max(SamplingParams().max_tokens, asked.get("min_tokens", 0)), **asked}
         if self.generation.not_applied:
             warnings.warn(
                 f"generation_config.json asks for {', '.join(self.generation.not_applied)}, which nanoserve does not do",
                 stacklevel=3,
             )
         try:
-            longest = max(SamplingParams().max_tokens, defaults.get("min_tokens", 0))
-            return SamplingParams(**{"max_tokens": longest, **defaults})
+            return defaults, SamplingParams(**defaults)
         except ValueError as error:
             raise CheckpointError(f"generation_config.json: {error}") from error
 

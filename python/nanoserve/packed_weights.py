@@ -19,7 +19,6 @@ from nanoserve.models.weights import BoundWeight
 from nanoserve.native import StepExecutor
 
 Arg = tuple[str, int] | tuple[str]  # where a kernel finds an argument (plan.md, "Kernel ABI")
-Float32Array = NDArray[np.float32]
 OnProgress = Callable[[int, int, str], None]
 
 
@@ -59,13 +58,9 @@ class PackedWeights:
         """How a matrix or table is stored: "f32", or "bf16" and "f16" where that loses nothing."""
         return self._weights[name].dtype
 
-    def vector(self, name: str) -> Arg:
-        """A weight the kernels read as float32: of norms, and tables of positions."""
+    def rows(self, name: str) -> Arg:
+        """A weight the kernels read as it is, in its dtype: of norms, and tables of embeddings and positions."""
         return self._once(name, _copied)
-
-    def table(self, name: str) -> Arg:
-        """An embedding's rows, in their dtype."""
-        return self._once(name, _copied if self.dtype(name) == "f32" else _copied_as_stored)
 
     def matrix(self, name: str) -> Arg:
         """A GEMM's weight, packed, in its dtype."""
@@ -98,16 +93,11 @@ class PackedWeights:
         return self._packed[name]
 
 
-def _copied_as_stored(weight: BoundWeight, step: int = 4096) -> NDArray[np.uint16]:
-    copy = np.empty(weight.shape, np.uint16)
-    for at in range(0, weight.shape[0], step):
-        copy[at : at + step] = weight.stored(at, min(at + step, weight.shape[0]))
-    return copy
-
-
-def _copied(weight: BoundWeight, step: int = 4096) -> Float32Array:
+def _copied(weight: BoundWeight, step: int = 4096) -> NDArray[Any]:
     """The weight in memory of its own, some rows at a time: converting all of it at once would take it twice."""
-    copy = np.empty(weight.shape, np.float32)
-    for at in range(0, weight.shape[0], step):
-        copy[at : at + step] = weight[at : at + step]
+    is_wide, count = weight.dtype == "f32", weight.shape[0]
+    copy = np.empty(weight.shape, np.float32 if is_wide else np.uint16)
+    for at in range(0, count, step):
+        end = min(at + step, count)
+        copy[at:end] = weight[at:end] if is_wide else weight.stored(at, end)
     return copy

@@ -121,6 +121,16 @@ def test_the_checkpoint_decides_what_is_not_given_and_says_what_it_cannot_have(
     assert warm[0].stderr == ""
 
 
+def test_a_checkpoint_that_asks_for_many_tokens_gets_them(run: Run, tmp_path: Path) -> None:
+    """min_new_tokens beyond our default of max_tokens: the command does what LLM does."""
+    for file in TINY_GPT.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").write_text('{"min_new_tokens": 150, "do_sample": false}')
+    told = run("generate", tmp_path, "-p", "Hello", "--json", "--kv-cache", "8MiB")
+    assert told.exit_code == 0, told.stderr
+    assert len(json.loads(told.stdout)["token_ids"]) == 150
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

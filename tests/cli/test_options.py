@@ -52,7 +52,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def open_model(model: str, engine: dict[str, Any], **options: Any) -> Any:
         got.update(model=model, engine=engine)
-        return SimpleNamespace(generation=SimpleNamespace(defaults=got.get("defaults", {})), tokenizer=None)
+        return SimpleNamespace(sampling_defaults=got.get("defaults", {}), tokenizer=None)
 
     def record(defaults: dict[str, Any], given: dict[str, Any]) -> SamplingParams:
         got.update(given=given, params=sampling_params(defaults, given))

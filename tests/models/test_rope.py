@@ -12,15 +12,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nanoserve.models.rope import KINDS, Rope, parse_rope
+from support.families import LLAMA3, YARN
 
 NUM_POSITIONS = 600
-LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
 
 
 def factors(count: int, top: float) -> list[float]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nanoserve import CheckpointError, ModelConfig, random_weights
-from nanoserve.models.weights import bind_weights
+from nanoserve.models.weights import bind_weights, loaded_bytes
 
 CONFIG = ModelConfig(vocab_size=11, n_layer=1, n_head=2, n_embd=8, max_seq_len=16)
 
@@ -155,3 +155,18 @@ def test_config_json_that_is_not_json(tmp_path: Path) -> None:
             ModelConfig.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="no such file"):
         ModelConfig.from_pretrained(tmp_path / "nowhere")
+
+
+def test_planning_reads_no_weight() -> None:
+    """A tied head that is stored, too, is compared when weights are loaded, once, and not to count their bytes."""
+
+    class Unreadable:
+        dtype, shape = np.dtype(np.float32), (11, 8)
+
+        def __getitem__(self, rows: slice) -> Any:
+            raise AssertionError("a weight was read")
+
+    tensors = {**random_weights(CONFIG), "lm_head.weight": Unreadable()}
+    assert loaded_bytes(CONFIG, tensors) == loaded_bytes(CONFIG, random_weights(CONFIG)) > 0
+    with pytest.raises(AssertionError, match="a weight was read"):
+        bind_weights(CONFIG, tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -39,14 +39,14 @@ class Answer:
         return f"prompt {usage.prompt_tokens} tokens, {usage.cached_tokens} from cache ({share}%), {made}"
 
 
-def show_answer(deltas: Iterator[TextDelta]) -> Answer:
+def show_answer(deltas: Generator[TextDelta]) -> Answer:
     """Writes the text as it comes. Ctrl-C ends it, the request is aborted then, and what came is returned."""
     began = time.perf_counter()
     pieces: list[str] = []
     num_tokens, output = 0, None
     with _single_interrupt():
         try:
-            with closing(deltas):  # type: ignore[type-var]
+            with closing(deltas):
                 for delta in deltas:
                     pieces.append(delta.text)
                     num_tokens += len(delta.token_ids)

@@ -51,7 +51,7 @@ def chat(
     if llm.tokenizer is None:
         raise ValueError(f"{model}: has no tokenizer, so it cannot read a text")
     room = {"max_tokens": llm.engine.executor.max_model_len}  # an answer may fill the context
-    loop = ReadLoop(llm, sampling_params({**llm.generation.defaults, **room}, sampling), system, plain, quiet)
+    loop = ReadLoop(llm, sampling_params({**llm.sampling_defaults, **room}, sampling), system, plain, quiet)
     if not quiet:
         say(
             f"{model}: {llm.engine.executor.max_model_len} tokens of context. /help for help, Ctrl-D to leave.",

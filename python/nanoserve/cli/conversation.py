@@ -7,7 +7,7 @@ leaves no trace. What is kept is sent again with the next turn, word for word, a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,7 +23,7 @@ class Conversation(Protocol):
     turns: list[tuple[str, str]]  # (what the user wrote, what the model answered)
     system: str | None
 
-    def begin(self, text: str) -> Iterator[TextDelta]:
+    def begin(self, text: str) -> Generator[TextDelta]:
         """Start the next turn. Raises ValueError (RequestRefused: no room), and nothing was queued then."""
         ...
 
@@ -41,7 +41,7 @@ class Messages:
     system: str | None = None
     turns: list[tuple[str, str]] = field(default_factory=list)
 
-    def begin(self, text: str) -> Iterator[TextDelta]:
+    def begin(self, text: str) -> Generator[TextDelta]:
         return self.llm.stream_chat([*self._messages(), {"role": "user", "content": text}], self.params)
 
     def saved(self) -> str:
@@ -63,7 +63,7 @@ class PlainText:
     system: str | None = None  # never set: plain text has no such part
     turns: list[tuple[str, str]] = field(default_factory=list)
 
-    def begin(self, text: str) -> Iterator[TextDelta]:
+    def begin(self, text: str) -> Generator[TextDelta]:
         return self.llm.stream(self.saved() + text, self.params)
 
     def saved(self) -> str:

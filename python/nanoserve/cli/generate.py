@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -77,7 +77,7 @@ def generate(
         if field in sampling and not as_json:
             raise ValueError(f"--{field.replace('_', '-')}: only --json shows them")
     llm = open_model(model, engine, needs_template=as_chat, quiet=quiet)
-    params = sampling_params(llm.generation.defaults, sampling)
+    params = sampling_params(llm.sampling_defaults, sampling)
     if llm.tokenizer is None:
         raise ValueError(f"{model}: has no tokenizer, so it cannot read a text; LLM.generate takes token ids")
     began = time.perf_counter()
@@ -136,11 +136,11 @@ def _run_single(
     llm: LLM, prompt: str, params: SamplingParams, as_chat: bool, shows: bool
 ) -> tuple[list[RequestOutput], float | None]:
     """One prompt, piece by piece whether or not it is shown so: the moment of the first piece is part of the summary."""
-    deltas: Iterator[TextDelta] = (
+    deltas: Generator[TextDelta] = (
         llm.stream_chat(_message(prompt), params) if as_chat else llm.stream(prompt, params)
     )
     first, output = None, None
-    with closing(deltas):  # type: ignore[type-var]
+    with closing(deltas):
         for delta in deltas:
             first = time.perf_counter() if first is None else first
             output = delta.output

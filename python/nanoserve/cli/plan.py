@@ -69,25 +69,26 @@ def _look_at(model: str, revision: str | None) -> tuple[ModelConfig, dict[str, i
 
     path = Path(model)
     if path.is_file():
-        return ModelConfig.from_pretrained(path), _as_config_says(path)
+        config = ModelConfig.from_pretrained(path)
+        return config, _as_config_says(config, path)
     directory = checkpoint_directory(model, revision=revision, weights=False)
     config = ModelConfig.from_pretrained(directory)
     if not any(directory.glob("*.safetensors")):
-        return config, _as_config_says(directory / "config.json")
+        return config, _as_config_says(config, directory / "config.json")
     tensors = load_weights(directory)
     stored = sum(tensor.nbytes for tensor in tensors.values())
     return config, {"stored_bytes": stored, "weight_bytes": loaded_bytes(config, tensors)}
 
 
-def _as_config_says(file: Path) -> dict[str, int]:
+def _as_config_says(config: ModelConfig, file: Path) -> dict[str, int]:
     """Two bytes a parameter where config.json says that they are stored so, as kernels read them."""
     from nanoserve.checkpoint_json import read_object
-    from nanoserve.models.config_file import MAX_CONFIG_BYTES, config_from_dict
+    from nanoserve.models.config_file import MAX_CONFIG_BYTES
     from nanoserve.models.decoder import num_parameters
 
     raw = read_object(file, MAX_CONFIG_BYTES)
     narrow = raw.get("dtype", raw.get("torch_dtype")) in ("bfloat16", "float16")
-    return {"weight_bytes": 2 * num_parameters(config_from_dict(raw))} if narrow else {}
+    return {"weight_bytes": 2 * num_parameters(config)} if narrow else {}
 
 
 def _contexts(plan: MemoryPlan) -> list[int]:

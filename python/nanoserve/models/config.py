@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoserve.checks import shown, truth, whole_number
+from nanoserve.checks import number, shown, truth, whole_number
 from nanoserve.models.rope import Rope
 from nanoserve.models.weight_names import WEIGHT_NAMES
 
@@ -17,6 +17,7 @@ NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("gelu_tanh", "gelu_erf", "silu")
 POSITIONS = ("learned", "rope")
 QK_NORMS = ("head", "row")
+MAX_NUMBER = 1e30  # of anything that is multiplied with: far from float32's end
 # Beyond any model there is, and small enough that no loop over them and no product of two of them runs away.
 _LIMITS = {
     "vocab_size": 2**24,
@@ -94,11 +95,11 @@ class ModelConfig:
                 listed = ", ".join(map(str, allowed))
                 raise ValueError(f"{name}: {shown(getattr(self, name))} must be one of {listed}")
         for name in ("norm_eps", "rope_theta", "embedding_scale", "residual_scale", "logits_scale"):
-            self._check_number(name, zero=False)
+            number(name, getattr(self, name), 0, MAX_NUMBER)
         for name in ("attention_softcap", "logits_softcap"):
-            self._check_number(name, zero=True)
+            number(name, getattr(self, name), 0, MAX_NUMBER, or_zero=True)
         if self.attention_scale is not None:
-            self._check_number("attention_scale", zero=False)
+            number("attention_scale", self.attention_scale, 0, MAX_NUMBER)
         for name in (
             "gated_mlp",
             "qkv_bias",
@@ -123,12 +124,6 @@ class ModelConfig:
             raise ValueError(f"residual_scale: {self.residual_scale} with post_norm is not supported, only 1")
         for token in self.eos_token_ids:
             whole_number("eos_token_ids", token, 0, self.vocab_size - 1)
-
-    def _check_number(self, name: str, *, zero: bool) -> None:
-        value = getattr(self, name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not (0 < value <= 1e30 or (zero and value == 0)):
-            raise ValueError(f"{name}: {shown(value)} must be a number in {'[' if zero else '('}0, 1e30]")
 
     @property
     def kv_heads(self) -> int:

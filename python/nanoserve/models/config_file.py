@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nanoserve.checkpoint_json import read_object
-from nanoserve.checks import shown, whole_number
+from nanoserve.checks import number, shown, whole_number
 from nanoserve.errors import CheckpointError
-from nanoserve.models.config import ModelConfig
+from nanoserve.models.config import MAX_NUMBER, ModelConfig
 from nanoserve.models.families import (
     ACTIVATION_NAMES,
     BOOKKEEPING,
@@ -186,8 +186,7 @@ def _parse_rope(
 ) -> Rope:
     own = dict(parameters)
     fraction = own.pop("partial_rotary_factor", given.get("partial_rotary_factor", 1.0))
-    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-        raise ValueError(f"partial_rotary_factor: {shown(fraction)} must be a number in (0, 1]")
+    number("partial_rotary_factor", fraction, 0, 1)
     if "longrope" in family.rope_kinds:
         for name in ("rope_type", "type"):
             if own.get(name) in ("su", "yarn"):  # what longrope was called first
@@ -232,9 +231,7 @@ def _count(name: str, value: object) -> int:
 
 
 def _positive(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e30:
-        raise ValueError(f"{name}: {shown(value)} must be a number in (0, 1e30]")
-    return float(value)
+    return number(name, value, 0, MAX_NUMBER)
 
 
 def _eos_ids(eos: object, vocab_size: object) -> tuple[int, ...]:

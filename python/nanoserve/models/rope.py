@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoserve.checks import shown, whole_number
+from nanoserve.checks import number, shown, whole_number
 
 Float32Array = NDArray[np.float32]
 
@@ -47,7 +47,7 @@ KINDS: dict[str, frozenset[str]] = {
         "factor original_max_position_embeddings attention_factor short_factor long_factor".split()
     ),
 }
-_MIN_FACTOR, _MAX_FACTOR = 1e-6, 1e6
+_MIN_FACTOR, _MAX_FACTOR, _MAX_THETA = 1e-6, 1e6, 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +200,10 @@ def parse_rope(parameters: Mapping[str, Any], *, dims: int, theta: float, max_po
     if dims % 2:
         raise ValueError(f"rotary dimensions: {dims} must be even")
 
-    def number(name: str, default: float | None = None, **limits: float) -> float:
+    def factor(name: str, default: float | None = None, above: float = _MIN_FACTOR) -> float:
         if name not in given and default is None:
             raise ValueError(f"{name}: is missing, rope_type {kind!r} needs it")
-        return _number(name, given.get(name, default), **limits)
+        return number(name, given.get(name, default), above, _MAX_FACTOR)
 
     rope: dict[str, Any] = {"dims": dims, "theta": theta, "kind": kind}
     original = whole_number(
@@ -213,7 +213,7 @@ def parse_rope(parameters: Mapping[str, Any], *, dims: int, theta: float, max_po
     if kind == "default":
         return Rope(**rope)
     if kind in ("linear", "dynamic", "llama3"):
-        rope["factor"] = number("factor", above=_MIN_FACTOR, most=_MAX_FACTOR)
+        rope["factor"] = factor("factor")
     if kind == "dynamic":
         if rope["factor"] < 1:
             raise ValueError(f"factor: {rope['factor']:g} must be at least 1 for rope_type 'dynamic'")
@@ -222,23 +222,23 @@ def parse_rope(parameters: Mapping[str, Any], *, dims: int, theta: float, max_po
         rope["original_len"] = max_positions
     if kind == "llama3":
         rope["original_len"] = original
-        rope["low_freq_factor"] = number("low_freq_factor", above=_MIN_FACTOR, most=_MAX_FACTOR)
-        rope["high_freq_factor"] = number("high_freq_factor", above=rope["low_freq_factor"], most=_MAX_FACTOR)
+        rope["low_freq_factor"] = factor("low_freq_factor")
+        rope["high_freq_factor"] = factor("high_freq_factor", above=rope["low_freq_factor"])
     if kind in ("yarn", "longrope"):
         rope["original_len"] = original
-        rope["factor"] = number("factor", max_positions / original, above=_MIN_FACTOR, most=_MAX_FACTOR)
+        rope["factor"] = factor("factor", max_positions / original)
         if "attention_factor" in given:
-            rope["amplitude"] = number("attention_factor", above=_MIN_FACTOR, most=_MAX_FACTOR)
+            rope["amplitude"] = factor("attention_factor")
     if kind == "yarn":
-        rope["beta_fast"] = number("beta_fast", 32.0, above=_MIN_FACTOR, most=_MAX_FACTOR)
-        rope["beta_slow"] = number("beta_slow", 1.0, above=_MIN_FACTOR, most=_MAX_FACTOR)
+        rope["beta_fast"] = factor("beta_fast", 32.0)
+        rope["beta_slow"] = factor("beta_slow", 1.0)
         rope["truncate"] = given.get("truncate", True)
         if not isinstance(rope["truncate"], bool):
             raise ValueError(f"truncate: {shown(rope['truncate'])} must be true or false")
         rope.setdefault(
             "amplitude",
-            _yarn_amplitude(rope["factor"], number("mscale", 0.0, above=-1.0, most=_MAX_FACTOR),
-                            number("mscale_all_dim", 0.0, above=-1.0, most=_MAX_FACTOR)),
+            _yarn_amplitude(rope["factor"], factor("mscale", 0.0, above=-1.0),
+                            factor("mscale_all_dim", 0.0, above=-1.0)),
         )  # fmt: skip
     if kind == "longrope":
         for name in ("short_factor", "long_factor"):
@@ -250,7 +250,7 @@ def parse_rope(parameters: Mapping[str, Any], *, dims: int, theta: float, max_po
 
 def theta_in(name: str, value: object) -> float:
     """The value as a base wavelength; a ValueError naming the field otherwise."""
-    return _number(name, value, above=1.0, most=1e30)
+    return number(name, value, 1.0, _MAX_THETA)
 
 
 def _yarn_amplitude(factor: float, mscale: float, mscale_all_dim: float) -> float:
@@ -260,15 +260,7 @@ def _yarn_amplitude(factor: float, mscale: float, mscale_all_dim: float) -> floa
     return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
 
 
-def _number(name: str, value: object, *, above: float, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= most:
-        raise ValueError(f"{name}: {shown(value)} must be a number in ({above:g}, {most:g}]")
-    return float(value)
-
-
 def _factors(name: str, values: object, count: int) -> tuple[float, ...]:
     if not isinstance(values, list) or len(values) != count:
         raise ValueError(f"{name}: {shown(values)} must be a list of {count} numbers")
-    return tuple(
-        _number(f"{name}[{i}]", value, above=_MIN_FACTOR, most=_MAX_FACTOR) for i, value in enumerate(values)
-    )
+    return tuple(number(f"{name}[{i}]", value, _MIN_FACTOR, _MAX_FACTOR) for i, value in enumerate(values))

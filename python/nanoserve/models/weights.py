@@ -7,9 +7,9 @@ rows when they are packed, so that no second copy of a weight ever exists.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,27 +55,28 @@ class BoundWeight:
             )
             pieces = [stored.T.astype(np.float32, copy=False)]
         else:
-            pieces, first = [], 0
-            for part in self.parts:
-                low, high = max(begin - first, 0), min(end - first, part.shape[0])
-                if low < high:
-                    pieces.append(np.asarray(part[low:high], dtype=np.float32))
-                first += part.shape[0]
+            pieces = [
+                np.asarray(part[low:high], dtype=np.float32) for part, low, high in self._cut(begin, end)
+            ]
         result = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         return result if self.offset == 0 else result + np.float32(self.offset)
 
     def stored(self, begin: int, end: int) -> NDArray[np.uint16]:
         """Rows [begin, end) of a weight that is not "f32": the 16 bits of each element."""
-        parts = [part for part in self.parts if isinstance(part, StoredTensor)]
         if self.transposed:
-            return parts[0].stored(0, parts[0].shape[0])[:, begin:end].T
-        pieces, first = [], 0
-        for part in parts:
+            (part,) = self.parts
+            return cast(StoredTensor, part).stored(0, part.shape[0])[:, begin:end].T
+        pieces = [cast(StoredTensor, part).stored(low, high) for part, low, high in self._cut(begin, end)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _cut(self, begin: int, end: int) -> Iterator[tuple[Rows, int, int]]:
+        """The parts that rows [begin, end) lie in, each with its own first and last."""
+        first = 0
+        for part in self.parts:
             low, high = max(begin - first, 0), min(end - first, part.shape[0])
             if low < high:
-                pieces.append(part.stored(low, high))
+                yield part, low, high
             first += part.shape[0]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     @property
     def num_bytes(self) -> int:
@@ -122,9 +123,28 @@ def _source(config: ModelConfig, name: str) -> _Source:
 def bind_weights(config: ModelConfig, tensors: Tensors) -> dict[str, BoundWeight]:
     """The decoder's weights by its own names, shapes checked against `config`.
 
+    Nothing is read but a head that is stored beside the embedding it is tied to: the two must be equal.
+
     Raises:
         CheckpointError: missing, unexpected, or wrongly shaped tensors, or tensors that are not floating point.
     """
+    bound, head = _bind(config, tensors)
+    if head is not None:
+        embedding = bound["embed.weight"]
+        if not _equal(head, embedding):
+            name = _source(config, "head.weight").names[0]
+            raise CheckpointError(f"weights: {name!r} differs from the embedding, but the config ties them")
+        _forget([head, *embedding.parts])
+    return bound
+
+
+def loaded_bytes(config: ModelConfig, tensors: Tensors) -> int:
+    """What the weights will take in memory; nothing is read. Raises as bind_weights, but for a tied head that differs."""
+    return sum(weight.num_bytes for weight in _bind(config, tensors)[0].values())
+
+
+def _bind(config: ModelConfig, tensors: Tensors) -> tuple[dict[str, BoundWeight], Rows | None]:
+    """The decoder's weights, and the head of a checkpoint that stores it although it is tied."""
     given = _without_prefix(WEIGHT_NAMES[config.family].prefix, tensors)
     bound: dict[str, BoundWeight] = {}
     used: set[str] = set()
@@ -138,21 +158,11 @@ def bind_weights(config: ModelConfig, tensors: Tensors) -> dict[str, BoundWeight
             bound[name] = _join(name, shape, source, given, config)
     if missing:
         raise CheckpointError(f"weights: {len(missing)} tensors are missing: {few(missing)}")
-    extra = set(given) - used
-    head = _source(config, "head.weight").names[0]
-    if config.tie_embeddings and head in extra:
-        if not _equal(given[head], bound["embed.weight"]):
-            raise CheckpointError(f"weights: {head!r} differs from the embedding, but the config ties them")
-        _forget([given[head], *bound["embed.weight"].parts])
-        extra.discard(head)
+    tied = {_source(config, "head.weight").names[0]} if config.tie_embeddings else set()
+    extra = set(given) - used - tied
     if extra:
         raise CheckpointError(f"weights: {len(extra)} tensors are unexpected: {few(sorted(extra))}")
-    return bound
-
-
-def loaded_bytes(config: ModelConfig, tensors: Tensors) -> int:
-    """What the weights will take in memory; nothing is read. Raises as bind_weights."""
-    return sum(weight.num_bytes for weight in bind_weights(config, tensors).values())
+    return bound, next((given[name] for name in tied & given.keys()), None)
 
 
 def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
