@@ -51,12 +51,14 @@ class StepExecutor {
     StepExecutor(const StepExecutor&) = delete;
     StepExecutor& operator=(const StepExecutor&) = delete;
 
-    // The row stride of a buffer, in floats: whole panels fit, and rows are never a multiple of 4 KiB apart.
-    [[nodiscard]] static std::int64_t stride(std::int64_t cols);
+    // The row stride of a buffer, in items: whole panels fit, rows begin on cache lines and are never a
+    // multiple of 4 KiB apart. item_bytes: 4 (float32), 2 (bfloat16) or 1 (8-bit integers).
+    [[nodiscard]] static std::int64_t stride(std::int64_t cols, std::int64_t item_bytes = sizeof(float));
     [[nodiscard]] static std::int64_t logits_stride(std::int64_t vocab);
 
     // The plan. buffer and weight return ids; a weight's memory must outlive the executor.
-    std::int64_t buffer(std::int64_t cols);
+    std::int64_t buffer(std::int64_t cols, std::int64_t item_bytes = sizeof(float));
+    std::int64_t row_scales();  // a buffer of one float per row, without a gap: the scales of quantised rows
     std::int64_t weight(const void* data);
     void op(Op op);
     void attention(Op op, std::int64_t group, std::int64_t kv_heads, std::int64_t small_rows,
@@ -74,13 +76,17 @@ class StepExecutor {
     [[nodiscard]] const std::shared_ptr<KVCachePool>& pool() const { return pool_; }
     [[nodiscard]] std::int64_t max_tokens() const { return limits_.max_tokens; }
     [[nodiscard]] bool writes_logits() const { return writes_logits_; }
-    [[nodiscard]] std::span<float> buffer_data(std::int64_t id) const;
-    [[nodiscard]] std::int64_t buffer_stride(std::int64_t id) const;
+    struct BufferView {
+        std::byte* data;
+        std::int64_t row_stride, item_bytes;
+    };
+    [[nodiscard]] BufferView buffer_view(std::int64_t id) const;
 
   private:
     struct Buffer {
         Arena memory;
-        std::int64_t row_stride;
+        std::int64_t row_stride;  // in items
+        std::int64_t item_bytes;
     };
     struct Work {  // shared by all attention operations of one shape
         AttentionWork work;
@@ -103,6 +109,7 @@ class StepExecutor {
     };
 
     void require_idle() const;
+    std::int64_t add_buffer(std::int64_t row_stride, std::int64_t item_bytes);
     void add(Op op, Work* work);
     [[nodiscard]] void* address_of(const Arg& arg, Work* work);
     [[nodiscard]] void* constant(const void* value);

@@ -9,7 +9,7 @@ namespace nanoserve {
 namespace {
 
 constexpr std::int64_t kColumnPadding = 64;
-constexpr std::int64_t kStrideSkew = 16;
+constexpr std::int64_t kSkewBytes = 64;
 constexpr std::int64_t kMaxColumns = std::int64_t{1} << 32;
 
 [[noreturn]] void throw_no_such(const char* what, std::int64_t id, std::size_t count) {
@@ -19,9 +19,12 @@ constexpr std::int64_t kMaxColumns = std::int64_t{1} << 32;
 
 }  // namespace
 
-std::int64_t StepExecutor::stride(std::int64_t cols) {
+std::int64_t StepExecutor::stride(std::int64_t cols, std::int64_t item_bytes) {
     require_range("cols", cols, 1, kMaxColumns);
-    return round_up(cols, kColumnPadding) + kStrideSkew;
+    if (item_bytes != 1 && item_bytes != 2 && item_bytes != 4) {
+        throw std::invalid_argument("item_bytes is " + std::to_string(item_bytes) + ", must be 1, 2 or 4");
+    }
+    return round_up(cols, kColumnPadding) + kSkewBytes / item_bytes;
 }
 
 std::int64_t StepExecutor::logits_stride(std::int64_t vocab) {
@@ -29,13 +32,20 @@ std::int64_t StepExecutor::logits_stride(std::int64_t vocab) {
     return round_up(vocab, kColumnPadding);
 }
 
-std::int64_t StepExecutor::buffer(std::int64_t cols) {
+std::int64_t StepExecutor::buffer(std::int64_t cols, std::int64_t item_bytes) {
+    return add_buffer(stride(cols, item_bytes), item_bytes);
+}
+
+std::int64_t StepExecutor::row_scales() {
+    return add_buffer(1, sizeof(float));
+}
+
+std::int64_t StepExecutor::add_buffer(std::int64_t row_stride, std::int64_t item_bytes) {
     require_idle();
-    const std::int64_t row_stride = stride(cols);
     const std::int64_t bytes = checked_product(
         "an activation buffer in bytes",
-        {{"max_tokens", limits_.max_tokens}, {"stride", row_stride}, {"float", std::int64_t{sizeof(float)}}});
-    buffers_.push_back({Arena("an activation buffer", bytes), row_stride});
+        {{"max_tokens", limits_.max_tokens}, {"stride", row_stride}, {"item_bytes", item_bytes}});
+    buffers_.push_back({Arena("an activation buffer", bytes), row_stride, item_bytes});
     return std::ssize(buffers_) - 1;
 }
 
@@ -46,13 +56,9 @@ const StepExecutor::Buffer& StepExecutor::buffer_at(std::int64_t id) const {
     return buffers_[at(id)];
 }
 
-std::span<float> StepExecutor::buffer_data(std::int64_t id) const {
+StepExecutor::BufferView StepExecutor::buffer_view(std::int64_t id) const {
     const Buffer& found = buffer_at(id);
-    return {reinterpret_cast<float*>(found.memory.data()), at(limits_.max_tokens * found.row_stride)};
-}
-
-std::int64_t StepExecutor::buffer_stride(std::int64_t id) const {
-    return buffer_at(id).row_stride;
+    return {found.memory.data(), found.row_stride, found.item_bytes};
 }
 
 std::int64_t StepExecutor::weight(const void* data) {

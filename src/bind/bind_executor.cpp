@@ -127,11 +127,14 @@ py::tuple forward(StepExecutor& executor, const py::object& input_ids, const py:
     return py::make_tuple(std::move(logits), std::move(finite));
 }
 
-py::array_t<float> buffer_view(const py::object& self, std::int64_t id) {
+py::array buffer_view(const py::object& self, std::int64_t id) {
     const auto& executor = self.cast<const StepExecutor&>();
-    const std::int64_t row_stride = executor.buffer_stride(id);
-    return py::array_t<float>(std::vector<py::ssize_t>{executor.max_tokens(), row_stride},
-                              executor.buffer_data(id).data(), self);
+    const StepExecutor::BufferView view = executor.buffer_view(id);
+    const py::dtype dtype = view.item_bytes == 4   ? py::dtype::of<float>()
+                            : view.item_bytes == 2 ? py::dtype::of<std::uint16_t>()
+                                                   : py::dtype::of<std::uint8_t>();
+    return py::array(dtype, std::vector<py::ssize_t>{executor.max_tokens(), view.row_stride}, view.data,
+                     self);
 }
 
 py::list timing_list(const StepExecutor& executor) {
@@ -157,14 +160,17 @@ void populate_executor(py::module_& m) {
              py::arg("max_positions") = py::none(),
              "max_positions: rows of the model's position tables; no position, with its offset, lies past "
              "them.")
-        .def_static("stride", &StepExecutor::stride, py::arg("cols"), "Row stride of a buffer, in floats.")
+        .def_static("stride", &StepExecutor::stride, py::arg("cols"), py::arg("item_bytes") = 4,
+                    "Row stride of a buffer, in items.")
         .def_static("logits_stride", &StepExecutor::logits_stride, py::arg("vocab"),
                     "Row stride of the logits.")
         .def_property_readonly("max_tokens", &StepExecutor::max_tokens)
-        .def("buffer", &StepExecutor::buffer, py::arg("cols"),
-             "Activations [max_tokens, stride(cols)]; returns the id.")
+        .def("buffer", &StepExecutor::buffer, py::arg("cols"), py::arg("item_bytes") = 4,
+             "Activations [max_tokens, stride(cols, item_bytes)]; returns the id.")
+        .def("row_scales", &StepExecutor::row_scales,
+             "A buffer [max_tokens, 1] of float32, without gaps between rows; returns the id.")
         .def("buffer_view", &buffer_view, py::arg("id"),
-             "The buffer's memory as an array, for tests and debugging.")
+             "The buffer's memory as an array (bfloat16 as uint16), for tests and debugging.")
         .def("weight", &add_weight, py::arg("array"), py::keep_alive<1, 2>(),
              "Keeps the array alive and hands its memory to kernels; returns the id.")
         .def("op", &add_op, py::arg("name"), py::arg("address"), py::arg("args"), py::arg("domain"),

@@ -104,6 +104,11 @@ struct Fixture {
         }
     }
 
+    [[nodiscard]] std::span<float> floats(std::int64_t buffer) const {
+        const StepExecutor::BufferView view = executor.buffer_view(buffer);
+        return {reinterpret_cast<float*>(view.data), static_cast<std::size_t>(kMaxTokens * view.row_stride)};
+    }
+
     [[nodiscard]] std::vector<const PageTable*> table_list() const {
         std::vector<const PageTable*> list;
         for (const auto& table : tables) {
@@ -161,8 +166,15 @@ TEST(rows_samples_and_batch_arrays) {
         f.sequence(3, 5);
         f.sample_rows = {8, 14, 9, 9};
         const std::int64_t x = f.executor.buffer(3);
-        CHECK_EQ(reinterpret_cast<std::uintptr_t>(f.executor.buffer_data(x).data()) % 64, 0U);
-        CHECK_EQ(std::ssize(f.executor.buffer_data(x)), kMaxTokens * kStride);
+        CHECK_EQ(reinterpret_cast<std::uintptr_t>(f.floats(x).data()) % 64, 0U);
+        CHECK_EQ(std::ssize(f.floats(x)), kMaxTokens * kStride);
+        CHECK_EQ(StepExecutor::stride(3, 2), 64 + 32);
+        CHECK_EQ(StepExecutor::stride(65, 1), 128 + 64);
+        const auto view = f.executor.buffer_view(f.executor.buffer(65, 1));
+        CHECK_EQ(view.row_stride, 128 + 64);
+        CHECK_EQ(view.item_bytes, 1);
+        CHECK_EQ(f.executor.buffer_view(f.executor.row_scales()).row_stride, 1);
+        CHECK_THROWS(std::invalid_argument, "item_bytes is 3, must be 1, 2 or 4", f.executor.buffer(3, 3));
         f.executor.op(make_op("embed", embed,
                               {{Source::ids}, {Source::positions}, {Source::slots}, {Source::buffer, x}}));
         f.executor.op(make_op("head", head, {{Source::buffer, x}, {Source::sample_rows}, {Source::logits}},
@@ -171,14 +183,14 @@ TEST(rows_samples_and_batch_arrays) {
         std::size_t row = 0;
         for (std::size_t s = 0; s < 3; ++s) {
             for (std::int32_t i = 0; i < f.counts[s]; ++i, ++row) {
-                const float* got = f.executor.buffer_data(x).data() + row * kStride;
+                const float* got = f.floats(x).data() + row * kStride;
                 const std::int32_t position = f.starts[s] + i;
                 CHECK_EQ(got[0], static_cast<float>(f.ids[row]));
                 CHECK_EQ(got[1], static_cast<float>(position));
                 CHECK_EQ(got[2], static_cast<float>(f.tables[s]->page(position / 4) * 4 + position % 4));
             }
         }
-        CHECK_EQ(f.executor.buffer_data(x)[row * kStride], 0.0F);  // no row past the last was touched
+        CHECK_EQ(f.floats(x)[row * kStride], 0.0F);  // no row past the last was touched
         for (std::size_t s = 0; s < 4; ++s) {
             const float base =
                 static_cast<float>(f.ids[static_cast<std::size_t>(f.sample_rows[s])]) * 1000.0F;
@@ -198,7 +210,7 @@ TEST(position_offsets_move_positions_only) {
         make_op("embed", embed, {{Source::ids}, {Source::positions}, {Source::slots}, {Source::buffer, x}}));
     f.forward();
     const auto rows = [&] {
-        const auto data = f.executor.buffer_data(x);
+        const auto data = f.floats(x);
         return std::vector<float>(data.begin(), data.begin() + 12 * kStride);
     };
     const std::vector<float> before = rows();
@@ -300,7 +312,7 @@ TEST(operations_wait_for_each_other) {
         for (std::size_t step = 0; step < kSteps; ++step) {
             f.ids[step % 24] = static_cast<std::int32_t>(step);
             f.forward();
-            const auto data = f.executor.buffer_data(x);
+            const auto data = f.floats(x);
             const std::vector<float> got(data.begin(), data.begin() + 24 * kStride);
             want[step] = threads == 1 ? got : want[step];
             CHECK(got == want[step]);
@@ -324,7 +336,7 @@ TEST(attention_runs_over_pages) {
             f.sequence(2, 3);
             const std::int64_t q = f.executor.buffer(kRow), out = f.executor.buffer(kRow);
             for (std::size_t i = 0; i < 44 * kLd; ++i) {
-                f.executor.buffer_data(q)[i] = static_cast<float>(i % 13) / 13.0F - 0.5F;
+                f.floats(q)[i] = static_cast<float>(i % 13) / 13.0F - 0.5F;
             }
             for (std::int64_t i = 0; i < f.pool->num_slots() * 2 * 4; ++i) {
                 f.pool->k_layer(1)[i] = static_cast<float>(i % 17) / 17.0F - 0.5F;
@@ -339,7 +351,7 @@ TEST(attention_runs_over_pages) {
                              {Source::buffer, out}});
             op.large_kernel = large;
             f.executor.attention(op, 2, 2, 2, 6);
-            const auto data = f.executor.buffer_data(out);
+            const auto data = f.floats(out);
             for (int repeat = 0; repeat < 2; ++repeat) {
                 std::fill(data.begin(), data.end(), 0.0F);
                 f.forward();
@@ -354,7 +366,7 @@ TEST(attention_runs_over_pages) {
                 const std::int64_t start = (f.tables[1]->page(p / 4) * 2 + 1) * 16;
                 double score = 0.0;
                 for (int d = 0; d < 4; ++d) {
-                    score += double{f.executor.buffer_data(q)[static_cast<std::size_t>(40 * kLd + 12 + d)]} *
+                    score += double{f.floats(q)[static_cast<std::size_t>(40 * kLd + 12 + d)]} *
                              double{f.pool->k_layer(1)[start + d * 4 + p % 4]};
                 }
                 total += std::exp(score);
