@@ -1,6 +1,5 @@
 #include "thread_pool.h"
 
-#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,6 +8,7 @@
 #include <stdexcept>
 
 #include "checked.h"
+#include "cpus.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -40,17 +40,6 @@ int checked_num_threads(int num_threads) {
 }
 
 }  // namespace
-
-int num_usable_cpus() {
-#if defined(__linux__)
-    // Sized for machines with more than the 1024 CPUs of a plain cpu_set_t.
-    std::vector<cpu_set_t> set(16);
-    if (::sched_getaffinity(0, set.size() * sizeof(cpu_set_t), set.data()) == 0) {
-        return std::max(1, CPU_COUNT_S(set.size() * sizeof(cpu_set_t), set.data()));
-    }
-#endif
-    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-}
 
 void wait_while_equal(const std::atomic<std::uint32_t>& word, std::uint32_t old, int spin_us) {
     using Clock = std::chrono::steady_clock;
@@ -88,12 +77,19 @@ void Barrier::arrive_and_wait() {
 
 ThreadPool::ThreadPool(int num_threads)
     : num_threads_(checked_num_threads(num_threads)),
-      spin_us_(num_threads <= num_usable_cpus() ? kSpinMicroseconds : 0),
+      spin_us_(num_threads <= default_num_threads() ? kSpinMicroseconds : 0),
       owner_pid_(::getpid()) {
+    std::vector<Core> cores = usable_cores();
+    if (std::ssize(cores) != num_threads_) {
+        cores.clear();
+    }
     workers_.reserve(at(num_threads_ - 1));
     try {
         for (int thread_id = 1; thread_id < num_threads_; ++thread_id) {
-            workers_.emplace_back([this, thread_id] { work(thread_id); });
+            workers_.emplace_back([this, thread_id, core = cores.empty() ? Core{} : cores[at(thread_id)]] {
+                static_cast<void>(stay_on(core));
+                work(thread_id);
+            });
         }
     } catch (...) {
         stop_workers();

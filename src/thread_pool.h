@@ -3,8 +3,9 @@
 //
 // A forward pass is hundreds of short operations. Threads that sleep between them would cost more than the
 // work, so waiting is: spin for some tens of microseconds, then sleep in the kernel. The spin is bounded (and
-// skipped when there are more threads than CPUs), so a machine that is short of CPUs gets slower and never
-// stuck. Threads are not pinned: the engine shares its machine.
+// skipped when there are more threads than cores), so a machine that is short of CPUs gets slower and never
+// stuck. A team that has a thread for every core keeps each of its own threads on one: there is nowhere
+// better to go. The caller's thread is not ours to pin, and a smaller team goes where the machine has room.
 #pragma once
 
 #include <sys/types.h>
@@ -19,9 +20,6 @@
 #include <vector>
 
 namespace nanoserve {
-
-// The CPUs this process may use, at least 1.
-[[nodiscard]] int num_usable_cpus();
 
 // Waits until `word` differs from `old`: spins up to spin_us microseconds, then sleeps until notified.
 void wait_while_equal(const std::atomic<std::uint32_t>& word, std::uint32_t old, int spin_us);

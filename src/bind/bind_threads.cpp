@@ -1,4 +1,5 @@
 #include "bind/bind.h"
+#include "cpus.h"
 #include "thread_pool.h"
 
 namespace nanoserve::bind {
@@ -11,9 +12,9 @@ void populate_threads(py::module_& m) {
                      require_range("num_threads", *num_threads, 1, ThreadPool::kMaxThreads);
                  }
                  return std::make_shared<ThreadPool>(num_threads ? narrow<int>(*num_threads)
-                                                                 : num_usable_cpus());
+                                                                 : default_num_threads());
              }),
-             py::arg("num_threads") = py::none(), "num_threads: None for one per CPU this process may use.")
+             py::arg("num_threads") = py::none(), "num_threads: None for one per core this process may use.")
         .def_property_readonly("num_threads", &ThreadPool::num_threads);
 }
 
