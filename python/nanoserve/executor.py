@@ -23,6 +23,7 @@ from nanoserve.models.decoder import forward_ops
 from nanoserve.models.weights import Tensors, bind_weights, random_weights
 from nanoserve.native import KVCachePool, StepExecutor, ThreadPool
 from nanoserve.packed_weights import OnProgress, PackedWeights
+from nanoserve.precision import Precision
 
 __all__ = ["ModelConfig", "ModelExecutor", "load_weights", "random_weights"]
 
@@ -32,7 +33,8 @@ class ModelExecutor:
 
     Args:
         config, weights: as NanoServingEngine's.
-        kv_pool: must have the model's layers, KV heads and head size.
+        kv_pool: must have the model's layers, KV heads and head size, and the precision's element type.
+        precision: number formats of the forward pass; None: float32.
         max_num_batched_tokens: most rows of one forward; sizes the activation buffers.
         max_model_len: longest sequence; sizes the table of rotary positions. None takes the config's max_seq_len.
         num_threads: None takes the cores this process may use.
@@ -49,13 +51,15 @@ class ModelExecutor:
         weights: Tensors,
         kv_pool: KVCachePool,
         *,
+        precision: Precision | None = None,
         max_num_batched_tokens: int = 2048,
         max_model_len: int | None = None,
         num_threads: int | None = None,
         on_progress: OnProgress | None = None,
         on_load: OnProgress | None = None,
     ) -> None:
-        _check_pool(config, kv_pool)
+        self.precision = precision = Precision() if precision is None else precision
+        _check_pool(config, precision, kv_pool)
         threads = ThreadPool(num_threads)
         self.config = config
         self.kv_pool = kv_pool
@@ -69,8 +73,8 @@ class ModelExecutor:
         packed = PackedWeights(
             self._native, bind_weights(config, weights), self.max_model_len, self._switch_len, on_load
         )
-        binder = OpBinder(config, self._native, kv_pool.page_size, packed)
-        plan = [binder.bind(op) for op in forward_ops(config)]
+        binder = OpBinder(config, precision, self._native, kv_pool.page_size, packed)
+        plan = [binder.bind(op) for op in forward_ops(config, precision.gemm_input)]
         self.weight_bytes = packed.num_bytes
         self.kernels = load_kernels([spec for bound in plan for spec in bound.specs], on_progress)
         for bound in plan:
@@ -122,8 +126,10 @@ class ModelExecutor:
         return np.where(long_contexts, self.max_model_len, 0).astype(np.int32)
 
 
-def _check_pool(config: ModelConfig, pool: KVCachePool) -> None:
+def _check_pool(config: ModelConfig, precision: Precision, pool: KVCachePool) -> None:
+    held: Any
     for name, held, needed in (
+        ("element", pool.element, precision.kv_element),
         ("num_layers", pool.num_layers, config.n_layer),
         ("num_heads", pool.num_heads, config.kv_heads),
         ("head_dim", pool.head_dim, config.dim_per_head),

@@ -6,7 +6,8 @@ of columns only. LayerNorm subtracts the mean before it squares (two passes), so
 
 With `gather`, row i of out is the norm of x[rows[i]]: only rows that sample reach the head. With `residual` it is added to
 what out holds: one addition per element, not fused. With `groups`, consecutive runs of a row's columns are normalised each
-on its own, with the same weight: queries and keys before they are rotated. x and out may be one buffer.
+on its own, with the same weight: queries and keys before they are rotated. x and out may be one buffer. out may be of the
+type GEMMs read, bfloat16 or quantised rows (compiler/row_output.py); not with `residual` or `groups`.
 
 Work units are rows of out.
 """
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from nanoserve.compiler.builder import Value
 
 KINDS = ("rmsnorm", "layernorm")
+DTYPES = ("f32", "bf16", "u8")  # of out
 
 
 def norm_spec(
@@ -39,7 +41,7 @@ def norm_spec(
     groups: int = 1,
     dtype: str = "f32",
 ) -> KernelSpec:
-    """Args: x[.][ldx], (rows), weight[cols], (bias[cols]), out[.][ldo], begin, end over rows of out.
+    """Args: x[.][ldx], (rows), weight[cols], (bias[cols]), out[.][ldo], (scales[.] for "u8"), begin, end over rows of out.
 
     Group g of a row is columns [first + g * cols, first + (g + 1) * cols) of x and of out.
     """
@@ -53,8 +55,10 @@ def norm_spec(
         raise ValueError(
             f"norm: gather and residual are for whole rows, not for groups={groups} from first={first}"
         )
-    if dtype != "f32":
-        raise ValueError(f"norm: dtype {dtype!r} is not supported, only 'f32'")
+    if dtype not in DTYPES:
+        raise ValueError(f"norm: dtype {dtype!r} must be one of {DTYPES}")
+    if dtype != "f32" and (residual or (first, groups) != (0, 1)):
+        raise ValueError(f"norm: dtype {dtype!r} is for whole rows without a residual")
     return KernelSpec.make(
         "norm", kind=kind, c=cols, ldx=ldx, ldo=ldo, eps=float(eps), bias=bias, gather=gather, residual=residual,
         first=first, g=groups, dtype=dtype,
@@ -78,7 +82,8 @@ def build(
     dtype: str,
 ) -> None:
     from nanoserve.compiler.builder import add, chunks, fma, htree, index, sqrt, zeros
-    from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop, over
+    from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop
+    from nanoserve.compiler.row_output import RowOutput, row_arguments
 
     arguments = {"x": array(UNBOUNDED, ldx)}
     if gather:
@@ -87,12 +92,14 @@ def build(
     if bias:
         arguments["bias"] = array(c)
 
-    @kernel(symbol, overlap=("x", "out"), **arguments, out=array(UNBOUNDED, ldo), begin="index", end="index")
+    arguments |= row_arguments(dtype, ldo, UNBOUNDED)
+
+    @kernel(symbol, overlap=("x", "out"), **arguments, begin="index", end="index")
     def _(x: Any, *rest: Any) -> None:
-        out, begin, end = rest[-3:]
-        rows = rest[0] if gather else None
-        weight = rest[1 if gather else 0]
-        shift = rest[-4] if bias else None
+        given = dict(zip([*arguments, "begin", "end"], (x, *rest), strict=True))
+        rows, weight, shift = given.get("rows"), given["weight"], given.get("bias")
+        out, begin, end = given["out"], given["begin"], given["end"]
+        output = RowOutput(c, dtype, out, given.get("scales"))
 
         @loop(begin, end)
         def _(row: Value) -> None:
@@ -124,12 +131,11 @@ def build(
                 squares = total(lambda acc, v: fma(centred(v), centred(v), acc))
                 scale = 1.0 / sqrt(squares * (1.0 / c) + eps)
 
-                @over(c)
-                def _(at: Any, width: int) -> None:
+                def value(at: Any, width: int) -> Value:
                     v = x.load(source, at + start, width=width)
-                    value = centred(v) * scale * weight.load(at, width=width)
+                    v = centred(v) * scale * weight.load(at, width=width)
                     if shift is not None:
-                        value = value + shift.load(at, width=width)
-                    if residual:
-                        value = out.load(row, at + start, width=width) + value
-                    out.store(value, row, at + start)
+                        v = v + shift.load(at, width=width)
+                    return out.load(row, at + start, width=width) + v if residual else v
+
+                output.write(row, value, start)

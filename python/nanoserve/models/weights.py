@@ -18,9 +18,10 @@ from nanoserve.checks import few
 from nanoserve.errors import CheckpointError
 from nanoserve.kernels.gemm import WEIGHT_BYTES, Rows
 from nanoserve.models.config import ModelConfig
-from nanoserve.models.decoder import weight_shapes
+from nanoserve.models.decoder import gemm_weights, weight_shapes
 from nanoserve.models.stored_tensor import StoredTensor
 from nanoserve.models.weight_names import WEIGHT_NAMES
+from nanoserve.precision import Precision
 
 Float32Array = NDArray[np.float32]
 Tensors = Mapping[str, Any]  # StoredTensor or NumPy arrays, by checkpoint name
@@ -138,9 +139,35 @@ def bind_weights(config: ModelConfig, tensors: Tensors) -> dict[str, BoundWeight
     return bound
 
 
-def loaded_bytes(config: ModelConfig, tensors: Tensors) -> int:
+def loaded_bytes(config: ModelConfig, tensors: Tensors, precision: Precision | None = None) -> int:
     """What the weights will take in memory; nothing is read. Raises as bind_weights, but for a tied head that differs."""
-    return sum(weight.num_bytes for weight in _bind(config, tensors)[0].values())
+    bound, _ = _bind(config, tensors)
+    return _memory_bytes(config, {name: weight.dtype for name, weight in bound.items()}, precision or Precision())
+
+
+def expected_bytes(config: ModelConfig, stored: str, precision: Precision | None = None) -> int:
+    """The same for files that are not here, whose matrices are stored as f32, bf16 or f16."""
+    dtypes = {
+        name: stored if _is_matrix(name, shape) else "f32" for name, shape in weight_shapes(config).items()
+    }
+    return _memory_bytes(config, dtypes, precision or Precision())
+
+
+def _memory_bytes(config: ModelConfig, stored: Mapping[str, str], precision: Precision) -> int:
+    multiplied, total = gemm_weights(config), 0
+    for name, shape in weight_shapes(config).items():
+        dtype = precision.gemm_weight(stored[name]) if name in multiplied else stored[name]
+        total += WEIGHT_BYTES[dtype] * int(np.prod(shape, dtype=np.int64))
+        total += 8 * shape[0] if dtype == "i8" else 0  # a scale and a sum per output
+    return total
+
+
+def stored_dtype(config: ModelConfig, tensors: Tensors) -> str:
+    """How most of the matrices' bytes are stored: f32, bf16 or f16. Raises as loaded_bytes."""
+    sizes = dict.fromkeys(WEIGHT_BYTES, 0)
+    for weight in _bind(config, tensors)[0].values():
+        sizes[weight.dtype] += weight.num_bytes
+    return max(sizes, key=sizes.__getitem__)
 
 
 def _bind(config: ModelConfig, tensors: Tensors) -> tuple[dict[str, BoundWeight], Rows | None]:
@@ -214,9 +241,13 @@ def _join(
 
 def _kernel_dtype(name: str, parts: list[Any]) -> str:
     """What a kernel may read a weight as without losing a bit; vectors and positions are few, and stay float32."""
-    is_matrix = len(parts[0].shape) == 2 and name != "pos_embed.weight"
     kinds = {part.dtype if isinstance(part, StoredTensor) else "float32" for part in parts}
-    return _NARROW.get(kinds.pop(), "f32") if is_matrix and len(kinds) == 1 else "f32"
+    is_uniform = _is_matrix(name, parts[0].shape) and len(kinds) == 1
+    return _NARROW.get(kinds.pop(), "f32") if is_uniform else "f32"
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and name != "pos_embed.weight"
 
 
 def _equal(head: Rows, embedding: BoundWeight, step: int = 4096) -> bool:
