@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoserve.kernels import gemm
+from nanoserve.kernels import panels
 from nanoserve.models.rope import Rope
 from nanoserve.models.weights import BoundWeight
 from nanoserve.native import StepExecutor
@@ -65,11 +65,11 @@ class PackedWeights:
     def matrix(self, name: str) -> Arg:
         """A GEMM's weight, packed, in its dtype."""
         dtype = self.dtype(name)
-        return self._once(name, lambda weight: gemm.pack(weight, dtype=dtype))
+        return self._once(name, lambda weight: panels.pack(weight, dtype=dtype))
 
     def bias(self, name: str) -> Arg:
         """A GEMM's bias."""
-        return self._once(name, lambda weight: gemm.pack_bias(weight[:]))
+        return self._once(name, lambda weight: panels.pack_bias(weight[:]))
 
     def rope(self, rope: Rope) -> Arg:
         """A rotary table; layers that turn alike share it. All have two halves where some layer's has."""

@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 
 from compiler.packed_call import call
-from nanoserve.kernels import attention, embedding, gated, gemm, kv_write, norm
+from nanoserve.kernels import attention, embedding, gated, gemm, kv_write, norm, panels
 from nanoserve.models.rope import Rope
 
 _maps: list[mmap.mmap] = []
@@ -51,7 +51,7 @@ def run_gemm() -> None:
         spec = gemm.gemm_spec(
             k, n, ldx, ldy, bias=True, residual=True, activation="gelu_tanh", softcap=3.0, scale=2.0
         )
-        w, b = guarded(gemm.pack(np.ones((n, k)))), guarded(gemm.pack_bias(np.ones(n)))
+        w, b = guarded(panels.pack(np.ones((n, k)))), guarded(panels.pack_bias(np.ones(n)))
         for m in (*range(1, 20), 63, 64, 65, 70):
             units = padded // width * -(-m // gemm.ROW_BLOCK)
             call(spec, rows(m, ldx, k), w, b, rows(m, ldy, padded), m, 0, units)
@@ -107,7 +107,7 @@ def run_embedding() -> None:
         )
         for vocab in (48, 50):
             spec = embedding.embedding_spec(cols, cols + 3, panel=gemm.panel_width(vocab), scale=2.0)
-            table = guarded(gemm.pack(np.ones((vocab, cols))))
+            table = guarded(panels.pack(np.ones((vocab, cols))))
             call(spec, ints(vocab - 1, 0), ints(0, 0), table, rows(2, cols + 3, cols), 0, 2)
 
 

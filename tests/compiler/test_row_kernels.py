@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from compiler.packed_call import act64, call, padded
-from nanoserve.kernels import embedding, gated, gemm, kv_write, norm
+from nanoserve.kernels import embedding, gated, gemm, kv_write, norm, panels
 from nanoserve.models.rope import Rope
 
 COLS = [1, 2, 3, 15, 16, 17, 31, 60, 64, 65, 72, 100, 127, 128, 191, 259]
@@ -48,7 +48,7 @@ def test_embedding_of_a_packed_head(vocab: int, positions: bool, scale: float) -
     ids, pos = rng.permutation(vocab).astype(np.int32), rng.integers(0, 40, vocab).astype(np.int32)
     more = [pos_table] if positions else []
     expected = table[ids] * np.float32(scale) + (pos_table[pos] if positions else np.float32(0))
-    for panel, weight in ((0, table), (gemm.panel_width(vocab), gemm.pack(table))):
+    for panel, weight in ((0, table), (gemm.panel_width(vocab), panels.pack(table))):
         spec = embedding.embedding_spec(cols, ldx, positions=positions, scale=scale, panel=panel)
         x = np.full((vocab + 2, ldx), 7, dtype=np.float32)
         call(spec, ids, pos, weight, *more, x, 0, 5)

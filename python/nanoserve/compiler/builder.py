@@ -18,7 +18,7 @@ from typing import Any
 from nanoserve.compiler.bindings import mlir
 
 _mlir = mlir()
-ir, arith, vector, math = _mlir.ir, _mlir.arith, _mlir.vector, _mlir.math
+ir, arith, vector, math, llvm = _mlir.ir, _mlir.arith, _mlir.vector, _mlir.math, _mlir.llvm
 
 LANES = 16  # the vector of this project: LLVM splits it where registers are narrower
 
@@ -101,6 +101,9 @@ class Value:
     def __lshift__(self, other: Operand) -> Value:
         return _binary(arith.shli, None, self, other)
 
+    def __rshift__(self, other: Operand) -> Value:
+        return _binary(arith.shrui, None, self, other)
+
     # Ordered comparisons: false when either side is NaN.
     def __lt__(self, other: Operand) -> Value:
         return _compare("slt", "OLT", self, other)
@@ -125,8 +128,8 @@ def const(value: int | float, t: Any) -> Value:
     return Value(arith.constant(t, float(value) if _is_float(t) else int(value)))
 
 
-def zeros(width: int = LANES) -> Value:
-    return const(0, vector_of(width))
+def zeros(width: int = LANES, element: str = "f32") -> Value:
+    return const(0, vector_of(width, element))
 
 
 def index(value: Operand) -> Value:
@@ -220,11 +223,41 @@ def widen(value: Value) -> Value:
     return Value(arith.extf(wide, value.ir))
 
 
-def bitcast(value: Value, element: str) -> Value:
-    """The same bits as another element type of the same size."""
+def narrow(value: Value, element: str) -> Value:
+    """A float32 vector as bf16, rounded to nearest even, a NaN quiet; as f32, what it is.
+
+    In integers: arith.truncf is a call into a library where the CPU has no instruction, and the instruction takes
+    subnormals as zero.
+    """
+    if element == "f32":
+        return value
+    bits = bitcast(value, "i32")
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    is_nan = Value(arith.cmpf(arith.CmpFPredicate.UNO, value.ir, value.ir))
+    half = select(is_nan, (bits >> 16) | 0x40, rounded)
+    return bitcast(Value(arith.trunci(vector_of(value.width, "i16"), half.ir)), element)
+
+
+def bitcast(value: Value, element: str, lanes: int = 1) -> Value:
+    """The same bits as another element type of the same size, or as `lanes` smaller ones for each."""
     if _is_vector(value.type):
-        return Value(vector.bitcast(vector_of(value.width, element), value.ir))
+        return Value(vector.bitcast(vector_of(value.width * lanes, element), value.ir))
     return Value(arith.bitcast(type_of(element), value.ir))
+
+
+def signed_shift_right(value: Value, bits: int) -> Value:
+    """An integer shifted with copies of its sign; >> shifts in zeros."""
+    return Value(arith.shrsi(value.ir, const(bits, value.type).ir))
+
+
+def to_float(value: Value) -> Value:
+    """A signed integer as float32, rounded to nearest even."""
+    return Value(arith.sitofp(vector_of(value.width) if _is_vector(value.type) else type_of("f32"), value.ir))
+
+
+def intrinsic(name: str, *operands: Value) -> Value:
+    """LLVM's intrinsic of that name, which gives the type of its first operand: a * b + c with c first."""
+    return Value(llvm.call_intrinsic(operands[0].type, name, [value.ir for value in operands], [], []))
 
 
 def imin(a: Operand, b: Operand) -> Value:

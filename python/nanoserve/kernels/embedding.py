@@ -3,7 +3,7 @@
 Numerics: a copy; a product and a sum per element where there are any, not fused. Ids and positions must be in range; the
 caller checks them, because a wrong one would read foreign memory here. Work units are rows.
 
-A tied model keeps one copy of its table, the one gemm.pack made for the head: row `id` is then a column of a panel, and
+A tied model keeps one copy of its table, the one panels.pack made for the head: row `id` is then a column of a panel, and
 each of its elements lies on a cache line of its own. Price: some microseconds per token, against hundreds of megabytes.
 """
 
@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 from nanoserve.compiler.target import Target
-from nanoserve.kernels.gemm import WEIGHT_BYTES, is_paired
+from nanoserve.kernels.gemm import GROUP
 from nanoserve.kernels.library import KernelSpec
 
 
@@ -22,7 +22,8 @@ def embedding_spec(
 ) -> KernelSpec:
     """Args: ids, positions, table[V][cols], (pos_table[S][cols]), x[.][ldx], begin, end over rows.
 
-    `dtype` is the table's: "bf16" and "f16" are widened exactly. With `panel` > 0 the table is gemm.pack's [ceil(V / panel)][cols][panel]; panel is gemm.panel_width(V).
+    `dtype` is the table's: "bf16" and "f16" are widened exactly. With `panel` > 0 the table is panels.pack's; panel is
+    gemm.panel_width(V).
     """
     if not 1 <= cols <= ldx:
         raise ValueError(f"embedding: cols={cols} must be in [1, ldx={ldx}]")
@@ -30,21 +31,22 @@ def embedding_spec(
         raise ValueError(f"embedding: scale={scale} must be finite")
     if panel < 0:
         raise ValueError(f"embedding: panel={panel} must be at least 0, 0 for a table of rows")
-    if dtype not in WEIGHT_BYTES:
-        raise ValueError(f"embedding: dtype {dtype!r} must be one of {', '.join(WEIGHT_BYTES)}")
+    if dtype not in ("f32", "bf16", "f16"):
+        raise ValueError(f"embedding: dtype {dtype!r} must be one of f32, bf16, f16")
     return KernelSpec.make(
-        "embedding", c=cols, ldx=ldx, positions=positions, scale=float(scale), panel=panel, dtype=dtype
-    )
+        "embedding", c=cols, ldx=ldx, positions=positions, scale=float(scale), panel=panel,
+        group=GROUP[dtype] if panel else 1, dtype=dtype,
+    )  # fmt: skip
 
 
 def build(
-    symbol: str, target: Target, *, c: int, ldx: int, positions: bool, scale: float, panel: int, dtype: str
-) -> None:
+    symbol: str, target: Target, *, c: int, ldx: int, positions: bool, scale: float, panel: int, group: int,
+    dtype: str,
+) -> None:  # fmt: skip
     from nanoserve.compiler.builder import LANES, index, widen
     from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop, over
 
-    pair = 2 if panel and is_paired(c, dtype) else 1
-    shape = (c // pair, panel, pair) if panel else (c,)
+    shape = (-(-c // group), panel, group) if panel else (c,)
     arguments = {
         "ids": array(UNBOUNDED, element="i32"),
         "positions": array(UNBOUNDED, element="i32"),
@@ -64,7 +66,7 @@ def build(
 
             @over(c, 1 if panel else LANES)
             def _(at: Any, width: int) -> None:
-                place = (token // panel, at // pair, token % panel, at % pair) if panel else (token, at)
+                place = (token // panel, at // group, token % panel, at % group) if panel else (token, at)
                 value = widen(table.load(*place, width=width))
                 if scale != 1.0:
                     value = value * scale

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from nanoserve.checks import few
 from nanoserve.errors import CheckpointError
-from nanoserve.kernels.gemm import WEIGHT_BYTES, Rows
+from nanoserve.kernels.gemm import WEIGHT_BYTES
+from nanoserve.kernels.panels import Rows
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.decoder import gemm_weights, weight_shapes
 from nanoserve.models.stored_tensor import StoredTensor
