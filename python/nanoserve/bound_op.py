@@ -6,16 +6,17 @@ order of the kernel's signature, and how its work is cut. Nothing is compiled he
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nanoserve.kernels import attention, embedding, gated, gemm, kv_write, norm
+from nanoserve.kernels import attention, convert, embedding, gemm, kv_write, norm
 from nanoserve.kernels.library import KernelSpec
 from nanoserve.models.config import ModelConfig
-from nanoserve.models.decoder import Attention, Embedding, Gated, Gemm, KvWrite, Norm, Op, buffers
+from nanoserve.models.decoder import Attention, Convert, Embedding, Gemm, KvWrite, Norm, Op, buffers
 from nanoserve.native import StepExecutor
 from nanoserve.packed_weights import Arg, PackedWeights
+from nanoserve.precision import ELEMENT_BYTES, Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,98 +45,117 @@ class OpBinder:
     """Binds one model's operations.
 
     Args:
+        precision: of the forward pass.
         native: whose buffers they use; makes them.
         page_size: tokens per page of the pool.
         weights: the model's.
     """
 
     def __init__(
-        self, config: ModelConfig, native: StepExecutor, page_size: int, weights: PackedWeights
+        self, config: ModelConfig, precision: Precision, native: StepExecutor, page_size: int, weights: PackedWeights
     ) -> None:
         self._config = config
+        self._precision = precision
         self._page_size = page_size
         self._weights = weights
-        self._buffers = {name: native.buffer(cols) for name, cols in buffers(config).items()}
-        self._strides = {name: StepExecutor.stride(cols) for name, cols in buffers(config).items()}
-        self._strides["logits"] = StepExecutor.logits_stride(config.vocab_size)
+        self._buffers: dict[str, list[Arg]] = {}
+        self._strides: dict[str, int] = {"logits": StepExecutor.logits_stride(config.vocab_size)}
+        self._elements: dict[str, str] = {"logits": "f32"}
+        for name, buffer in buffers(config, precision.gemm_input).items():
+            item = ELEMENT_BYTES[buffer.element]
+            self._buffers[name] = [("buffer", native.buffer(buffer.cols, item))]
+            if buffer.element == "u8":
+                self._buffers[name].append(("buffer", native.row_scales()))
+            self._strides[name] = StepExecutor.stride(buffer.cols, item)
+            self._elements[name] = buffer.element
 
-    def bind(self, op: Op) -> BoundOp:
+    def bind(self, op: Op) -> list[BoundOp]:
         """The kernel of an operation and where each of its arguments comes from."""
-        config, strides = self._config, self._strides
         match op:
             case Embedding():
-                tied = config.tie_embeddings
-                spec = embedding.embedding_spec(
-                    config.n_embd, strides[op.out], positions=op.pos_table is not None, scale=op.scale,
-                    panel=gemm.panel_width(config.vocab_size) if tied else 0, dtype=self._weights.dtype(op.table),
-                )  # fmt: skip
-                table = self._weights.matrix(op.table) if tied else self._weights.rows(op.table)
-                args: list[Arg] = [("ids",), ("positions",), table]
-                if op.pos_table:
-                    args.append(self._weights.rows(op.pos_table))
-                args.append(self._buffer(op.out))
-                return BoundOp("embedding", (spec,), args, "rows", {"cost_per_unit": config.n_embd})
+                return [self._bind_embedding(op)]
             case Norm():
-                spec = norm.norm_spec(
-                    op.kind, op.cols, strides[op.x], strides[op.out], config.norm_eps, bias=op.bias is not None,
-                    gather=op.gather, residual=op.residual, first=op.first, groups=op.groups,
-                )  # fmt: skip
-                args = [
-                    self._buffer(op.x),
-                    *([("sample_rows",)] if op.gather else []),
-                    self._weights.rows(op.weight),
-                ]
-                if op.bias:
-                    args.append(self._weights.rows(op.bias))
-                args.append(self._buffer(op.out))
-                domain = "samples" if op.gather else "rows"
-                return BoundOp(op.weight, (spec,), args, domain, {"cost_per_unit": 4 * op.cols * op.groups})
+                return [self._bind_norm(op)]
             case Gemm():
-                return self._bind_gemm(op)
+                return [self._bind_gemm(op)]
             case KvWrite():
-                rotary = 0 if op.rope is None else op.rope.dims
-                spec = kv_write.kv_write_spec(
-                    config.n_head, config.kv_heads, config.dim_per_head, self._page_size, strides[op.qkv], rotary
-                )  # fmt: skip
-                args = [self._buffer(op.qkv)]
-                if op.rope is not None:
-                    args += [self._weights.rope(op.rope), ("positions",)]
-                args += [("k", op.layer), ("v", op.layer), ("slots",)]
-                cost = 2 * (config.n_head + 2 * config.kv_heads) * config.dim_per_head
-                return BoundOp(f"layers.{op.layer}.kv_write", (spec,), args, "rows", {"cost_per_unit": cost})
+                return list(self._bind_kv_write(op))
             case Attention():
-                return self._bind_attention(op)
-            case Gated():
-                spec = gated.gated_spec(op.cols, op.activation, strides[op.x], strides[op.out])
-                return BoundOp(
-                    "gated",
-                    (spec,),
-                    [self._buffer(op.x), self._buffer(op.out)],
-                    "rows",
-                    {"cost_per_unit": 16 * op.cols},
-                )
+                return [self._bind_attention(op)]
+            case Convert():
+                strides = self._strides
+                spec = convert.convert_spec(op.cols, strides[op.x], strides[op.out], self._elements[op.out])
+                args = [*self._buffer(op.x), *self._buffer(op.out)]
+                return [BoundOp(f"convert.{op.x}", (spec,), args, "rows", {"cost_per_unit": 4 * op.cols})]
+
+    def _bind_embedding(self, op: Embedding) -> BoundOp:
+        config, stored = self._config, self._weights.dtype(op.table)
+        tied = config.tie_embeddings
+        dtype = self._precision.gemm_weight(stored) if tied else stored
+        spec = embedding.embedding_spec(
+            config.n_embd, self._strides[op.out], positions=op.pos_table is not None, scale=op.scale,
+            panel=gemm.panel_width(config.vocab_size) if tied else 0, dtype=dtype,
+        )  # fmt: skip
+        table = self._weights.matrix(op.table, dtype)[:2] if tied else [self._weights.rows(op.table)]
+        args: list[Arg] = [("ids",), ("positions",), *table]
+        if op.pos_table:
+            args.append(self._weights.rows(op.pos_table))
+        args += self._buffer(op.out)
+        return BoundOp("embedding", (spec,), args, "rows", {"cost_per_unit": config.n_embd})
+
+    def _bind_norm(self, op: Norm) -> BoundOp:
+        spec = norm.norm_spec(
+            op.kind, op.cols, self._strides[op.x], self._strides[op.out], self._config.norm_eps,
+            bias=op.bias is not None, gather=op.gather, residual=op.residual, dtype=self._elements[op.out],
+        )  # fmt: skip
+        gathered: list[Arg] = [("sample_rows",)] if op.gather else []
+        args = [*self._buffer(op.x), *gathered, self._weights.rows(op.weight)]
+        if op.bias:
+            args.append(self._weights.rows(op.bias))
+        args += self._buffer(op.out)
+        domain = "samples" if op.gather else "rows"
+        return BoundOp(op.weight, (spec,), args, domain, {"cost_per_unit": 4 * op.cols})
 
     def _bind_gemm(self, op: Gemm) -> BoundOp:
         tied = op.weight == "head.weight" and self._config.tie_embeddings
         weight = "embed.weight" if tied else op.weight
+        dtype = self._precision.gemm_weight(self._weights.dtype(weight))
         spec = gemm.gemm_spec(
-            op.n_in, op.n_out, self._strides[op.x], self._strides[op.out], bias=op.bias is not None,
-            activation=op.activation, residual=op.residual, scale=op.scale, softcap=op.softcap,
-            dtype=self._weights.dtype(weight),
+            op.n_in, op.n_out, self._strides[op.x], self._strides[op.out], x=self._elements[op.x], dtype=dtype,
+            y=self._elements[op.out], bias=op.bias is not None, activation=op.activation, residual=op.residual,
+            scale=op.scale, softcap=op.softcap, gated=op.gated,
         )  # fmt: skip
-        args: list[Arg] = [self._buffer(op.x), self._weights.matrix(weight)]
+        args = [*self._buffer(op.x), *self._weights.matrix(weight, dtype, gated=op.gated)]
         if op.bias:
-            args.append(self._weights.bias(op.bias))
+            args.append(self._weights.bias(op.bias, gated=op.gated))
         over = "samples" if op.x == "last" else "rows"
-        args += [self._buffer(op.out), ("num_samples",) if over == "samples" else ("num_rows",)]
+        args += [*self._buffer(op.out), ("num_samples",) if over == "samples" else ("num_rows",)]
         width = gemm.panel_width(op.n_out)
         options = {
             "panels": -(-op.n_out // width),
             "row_block": gemm.ROW_BLOCK,
             "over": over,
-            "cost_per_unit": op.n_in * width,
+            "cost_per_unit": op.n_in * width * (2 if op.gated else 1),
         }
         return BoundOp(op.weight, (spec,), args, "tiles", options)
+
+    def _bind_kv_write(self, op: KvWrite) -> Iterator[BoundOp]:
+        config = self._config
+        dim = config.dim_per_head
+        heads, kv, ld = config.n_head * dim, config.kv_heads * dim, self._strides[op.qkv]
+        if op.qk_norm:
+            for name, first, cols in ((op.q_weight, 0, heads), (op.k_weight, heads, kv)):
+                width = dim if op.qk_norm == "head" else cols
+                spec = norm.norm_spec("rmsnorm", width, ld, ld, config.norm_eps, first=first, groups=cols // width)
+                args = [*self._buffer(op.qkv), self._weights.rows(name), *self._buffer(op.qkv)]
+                yield BoundOp(name, (spec,), args, "rows", {"cost_per_unit": 4 * cols})
+        rotary = 0 if op.rope is None else op.rope.dims
+        spec = kv_write.kv_write_spec(config.n_head, config.kv_heads, dim, self._page_size, ld, rotary)
+        args = self._buffer(op.qkv)
+        if op.rope is not None:
+            args = [*args, self._weights.rope(op.rope), ("positions",)]
+        args = [*args, ("k", op.layer), ("v", op.layer), ("slots",)]
+        yield BoundOp(f"layers.{op.layer}.kv_write", (spec,), args, "rows", {"cost_per_unit": 2 * (heads + 2 * kv)})
 
     def _bind_attention(self, op: Attention) -> BoundOp:
         config = self._config
@@ -150,17 +170,13 @@ class OpBinder:
             for rows in (small, large)
         )  # fmt: skip
         args: list[Arg] = [
-            self._buffer(op.qkv),
-            ("k", op.layer),
-            ("v", op.layer),
-            ("table",),
-            ("items",),
-            self._buffer(op.out),
-        ]
+            *self._buffer(op.qkv), ("k", op.layer), ("v", op.layer), ("table",), ("items",), *self._buffer(op.out),
+        ]  # fmt: skip
         options = {
             "small_rows": small, "large_rows": large, "group": group, "kv_heads": config.kv_heads, "window": op.window,
         }  # fmt: skip
         return BoundOp(f"layers.{op.layer}.attention", specs, args, "attention", options)
 
-    def _buffer(self, name: str) -> Arg:
-        return ("logits",) if name == "logits" else ("buffer", self._buffers[name])
+    def _buffer(self, name: str) -> list[Arg]:
+        """Where a buffer is; of quantised rows, and where their scales are."""
+        return [("logits",)] if name == "logits" else self._buffers[name]

@@ -50,7 +50,7 @@ class PackedWeights:
         self._has_halves = switch_len < max_model_len
         self._on_load = on_load
         self._loaded, self._total = 0, sum(weight.num_bytes for weight in weights.values())
-        self._packed: dict[str, Arg] = {}
+        self._packed: dict[str, list[Arg]] = {}
         self._ropes: dict[Rope, Arg] = {}
         self.num_bytes = 0
 
@@ -60,16 +60,22 @@ class PackedWeights:
 
     def rows(self, name: str) -> Arg:
         """A weight the kernels read as it is, in its dtype: of norms, and tables of embeddings and positions."""
-        return self._once(name, _copied)
+        return self._once(name, lambda weight: (_copied(weight),))[0]
 
-    def matrix(self, name: str) -> Arg:
-        """A GEMM's weight, packed, in its dtype."""
-        dtype = self.dtype(name)
-        return self._once(name, lambda weight: panels.pack(weight, dtype=dtype))
+    def matrix(self, name: str, dtype: str, *, gated: bool = False) -> list[Arg]:
+        """A GEMM's weight, packed, in that dtype."""
+        if dtype == "i8":
+            def pack8(weight):
+                w = panels.pack_int8(weight, gated=gated)
+                return (w.panels, w.scale, w.sums)
+            return self._once(name, pack8)
+        if dtype == "bf16" and self.dtype(name) != "bf16":
+            return self._once(name, lambda weight: (panels.pack(_Rounded(weight), dtype=dtype, gated=gated),))
+        return self._once(name, lambda weight: (panels.pack(weight, dtype=dtype, gated=gated),))
 
-    def bias(self, name: str) -> Arg:
+    def bias(self, name: str, *, gated: bool = False) -> Arg:
         """A GEMM's bias."""
-        return self._once(name, lambda weight: panels.pack_bias(weight[:]))
+        return self._once(name, lambda weight: (panels.pack_bias(weight[:], gated=gated),))[0]
 
     def rope(self, rope: Rope) -> Arg:
         """A rotary table; layers that turn alike share it. All have two halves where some layer's has."""
@@ -80,17 +86,25 @@ class PackedWeights:
             self._ropes[rope] = ("weight", self._native.weight(table))
         return self._ropes[rope]
 
-    def _once(self, name: str, pack: Callable[[BoundWeight], NDArray[Any]]) -> Arg:
+    def _once(self, name: str, pack: Callable[[BoundWeight], tuple[NDArray[Any], ...]]) -> list[Arg]:
         if name not in self._packed:
             weight = self._weights[name]
             packed = pack(weight)
-            self._packed[name] = ("weight", self._native.weight(packed))
+            self._packed[name] = [("weight", self._native.weight(array)) for array in packed]
             weight.forget()
-            self.num_bytes += packed.nbytes
+            self.num_bytes += sum(array.nbytes for array in packed)
             self._loaded += weight.num_bytes
             if self._on_load is not None:
                 self._on_load(self._loaded, self._total, name)
         return self._packed[name]
+
+
+class _Rounded:
+    def __init__(self, weight): self.weight, self.shape = weight, weight.shape
+    def __getitem__(self, rows): return self.weight[rows]
+    def stored(self, begin, end):
+        bits = np.ascontiguousarray(self.weight[begin:end]).view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def _copied(weight: BoundWeight, step: int = 4096) -> NDArray[Any]:

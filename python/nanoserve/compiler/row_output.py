@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nanoserve.compiler.bindings import mlir
-from nanoserve.compiler.builder import LANES, Operand, Value, bitcast, chunks, const, htree, select, vector_of
+from nanoserve.compiler.builder import LANES, Operand, Value, bitcast, chunks, const, htree, narrow, select, vector_of
 from nanoserve.compiler.control import Buffer, array, loop, over, scratch
 
 _mlir = mlir()
@@ -51,7 +51,7 @@ class RowOutput:
 
             @over(self._cols)
             def _(at: Any, width: int) -> None:
-                self._out.store(_narrow(value(at, width), self._dtype), row, at + first)
+                self._out.store(narrow(value(at, width), self._dtype), row, at + first)
 
             return
         self._quantise(row, value, first)
@@ -93,7 +93,3 @@ def _larger(a: Value, b: Value) -> Value:
 def _larger_magnitude(a: Value, b: Value) -> Value:
     """Of floats without a sign, compared as integers: they stay in order, and a NaN is above them all, never lost."""
     return bitcast(_larger(bitcast(a, "i32"), bitcast(b, "i32")), "f32")
-
-
-def _narrow(value: Value, dtype: str) -> Value:
-    return value if dtype == "f32" else Value(arith.truncf(vector_of(value.width, dtype), value.ir))
