@@ -59,8 +59,8 @@ class StepExecutor {
     std::int64_t buffer(std::int64_t cols);
     std::int64_t weight(const void* data);
     void op(Op op);
-    void attention(Op op, std::int64_t group, std::int64_t kv_heads, std::int64_t small_rows,
-                   std::int64_t large_rows, std::int64_t window = 0);
+    void attention(Op op, std::int64_t group, std::int64_t kv_heads, const AttentionTiling& small,
+                   const AttentionTiling& large, std::int64_t window = 0);
 
     // One step: prepare under Python's lock, run without it.
     [[nodiscard]] Step prepare(const StepInputs& inputs);
@@ -85,6 +85,7 @@ class StepExecutor {
     struct Work {  // shared by all attention operations of one shape
         AttentionWork work;
         const AttentionItem* items = nullptr;
+        float* parts = nullptr;
     };
     struct PlannedOp {
         Op op;

@@ -33,7 +33,7 @@ class BoundOp:
         first, o = addresses[self.specs[0]], self.options
         if self.domain == "attention":
             native.attention(
-                self.name, first, o["small_rows"], addresses[self.specs[1]], o["large_rows"], self.args, o["group"],
+                self.name, first, o["small_tiling"], addresses[self.specs[1]], o["large_tiling"], self.args, o["group"],
                 o["kv_heads"], o["window"],
             )  # fmt: skip
         else:
@@ -46,14 +46,16 @@ class OpBinder:
     Args:
         native: whose buffers they use; makes them.
         page_size: tokens per page of the pool.
+        kv_dtype: what the pool keeps keys and values as.
         weights: the model's.
     """
 
     def __init__(
-        self, config: ModelConfig, native: StepExecutor, page_size: int, weights: PackedWeights
-    ) -> None:
+        self, config: ModelConfig, native: StepExecutor, page_size: int, weights: PackedWeights, kv_dtype: str = "f32"
+    ) -> None:  # fmt: skip
         self._config = config
         self._page_size = page_size
+        self._kv_dtype = kv_dtype
         self._weights = weights
         self._buffers = {name: native.buffer(cols) for name, cols in buffers(config).items()}
         self._strides = {name: StepExecutor.stride(cols) for name, cols in buffers(config).items()}
@@ -95,7 +97,8 @@ class OpBinder:
             case KvWrite():
                 rotary = 0 if op.rope is None else op.rope.dims
                 spec = kv_write.kv_write_spec(
-                    config.n_head, config.kv_heads, config.dim_per_head, self._page_size, strides[op.qkv], rotary
+                    config.n_head, config.kv_heads, config.dim_per_head, self._page_size, strides[op.qkv], rotary,
+                    dtype=self._kv_dtype,
                 )  # fmt: skip
                 args = [self._buffer(op.qkv)]
                 if op.rope is not None:
@@ -140,14 +143,14 @@ class OpBinder:
     def _bind_attention(self, op: Attention) -> BoundOp:
         config = self._config
         group = config.n_head // config.kv_heads
-        small, large = attention.row_tiles(group)
+        small, large = attention.tilings(group, config.kv_heads, config.dim_per_head, self._kv_dtype)
         specs = tuple(
             attention.attention_spec(
                 config.n_head, config.kv_heads, config.dim_per_head, self._page_size,
-                self._strides[op.qkv], self._strides[op.out], rows, scale=config.attention_scale,
-                window=op.window, softcap=config.attention_softcap,
+                self._strides[op.qkv], self._strides[op.out], tiling, scale=config.attention_scale,
+                window=op.window, softcap=config.attention_softcap, dtype=self._kv_dtype,
             )
-            for rows in (small, large)
+            for tiling in (small, large)
         )  # fmt: skip
         args: list[Arg] = [
             self._buffer(op.qkv),
@@ -155,10 +158,12 @@ class OpBinder:
             ("v", op.layer),
             ("table",),
             ("items",),
+            ("parts",),
             self._buffer(op.out),
         ]
         options = {
-            "small_rows": small, "large_rows": large, "group": group, "kv_heads": config.kv_heads, "window": op.window,
+            "small_tiling": (small.rows, small.tiles), "large_tiling": (large.rows, large.tiles), "group": group,
+            "kv_heads": config.kv_heads, "window": op.window,
         }  # fmt: skip
         return BoundOp(f"layers.{op.layer}.attention", specs, args, "attention", options)
 

@@ -69,7 +69,7 @@ class ModelExecutor:
         packed = PackedWeights(
             self._native, bind_weights(config, weights), self.max_model_len, self._switch_len, on_load
         )
-        binder = OpBinder(config, self._native, kv_pool.page_size, packed)
+        binder = OpBinder(config, self._native, kv_pool.page_size, packed, kv_pool.element)
         plan = [binder.bind(op) for op in forward_ops(config)]
         self.weight_bytes = packed.num_bytes
         self.kernels = load_kernels([spec for bound in plan for spec in bound.specs], on_progress)
