@@ -66,10 +66,7 @@ void StepExecutor::size_operations() {
     for (PlannedOp& planned : ops_) {
         planned.next_item.store(0, std::memory_order_relaxed);
         if (planned.attention != nullptr) {
-            const AttentionWork& work = planned.attention->work;
-            planned.num_units = std::ssize(work.items());
-            planned.num_threads =
-                threads_for(planned.num_units, std::max<std::int64_t>(1, work.cost() / planned.num_units));
+            planned.num_threads = planned.attention->work.num_threads();
         } else {
             planned.num_units = planned.op.num_units(batch_.num_rows(), batch_.num_samples());
             planned.num_threads = threads_for(planned.num_units, planned.op.cost_per_unit);
@@ -93,8 +90,9 @@ StepExecutor::Step StepExecutor::prepare(const StepInputs& inputs) {
     Step step(busy_);
     batch_.prepare(*pool_, inputs);
     for (Work& shared : works_) {
-        shared.work.build(batch_.sequences());
+        shared.work.build(batch_.sequences(), threads_->num_threads(), kMinCostPerThread);
         shared.items = shared.work.items().data();
+        shared.parts = shared.work.parts();
     }
     vocab_ = inputs.vocab;
     values_ = {.ids = batch_.ids().data(),
@@ -160,8 +158,6 @@ void StepExecutor::do_share(PlannedOp& planned, int thread_id) {
         const Share share = share_of(planned.num_units, thread_id, planned.num_threads);
         KernelCall call(planned.args);
         call(planned.op.kernel, share.begin, share.end);
-    } else if (planned.num_threads == 1) {
-        planned.attention->work.run_alone(planned.op.kernel, planned.op.large_kernel, planned.args);
     } else {
         planned.attention->work.drain(planned.op.kernel, planned.op.large_kernel, planned.args,
                                       planned.next_item);

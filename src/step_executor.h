@@ -61,8 +61,8 @@ class StepExecutor {
     std::int64_t row_scales();  // a buffer of one float per row, without a gap: the scales of quantised rows
     std::int64_t weight(const void* data);
     void op(Op op);
-    void attention(Op op, std::int64_t group, std::int64_t kv_heads, std::int64_t small_rows,
-                   std::int64_t large_rows, std::int64_t window = 0);
+    void attention(Op op, std::int64_t group, std::int64_t kv_heads, const AttentionTiling& small,
+                   const AttentionTiling& large, std::int64_t window = 0);
 
     // One step: prepare under Python's lock, run without it.
     [[nodiscard]] Step prepare(const StepInputs& inputs);
@@ -91,6 +91,7 @@ class StepExecutor {
     struct Work {  // shared by all attention operations of one shape
         AttentionWork work;
         const AttentionItem* items = nullptr;
+        float* parts = nullptr;
     };
     struct PlannedOp {
         Op op;

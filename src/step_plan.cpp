@@ -21,6 +21,7 @@ constexpr std::array kSources = {
     Names{"slots", Source::slots},
     Names{"table", Source::table},
     Names{"items", Source::items},
+    Names{"parts", Source::parts},
     Names{"sample_rows", Source::sample_rows},
     Names{"logits", Source::logits},
     Names{"num_rows", Source::num_rows},
@@ -74,7 +75,7 @@ void Op::validate() const {
                                     "': panels, row_block and over are for the domain tiles");
     }
     for (const Arg& arg : args) {
-        if (arg.source == Source::items && domain != Domain::attention) {
+        if ((arg.source == Source::items || arg.source == Source::parts) && domain != Domain::attention) {
             throw std::invalid_argument("operation '" + name + "' asks for items, which only attention has");
         }
     }

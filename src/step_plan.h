@@ -24,6 +24,7 @@ enum class Source : std::uint8_t {
     slots,        // int32 per row: where its keys and values go
     table,        // the flat block table
     items,        // the attention items of this operation
+    parts,        // where these leave the results of segments for each other
     sample_rows,  // int32 per sample: its row
     logits,       // the output of the step
     num_rows,     // int64

@@ -10,8 +10,9 @@ class PoolExhausted(RuntimeError): ...
 
 class KVCachePool:
     def __init__(
-        self, num_pages: int, page_size: int = 16, num_layers: int = 1, num_heads: int = 1, head_dim: int = 16
-    ) -> None: ...
+        self, num_pages: int, page_size: int = 16, num_layers: int = 1, num_heads: int = 1, head_dim: int = 16,
+        element: str = "f32",
+    ) -> None: ...  # fmt: skip
     @property
     def num_pages(self) -> int: ...
     @property
@@ -22,6 +23,8 @@ class KVCachePool:
     def num_heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def element(self) -> str: ...
     @property
     def num_free_pages(self) -> int: ...
     @property
@@ -41,7 +44,7 @@ class KVCachePool:
     def store_kv(
         self, k: NDArray[np.float32], v: NDArray[np.float32], slots: Sequence[int] | NDArray[Any], layer: int
     ) -> None: ...
-    def get_layer_cache(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+    def get_layer_cache(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]: ...
     def copy_page(self, page: int) -> int: ...
     def scrub(self, pages: Sequence[int]) -> None: ...
     def stats(self) -> dict[str, Any]: ...
@@ -99,9 +102,9 @@ class StepExecutor:
         self,
         name: str,
         small_address: int,
-        small_rows: int,
+        small_tiling: tuple[int, int],
         large_address: int,
-        large_rows: int,
+        large_tiling: tuple[int, int],
         args: Sequence[tuple[Any, ...]],
         group: int,
         kv_heads: int,
@@ -129,8 +132,9 @@ def paged_attention(
     starts: NDArray[np.int32] | Sequence[int],
     counts: NDArray[np.int32] | Sequence[int],
     small_address: int,
-    small_rows: int,
+    small_tiling: tuple[int, int],
     large_address: int,
-    large_rows: int,
+    large_tiling: tuple[int, int],
     threads: ThreadPool,
+    window: int = 0,
 ) -> None: ...

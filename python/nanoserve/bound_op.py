@@ -6,7 +6,7 @@ order of the kernel's signature, and how its work is cut. Nothing is compiled he
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class BoundOp:
         first, o = addresses[self.specs[0]], self.options
         if self.domain == "attention":
             native.attention(
-                self.name, first, o["small_rows"], addresses[self.specs[1]], o["large_rows"], self.args, o["group"],
+                self.name, first, o["small_tiling"], addresses[self.specs[1]], o["large_tiling"], self.args, o["group"],
                 o["kv_heads"], o["window"],
             )  # fmt: skip
         else:
@@ -69,24 +69,24 @@ class OpBinder:
             self._strides[name] = StepExecutor.stride(buffer.cols, item)
             self._elements[name] = buffer.element
 
-    def bind(self, op: Op) -> list[BoundOp]:
+    def bind(self, op: Op) -> BoundOp:
         """The kernel of an operation and where each of its arguments comes from."""
         match op:
             case Embedding():
-                return [self._bind_embedding(op)]
+                return self._bind_embedding(op)
             case Norm():
-                return [self._bind_norm(op)]
+                return self._bind_norm(op)
             case Gemm():
-                return [self._bind_gemm(op)]
+                return self._bind_gemm(op)
             case KvWrite():
-                return list(self._bind_kv_write(op))
+                return self._bind_kv_write(op)
             case Attention():
-                return [self._bind_attention(op)]
+                return self._bind_attention(op)
             case Convert():
                 strides = self._strides
                 spec = convert.convert_spec(op.cols, strides[op.x], strides[op.out], self._elements[op.out])
                 args = [*self._buffer(op.x), *self._buffer(op.out)]
-                return [BoundOp(f"convert.{op.x}", (spec,), args, "rows", {"cost_per_unit": 4 * op.cols})]
+                return BoundOp(f"convert.{op.x}", (spec,), args, "rows", {"cost_per_unit": 4 * op.cols})
 
     def _bind_embedding(self, op: Embedding) -> BoundOp:
         config, stored = self._config, self._weights.dtype(op.table)
@@ -139,41 +139,41 @@ class OpBinder:
         }
         return BoundOp(op.weight, (spec,), args, "tiles", options)
 
-    def _bind_kv_write(self, op: KvWrite) -> Iterator[BoundOp]:
-        config = self._config
-        dim = config.dim_per_head
-        heads, kv, ld = config.n_head * dim, config.kv_heads * dim, self._strides[op.qkv]
-        if op.qk_norm:
-            for name, first, cols in ((op.q_weight, 0, heads), (op.k_weight, heads, kv)):
-                width = dim if op.qk_norm == "head" else cols
-                spec = norm.norm_spec("rmsnorm", width, ld, ld, config.norm_eps, first=first, groups=cols // width)
-                args = [*self._buffer(op.qkv), self._weights.rows(name), *self._buffer(op.qkv)]
-                yield BoundOp(name, (spec,), args, "rows", {"cost_per_unit": 4 * cols})
+    def _bind_kv_write(self, op: KvWrite) -> BoundOp:
+        config, dim = self._config, self._config.dim_per_head
         rotary = 0 if op.rope is None else op.rope.dims
-        spec = kv_write.kv_write_spec(config.n_head, config.kv_heads, dim, self._page_size, ld, rotary)
-        args = self._buffer(op.qkv)
+        spec = kv_write.kv_write_spec(
+            config.n_head, config.kv_heads, dim, self._page_size, self._strides[op.qkv], rotary,
+            qk_norm=op.qk_norm, norm_eps=config.norm_eps, dtype=self._precision.kv_element,
+        )  # fmt: skip
+        args = [*self._buffer(op.qkv)]
         if op.rope is not None:
-            args = [*args, self._weights.rope(op.rope), ("positions",)]
-        args = [*args, ("k", op.layer), ("v", op.layer), ("slots",)]
-        yield BoundOp(f"layers.{op.layer}.kv_write", (spec,), args, "rows", {"cost_per_unit": 2 * (heads + 2 * kv)})
+            args += [self._weights.rope(op.rope), ("positions",)]
+        if op.qk_norm:
+            args += [self._weights.rows(op.q_weight), self._weights.rows(op.k_weight)]
+        args += [("k", op.layer), ("v", op.layer), ("slots",)]
+        cost = (6 if op.qk_norm else 2) * (config.n_head + 2 * config.kv_heads) * dim
+        return BoundOp(f"layers.{op.layer}.kv_write", (spec,), args, "rows", {"cost_per_unit": cost})
 
     def _bind_attention(self, op: Attention) -> BoundOp:
         config = self._config
-        group = config.n_head // config.kv_heads
-        small, large = attention.row_tiles(group)
+        group, element = config.n_head // config.kv_heads, self._precision.kv_element
+        small, large = attention.tilings(group, config.kv_heads, config.dim_per_head, element)
         specs = tuple(
             attention.attention_spec(
                 config.n_head, config.kv_heads, config.dim_per_head, self._page_size,
-                self._strides[op.qkv], self._strides[op.out], rows, scale=config.attention_scale,
-                window=op.window, softcap=config.attention_softcap,
+                self._strides[op.qkv], self._strides[op.out], tiling, scale=config.attention_scale,
+                window=op.window, softcap=config.attention_softcap, dtype=element, out=self._elements[op.out],
             )
-            for rows in (small, large)
+            for tiling in (small, large)
         )  # fmt: skip
         args: list[Arg] = [
-            *self._buffer(op.qkv), ("k", op.layer), ("v", op.layer), ("table",), ("items",), *self._buffer(op.out),
+            *self._buffer(op.qkv), ("k", op.layer), ("v", op.layer), ("table",), ("items",), ("parts",),
+            *self._buffer(op.out),
         ]  # fmt: skip
         options = {
-            "small_rows": small, "large_rows": large, "group": group, "kv_heads": config.kv_heads, "window": op.window,
+            "small_tiling": (small.rows, small.tiles), "large_tiling": (large.rows, large.tiles), "group": group,
+            "kv_heads": config.kv_heads, "window": op.window,
         }  # fmt: skip
         return BoundOp(f"layers.{op.layer}.attention", specs, args, "attention", options)
 

@@ -74,7 +74,7 @@ class ModelExecutor:
             self._native, bind_weights(config, weights), self.max_model_len, self._switch_len, on_load
         )
         binder = OpBinder(config, precision, self._native, kv_pool.page_size, packed)
-        plan = [bound for op in forward_ops(config, precision.gemm_input) for bound in binder.bind(op)]
+        plan = [binder.bind(op) for op in forward_ops(config, precision.gemm_input)]
         self.weight_bytes = packed.num_bytes
         self.kernels = load_kernels([spec for bound in plan for spec in bound.specs], on_progress)
         for bound in plan:
@@ -127,8 +127,10 @@ class ModelExecutor:
 
 
 def _check_pool(config: ModelConfig, precision: Precision, pool: KVCachePool) -> None:
-    held: Any
+    held: str | int
+    needed: str | int
     for name, held, needed in (
+        ("element", pool.element, precision.kv_element),
         ("num_layers", pool.num_layers, config.n_layer),
         ("num_heads", pool.num_heads, config.kv_heads),
         ("head_dim", pool.head_dim, config.dim_per_head),

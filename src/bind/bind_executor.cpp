@@ -57,14 +57,14 @@ void add_op(StepExecutor& executor, const std::string& name, std::uintptr_t addr
 }
 
 void add_attention(StepExecutor& executor, const std::string& name, std::uintptr_t small_address,
-                   std::int64_t small_rows, std::uintptr_t large_address, std::int64_t large_rows,
+                   const Tiling& small_tiling, std::uintptr_t large_address, const Tiling& large_tiling,
                    const std::vector<py::tuple>& args, std::int64_t group, std::int64_t kv_heads,
                    std::int64_t window) {
     executor.attention({.name = name,
                         .kernel = kernel_at(small_address),
                         .large_kernel = kernel_at(large_address),
                         .args = parse_args(args)},
-                       group, kv_heads, small_rows, large_rows, window);
+                       group, kv_heads, tiling_of(small_tiling), tiling_of(large_tiling), window);
 }
 
 std::int64_t add_weight(StepExecutor& executor, const py::array& array) {
@@ -176,10 +176,10 @@ void populate_executor(py::module_& m) {
         .def("op", &add_op, py::arg("name"), py::arg("address"), py::arg("args"), py::arg("domain"),
              py::arg("panels") = 0, py::arg("row_block") = 0, py::arg("over") = "rows",
              py::arg("cost_per_unit") = 0)
-        .def("attention", &add_attention, py::arg("name"), py::arg("small_address"), py::arg("small_rows"),
-             py::arg("large_address"), py::arg("large_rows"), py::arg("args"), py::arg("group"),
+        .def("attention", &add_attention, py::arg("name"), py::arg("small_address"), py::arg("small_tiling"),
+             py::arg("large_address"), py::arg("large_tiling"), py::arg("args"), py::arg("group"),
              py::arg("kv_heads"), py::arg("window") = 0,
-             "window: keys a row sees, its own included, 0 for all; the kernels must agree.")
+             "Tilings are (rows, tiles). window: keys a row sees, its own included, 0 for all; the kernels must agree.")
         .def("forward", &forward, py::arg("input_ids"), py::arg("tables"), py::arg("starts"),
              py::arg("counts"), py::arg("sample_rows"), py::arg("vocab"),
              py::arg("position_offsets") = py::none(),

@@ -61,20 +61,37 @@ def run_attention() -> None:
     for heads, kv, d, page_size in ((4, 2, 20, 16), (2, 2, 16, 32), (3, 1, 7, 64)):
         for length in (1, 16, 63, 64, 65, 128, 130):
             pages = -(-length // page_size)
-            k, v = (guarded(np.ones((pages, kv, d, page_size), dtype=np.float32)) for _ in range(2))
+            k, v = keys_and_values(pages, kv, d, page_size)
             entries = -(-(-(-length // 64) + 1) * 64 // page_size)
             table = ints(*(min(i, pages - 1) for i in range(entries)))
             q, out = (rows(length, heads * d + 5, heads * d) for _ in range(2))
-            for tile, window in product(attention.row_tiles(heads // kv), (0, 20, 64)):
-                total = length * heads // kv
+            tilings = (attention.Tiling(heads // kv), attention.tilings(heads // kv, kv, d)[1])
+            for tiling, window in product(tilings, (0, 20, 64)):
+                total, most = length * heads // kv, tiling.rows * tiling.tiles
                 items = [
-                    (0, head, 0, r0, min(tile, total - r0), 0, 0, 0)
+                    (0, head, 1, 0, r0, min(most, total - r0), 0, 0, 1, -1, 0, 0, -1, 0, 0, 0)
                     for head in range(kv)
-                    for r0 in range(0, total, tile)
+                    for r0 in range(0, total, most)
                 ]
                 row = heads * d + 5
-                spec = attention.attention_spec(heads, kv, d, page_size, row, row, tile, window=window)
-                call(spec, q, k, v, table, guarded(np.array(items, dtype=np.int32)), out, 0, len(items))
+                spec = attention.attention_spec(heads, kv, d, page_size, row, row, tiling, window=window)
+                flat = guarded(np.array(items, dtype=np.int32))
+                call(spec, q, k, v, table, flat, np.empty(0, dtype=np.float32), out, 0, len(items))
+            small = attention.tilings(heads // kv, kv, d)[0]
+            spec = attention.attention_spec(heads, kv, d, page_size, row, row, small)
+            # One token in two parts (of a segment each, the second wholly masked), and what merges them.
+            stride = attention.part_floats(d, small, small.rows * kv) // 16
+            first = (0, 0, kv, 0, 0, small.rows, 0, 0, 1, 0, stride, 0, -1, 0, 0, 0)
+            second = (*first[:7], 1, 2, stride, stride, 0, -1, 0, 0, 0)
+            merge = (*first[:7], 0, 0, 0, stride, 2, -1, 0, 0, 0)
+            flat = guarded(np.array([first, second, merge], dtype=np.int32))
+            call(spec, q, k, v, table, flat, guarded(np.ones(2 * stride * 16, dtype=np.float32)), out, 0, 3)
+
+
+def keys_and_values(pages: int, kv: int, d: int, page_size: int, dtype: type = np.float32) -> tuple[np.ndarray, ...]:
+    """The array of the layer, and the same from its first values on."""
+    layer = guarded(np.ones(pages * kv * 2 * d * page_size, dtype=dtype))
+    return layer, layer[d * page_size :]
 
 
 def run_norm() -> None:
@@ -120,10 +137,14 @@ def run_gated() -> None:
 def run_kv_write() -> None:
     for heads, kv, d, rotary in ((4, 2, 20, 20), (2, 2, 7, 0), (1, 1, 80, 34)):
         row = (heads + 2 * kv) * d
-        spec = kv_write.kv_write_spec(heads, kv, d, 16, row + 3, rotary)
-        rope = [guarded(Rope(rotary, 1e4).table(9)), ints(8, 0)] if rotary else []
-        k, v = (guarded(np.ones((2, kv, d, 16), dtype=np.float32)) for _ in range(2))
-        call(spec, rows(2, row + 3, row), *rope, k, v, ints(31, 0), 0, 2)
+        for dtype, slots in product(("f32", "bf16"), ((31, 0), tuple(range(16, 32)), tuple(range(13, 32)))):
+            if dtype == "bf16" and d % 2:
+                continue
+            spec = kv_write.kv_write_spec(heads, kv, d, 16, row + 3, rotary, qk_norm="full", dtype=dtype)
+            rope = [guarded(Rope(rotary, 1e4).table(9)), ints(*[8] * len(slots))] if rotary else []
+            norms = [guarded(np.ones(n * d, dtype=np.float32)) for n in (heads, kv)]
+            k, v = keys_and_values(2, kv, d, 16, np.float32 if dtype == "f32" else np.uint16)
+            call(spec, rows(len(slots), row + 3, row), *rope, *norms, k, v, ints(*slots), 0, len(slots))
 
 
 def run_overrun() -> None:

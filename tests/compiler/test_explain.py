@@ -16,7 +16,7 @@ from nanoserve.kernels import attention, embedding, gated, gemm, kv_write, norm
 
 SPECS = [
     gemm.gemm_spec(20, 70, 20, 128, bias=True, activation="gelu_erf", residual=True),
-    attention.attention_spec(4, 2, 20, 16, 80, 80, 2),
+    attention.attention_spec(4, 2, 20, 16, 80, 80, attention.Tiling(2)),
     norm.norm_spec("layernorm", 70, 70, 70, 1e-5, bias=True, gather=True),
     kv_write.kv_write_spec(4, 2, 20, 16, 160, 20),
     embedding.embedding_spec(70, 70, positions=True),

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from compiler.packed_call import act64, call, padded
-from nanoserve.kernels import embedding, gated, gemm, kv_write, norm, panels
-from nanoserve.models.rope import Rope
+from nanoserve.kernels import embedding, gated, gemm, norm, panels
 
 COLS = [1, 2, 3, 15, 16, 17, 31, 60, 64, 65, 72, 100, 127, 128, 191, 259]
 rng = np.random.default_rng(0)
@@ -152,49 +151,6 @@ def test_gated(cols: int, activation: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv", "d", "page_size", "rotary"),
-    [
-        (4, 4, 16, 16, 0),
-        (6, 2, 20, 16, 20),
-        (4, 1, 8, 32, 8),
-        (3, 3, 80, 16, 32),
-        (2, 1, 64, 48, 64),
-        (2, 2, 6, 16, 2),
-    ],
-)
-def test_kv_write(heads: int, kv: int, d: int, page_size: int, rotary: int) -> None:
-    row = (heads + 2 * kv) * d
-    ld, count = padded(row), 9
-    qkv = random(count, ld)
-    before = qkv.copy()
-    k, v = np.full((5, kv, d, page_size), 7, np.float32), np.full((5, kv, page_size, d), 7, np.float32)
-    slots = rng.permutation(5 * page_size)[:count].astype(np.int32)
-    positions = rng.integers(0, 300, count).astype(np.int32)
-    table = Rope(rotary).table(300) if rotary else np.empty(0)
-    spec = kv_write.kv_write_spec(heads, kv, d, page_size, ld, rotary)
-    args = [qkv, *([table, positions] if rotary else []), k, v, slots]
-    call(spec, *args, 0, 5)
-    call(spec, *args, 5, count)
-
-    parts = before[:, :row].reshape(count, heads + 2 * kv, d)
-    turned = parts.copy()
-    if rotary:
-        half = rotary // 2
-        cos, sin = table[positions, None, :half], table[positions, None, half:]
-        a, b = parts[:, : heads + kv, :half], parts[:, : heads + kv, half:rotary]
-        turned[:, : heads + kv, :half] = a * cos - b * sin
-        turned[:, : heads + kv, half:rotary] = b * cos + a * sin
-    # Bit for bit: NumPy, too, rounds each product and the sum.
-    assert qkv[:, : heads * d].tobytes() == turned[:, :heads].reshape(count, -1).tobytes()
-    assert qkv[:, row:].tobytes() == before[:, row:].tobytes()
-    expected_k, expected_v = np.full_like(k, 7), np.full_like(v, 7)
-    expected_k[slots // page_size, :, :, slots % page_size] = turned[:, heads : heads + kv]
-    expected_v[slots // page_size, :, slots % page_size] = turned[:, heads + kv :]
-    assert k.tobytes() == expected_k.tobytes()
-    assert v.tobytes() == expected_v.tobytes()
-
-
-@pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda: embedding.embedding_spec(65, 64), "cols=65"),
@@ -212,8 +168,6 @@ def test_kv_write(heads: int, kv: int, d: int, page_size: int, rotary: int) -> N
         (lambda: embedding.embedding_spec(5, 5, panel=-1), "panel=-1"),
         (lambda: gated.gated_spec(5, "silu", 9, 5), "columns each in rows of 9"),
         (lambda: gated.gated_spec(5, "relu", 10, 5), "relu"),
-        (lambda: kv_write.kv_write_spec(2, 1, 8, 16, 31), "rows of 31"),
-        (lambda: kv_write.kv_write_spec(2, 1, 8, 16, 32, 7), "rotary=7"),
     ],
 )
 def test_refusals(make, said: str) -> None:  # type: ignore[no-untyped-def]

@@ -20,9 +20,9 @@ def _gemm() -> KernelSpec:
 
 
 def _attention() -> KernelSpec:
-    from nanoserve.kernels.attention import attention_spec
+    from nanoserve.kernels.attention import Tiling, attention_spec
 
-    return attention_spec(4, 2, 64, 16, 528, 272, 2)
+    return attention_spec(4, 2, 64, 16, 528, 272, Tiling(2))
 
 
 def _norm() -> KernelSpec:

@@ -12,7 +12,7 @@ in the process. `.ir` is the way out to operations this layer does not name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from nanoserve.compiler.bindings import mlir
@@ -238,6 +238,16 @@ def narrow(value: Value, element: str) -> Value:
     return bitcast(Value(arith.trunci(vector_of(value.width, "i16"), half.ir)), element)
 
 
+def truncate(value: Value, element: str) -> Value:
+    """As `narrow`, by the CPU's instruction, subnormals to zero: for targets with bf16_dot."""
+    return Value(arith.truncf(vector_of(value.width, element), value.ir))
+
+
+def paired_lanes(value: Value) -> Value:
+    """Neighbouring 16-bit elements as one 32-bit lane, the first in the low half."""
+    return Value(vector.bitcast(vector_of(value.width // 2, "i32"), value.ir))
+
+
 def bitcast(value: Value, element: str, lanes: int = 1) -> Value:
     """The same bits as another element type of the same size, or as `lanes` smaller ones for each."""
     if _is_vector(value.type):
@@ -264,8 +274,31 @@ def imin(a: Operand, b: Operand) -> Value:
     return Value(arith.minsi(index(a).ir, index(b).ir))
 
 
+def imax(a: Operand, b: Operand) -> Value:
+    return Value(arith.maxsi(index(a).ir, index(b).ir))
+
+
 def ceildiv(a: Value, b: int) -> Value:
     return (a + (b - 1)) // b
+
+
+def shuffle(a: Value, b: Value, lanes: Iterable[int]) -> Value:
+    """Lanes of a, and of b counted on behind them, in a new order."""
+    return Value(vector.shuffle(a.ir, b.ir, list(lanes)))
+
+
+def transpose(rows: list[Value]) -> list[Value]:
+    """n vectors of n lanes, n a power of two: lane j of row i becomes lane i of row j, in log2(n) rounds of shuffles."""
+    n, half = len(rows), len(rows) // 2
+    while half:
+        pairs = [(i, i + half) for i in range(n) if not i & half]
+        for i, j in pairs:
+            low = [n + at - half if at & half else at for at in range(n)]
+            high = [n + at if at & half else at + half for at in range(n)]
+            rows = [*rows]
+            rows[i], rows[j] = shuffle(rows[i], rows[j], low), shuffle(rows[i], rows[j], high)
+        half //= 2
+    return rows
 
 
 def lane(value: Value, i: int) -> Value:
@@ -285,7 +318,7 @@ def htree(value: Value, op: Callable[[Value, Value], Value]) -> Value:
     while value.width > 1:
         half = value.width // 2
         low, high = (
-            Value(vector.extract_strided_slice(vector_of(half), value.ir, [at], [half], [1]))
+            Value(vector.extract_strided_slice(vector_of(half, str(_element(value.type))), value.ir, [at], [half], [1]))
             for at in (0, half)
         )
         value = op(low, high)

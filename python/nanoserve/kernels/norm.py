@@ -1,8 +1,7 @@
 """out[row] (+)= norm(x[row]) * weight (+ bias): RMSNorm and LayerNorm, of rows, gathered rows, or heads within a row.
 
-Numerics: a row's sum runs in four accumulators of 16 lanes (64 columns a turn), then one accumulator per leftover chunk
-of 16, 8, 4, 2, 1 columns; they are added in that order and halved lane-wise to a scalar. The pattern depends on the number
-of columns only. LayerNorm subtracts the mean before it squares (two passes), so a large offset costs no digits.
+Numerics: a row's sum has the order of compiler/control.py's sum_of_columns, which depends on the number of columns only.
+LayerNorm subtracts the mean before it squares (two passes), so a large offset costs no digits.
 
 With `gather`, row i of out is the norm of x[rows[i]]: only rows that sample reach the head. With `residual` it is added to
 what out holds: one addition per element, not fused. With `groups`, consecutive runs of a row's columns are normalised each
@@ -81,8 +80,8 @@ def build(
     g: int,
     dtype: str,
 ) -> None:
-    from nanoserve.compiler.builder import add, chunks, fma, htree, index, sqrt, zeros
-    from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop
+    from nanoserve.compiler.builder import add, fma, index, sqrt
+    from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop, sum_of_columns
     from nanoserve.compiler.row_output import RowOutput, row_arguments
 
     arguments = {"x": array(UNBOUNDED, ldx)}
@@ -110,18 +109,10 @@ def build(
                 start = group * c + first
 
                 def total(accumulate: Callable[[Value, Value], Value]) -> Value:
-                    """The sum over the columns of what accumulate(acc, x chunk) adds, in the module head's fixed order."""
-                    whole = c // 64 * 64
-
-                    def turn(at: Any, acc: list[Value]) -> list[Value]:
-                        return [accumulate(acc[j], x.load(source, at + 16 * j + start)) for j in range(4)]
-
-                    acc = loop(0, whole, 64, carry=[zeros()] * 4)(turn) if whole else [zeros()] * 4
-                    result = htree((acc[0] + acc[1]) + (acc[2] + acc[3]), add)
-                    for at, width in chunks(c - whole):
-                        chunk = x.load(source, start + (whole + at), width=width)
-                        result = result + htree(accumulate(zeros(width), chunk), add)
-                    return result
+                    """The sum over the columns of what accumulate(acc, x chunk) adds."""
+                    return sum_of_columns(
+                        c, lambda acc, at, width: accumulate(acc, x.load(source, at + start, width=width))
+                    )
 
                 mean = total(add) * (1.0 / c) if kind == "layernorm" else None
 

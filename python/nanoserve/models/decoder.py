@@ -123,7 +123,7 @@ def buffers(config: ModelConfig, gemm_input: str = "f32") -> dict[str, Buffer]:
     made = {
         "x": Buffer(config.n_embd),
         "qkv": Buffer(heads + 2 * config.kv_heads * config.dim_per_head),
-        "att": Buffer(heads),  # TEMP
+        "att": Buffer(heads, partial),
         "mlp": Buffer(config.mlp_width, partial),
         "last": Buffer(config.n_embd, gemm_input),
     }
@@ -131,10 +131,8 @@ def buffers(config: ModelConfig, gemm_input: str = "f32") -> dict[str, Buffer]:
         made["h"] = Buffer(config.n_embd, gemm_input)
     if config.post_norm:
         made["y"] = Buffer(config.n_embd)
-    if gemm_input != "f32":
-        made["att_in"] = Buffer(heads, gemm_input)  # TEMP
     if partial != gemm_input:
-        made["mlp_in"] = Buffer(config.mlp_width, gemm_input)
+        made |= {f"{name}_in": Buffer(made[name].cols, gemm_input) for name in ("att", "mlp")}
     return made
 
 
@@ -190,7 +188,7 @@ def _onto_residual(
 ) -> Iterator[Op]:
     """The last GEMM of half a layer, and its way onto the residual stream."""
     normed, c = config.post_norm, config.n_embd
-    if gemm_input == "u8" or (x == "att" and gemm_input != "f32"):  # TEMP
+    if gemm_input == "u8":
         yield Convert(x, f"{x}_in", n_in)
         x = f"{x}_in"
     yield Gemm(
