@@ -118,6 +118,8 @@ ENGINE = (
            "the model's, or what fits"),
     Option("max_num_seqs", ("--max-num-seqs",), int, _MEMORY, "COUNT", "Most sequences that run at once.", "32"),
     Option("num_threads", ("--threads",), int, _MEMORY, "COUNT", "Threads of a forward pass.", "this process's cores"),
+    Option("weight_cache", ("--weight-cache/--no-weight-cache",), bool, _MEMORY, None,
+           "Keep packed weights on disk, for a faster start the next time.", "yes"),
     Option("dtype", ("--dtype",), str, _MEMORY, "TYPE", "Of the weights in memory; float32 is the only one yet.", "float32"),
     Option("revision", ("--revision",), str, _MEMORY, "NAME", "Branch, tag or commit of a Hugging Face hub repository."),
 )  # fmt: skip

@@ -84,8 +84,18 @@ def is_paired(k: int, dtype: str) -> bool:
     return dtype == "bf16" and k % 2 == 0
 
 
-def pack(weight: Rows, target: Target | None = None, dtype: str = "f32") -> NDArray[Any]:
+def packed_shape(n: int, k: int, target: Target | None = None) -> tuple[int, int, int]:
+    """Of what `pack` makes of a weight[N, K]."""
+    width = panel_width(n, target)
+    return -(-n // width), k, width
+
+
+def pack(
+    weight: Rows, target: Target | None = None, dtype: str = "f32", out: NDArray[Any] | None = None
+) -> NDArray[Any]:
     """weight[N, K] -> panels[N/NR][K][NR], zero beyond N; for "bf16" and "f16" (of NarrowRows) uint16, the bits of each.
+
+    Written into `out` where one is given: packed_shape, C-contiguous, every element of it.
 
     Reads a few megabytes of whole panels at a time, so that no second copy of a large weight exists, and from several
     threads: `weight[begin:end]` must be float32 or convertible to it, and safe to call concurrently.
@@ -96,10 +106,11 @@ def pack(weight: Rows, target: Target | None = None, dtype: str = "f32") -> NDAr
     if len(weight.shape) != 2:
         raise ValueError(f"pack: a weight of shape {weight.shape} must have 2 dimensions")
     n, k = weight.shape
-    width = panel_width(n, target)
-    panels = -(-n // width)
+    panels, _, width = packed_shape(n, k, target)
     pair = 2 if is_paired(k, dtype) else 1
-    packed = np.empty((panels, k // pair, width, pair), dtype=np.float32 if dtype == "f32" else np.uint16)
+    if out is None:
+        out = np.empty((panels, k, width), dtype=np.float32 if dtype == "f32" else np.uint16)
+    packed = out.reshape(panels, k // pair, width, pair)
     each = max(1, _PACK_BLOCK_BYTES // (4 * max(1, k) * width))
 
     def copy(first: int) -> None:
@@ -118,7 +129,7 @@ def pack(weight: Rows, target: Target | None = None, dtype: str = "f32") -> NDAr
     with ThreadPoolExecutor(min(_PACK_THREADS, os.cpu_count() or 1)) as threads:
         for _ in threads.map(copy, range(0, panels, each)):
             pass  # an error of a block is raised here
-    return packed.reshape(panels, k, width)
+    return out
 
 
 def pack_bias(bias: NDArray[Any], target: Target | None = None) -> NDArray[np.float32]:

@@ -4,7 +4,8 @@ A KernelSpec is what a kernel depends on and nothing else. Its cache key covers 
 builds it and of the compiler, the toolchain's version and the CPU: so a warm start reads a few small files, imports no
 MLIR, builds no IR, and a change to any of them compiles anew.
 
-`build(symbol, target, **params)` of `kernels/<kind>.py` emits the kernel; it is imported from there only on a miss.
+`build(symbol, target, **params)` of `kernels/<kind>.py` emits the kernel; it is imported from there only on a miss. Many
+misses at once are compiled by several processes (compile_pool.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -114,31 +115,76 @@ def load_kernels(
         missing = [spec for spec in wanted if (spec, cpu) not in _loaded]
         _stats.reused_in_process += len(wanted) - len(missing)
         if missing:
-            cache = ObjectCache()
-            toolchain = bindings.toolchain() or cache.last_toolchain() or "none"
-            for done, spec in enumerate(missing, start=1):
-                _loaded[spec, cpu] = _load(spec, cpu, cache, toolchain)
-                if on_progress is not None:
-                    on_progress(done, len(missing), spec.symbol)
-            _stats.damaged += cache.damaged
+            _load(missing, cpu, on_progress)
         return {spec: _loaded[spec, cpu] for spec in wanted}
 
 
-def _load(spec: KernelSpec, target: Target, cache: ObjectCache, toolchain: str) -> int:
-    key = spec.key(target, toolchain)
-    path = cache.find(key)
-    if path is not None:
-        try:
-            address = jit.load(path, spec.symbol)
-        except jit.CompileError as error:
-            # What was written, but not loadable here (another C library, say): compiling tells whether that helps.
-            _log.warning("%s; compiling it again", error)
-            cache.discard(key)
-        else:
+def _load(missing: Sequence[KernelSpec], target: Target, on_progress: OnProgress | None) -> None:
+    """Everything that is cached first; then the rest, compiled by workers or here."""
+    cache = ObjectCache()
+    toolchain = bindings.toolchain() or cache.last_toolchain() or "none"
+    keys = {spec: spec.key(target, toolchain) for spec in missing}
+    done = 0
+
+    def have(spec: KernelSpec, address: int) -> None:
+        nonlocal done
+        _loaded[spec, target] = address
+        done += 1
+        if on_progress is not None:
+            on_progress(done, len(missing), spec.symbol)
+
+    for spec in missing:
+        address = _cached(spec, keys[spec], cache)
+        if address is not None:
             _stats.loaded_from_cache += 1
-            return address
+            have(spec, address)
+    absent = [spec for spec in missing if (spec, target) not in _loaded]
+    for spec in _compiled_by_workers(absent, keys, target, toolchain, cache):
+        address = _cached(spec, keys[spec], cache)
+        if address is not None:
+            _stats.compiled += 1
+            have(spec, address)
+    for spec in absent:
+        if (spec, target) not in _loaded:
+            address = _compiled(spec, keys[spec], target, toolchain, cache)
+            _stats.compiled += 1
+            have(spec, address)
+    _stats.damaged += cache.damaged
+    if absent and jit.linker() is not None:
+        _trim(cache)
+
+
+def _cached(spec: KernelSpec, key: str, cache: ObjectCache) -> int | None:
+    path = cache.find(key)
+    if path is None:
+        return None
+    try:
+        return jit.load(path, spec.symbol)
+    except jit.CompileError as error:
+        # What was written, but not loadable here (another C library, say): compiling tells whether that helps.
+        _log.warning("%s; compiling it again", error)
+        cache.discard(key)
+        return None
+
+
+def _compiled_by_workers(
+    absent: Sequence[KernelSpec],
+    keys: Mapping[KernelSpec, str],
+    target: Target,
+    toolchain: str,
+    cache: ObjectCache,
+) -> Iterator[KernelSpec]:
+    from nanoserve.kernels import compile_pool  # as the compiler: only where something must be compiled
+
+    workers = compile_pool.num_workers(len(absent))
+    if workers and jit.linker() is not None and bindings.toolchain() is not None:
+        jobs = [(spec, keys[spec]) for spec in absent]
+        yield from compile_pool.compile_in_processes(jobs, target, toolchain, cache.directory, workers)
+
+
+def _compiled(spec: KernelSpec, key: str, target: Target, toolchain: str, cache: ObjectCache) -> int:
+    """Compiled by this process."""
     engine = jit.compile_kernel(lambda: spec.build(target), target)
-    _stats.compiled += 1
     if jit.linker() is None:
         _log.warning(
             "no linker (ld or cc): kernel %s stays in memory and is compiled again next time", spec.symbol
@@ -151,3 +197,10 @@ def _load(spec: KernelSpec, target: Target, cache: ObjectCache, toolchain: str) 
     except jit.CompileError:
         cache.discard(key)
         raise
+
+
+def _trim(cache: ObjectCache) -> None:
+    try:
+        cache.trim()
+    except OSError as error:
+        _log.warning("kernel cache: %s cannot be trimmed: %s", cache.directory, error)
