@@ -48,8 +48,9 @@ def plan(
 
     if (dtype := engine.pop("dtype", "float32")) != "float32":
         raise ValueError(f"--dtype: {dtype!r} is not supported, only 'float32'")
-    if "num_threads" in engine:
-        raise ValueError("--threads: changes nothing about memory, leave it out")
+    for field, flag in (("num_threads", "--threads"), ("weight_cache", "--weight-cache")):
+        if field in engine:
+            raise ValueError(f"{flag}: changes nothing about memory, leave it out")
     memory_bytes = None if memory is None else parse_size("--memory", memory)
     config, weights = _look_at(model, engine.pop("revision", None))
     made = plan_memory(config, memory_bytes=memory_bytes, **weights, **engine)

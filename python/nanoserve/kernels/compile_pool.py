@@ -15,7 +15,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -46,7 +46,7 @@ def num_workers(num_kernels: int) -> int:
 
 def compile_in_processes(
     jobs: Sequence[Job], target: Target, toolchain: str, directory: Path, workers: int
-) -> Iterator[KernelSpec]:
+) -> Generator[KernelSpec]:
     """The kernels in the order in which they arrive in the cache; one that fails is logged and left out."""
     todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:

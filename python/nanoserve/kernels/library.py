@@ -14,10 +14,12 @@ import hashlib
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from nanoserve.compiler import bindings, jit
 from nanoserve.compiler.object_cache import ObjectCache
@@ -139,11 +141,13 @@ def _load(missing: Sequence[KernelSpec], target: Target, on_progress: OnProgress
             _stats.loaded_from_cache += 1
             have(spec, address)
     absent = [spec for spec in missing if (spec, target) not in _loaded]
-    for spec in _compiled_by_workers(absent, keys, target, toolchain, cache):
-        address = _cached(spec, keys[spec], cache)
-        if address is not None:
-            _stats.compiled += 1
-            have(spec, address)
+    # closing: whatever ends the loop ends the workers, at once.
+    with closing(_compiled_by_workers(absent, keys, target, toolchain, cache)) as compiled:
+        for spec in compiled:
+            address = _cached(spec, keys[spec], cache)
+            if address is not None:
+                _stats.compiled += 1
+                have(spec, address)
     for spec in absent:
         if (spec, target) not in _loaded:
             address = _compiled(spec, keys[spec], target, toolchain, cache)
@@ -173,7 +177,7 @@ def _compiled_by_workers(
     target: Target,
     toolchain: str,
     cache: ObjectCache,
-) -> Iterator[KernelSpec]:
+) -> Generator[KernelSpec]:
     from nanoserve.kernels import compile_pool  # as the compiler: only where something must be compiled
 
     workers = compile_pool.num_workers(len(absent))
@@ -186,17 +190,23 @@ def _compiled(spec: KernelSpec, key: str, target: Target, toolchain: str, cache:
     """Compiled by this process."""
     engine = jit.compile_kernel(lambda: spec.build(target), target)
     if jit.linker() is None:
-        _log.warning(
-            "no linker (ld or cc): kernel %s stays in memory and is compiled again next time", spec.symbol
-        )
-        jit.keep_forever(engine)
-        return jit.address_in_memory(engine, spec.symbol)
-    stored = cache.store(key, spec.symbol, toolchain, jit.shared_object(engine, spec.symbol))
+        return _kept_in_memory(engine, spec, "no linker (ld or cc)")
+    obj = jit.shared_object(engine, spec.symbol)
+    try:
+        stored = cache.store(key, spec.symbol, toolchain, obj)
+    except OSError as error:
+        return _kept_in_memory(engine, spec, f"the kernel cache cannot be written ({error})")
     try:
         return jit.load(stored, spec.symbol)
     except jit.CompileError:
         cache.discard(key)
         raise
+
+
+def _kept_in_memory(engine: Any, spec: KernelSpec, reason: str) -> int:
+    _log.warning("%s: kernel %s stays in memory and is compiled again next time", reason, spec.symbol)
+    jit.keep_forever(engine)
+    return jit.address_in_memory(engine, spec.symbol)
 
 
 def _trim(cache: ObjectCache) -> None:
