@@ -1,7 +1,7 @@
 """ModelExecutor: binds the decoder's operations to compiled kernels once, then runs one native call per batch.
 
-Construction packs every weight into the kernels' panel layout, one at a time and letting go of the file's pages behind it,
-loads (or compiles) the kernels the model needs, and hands the native StepExecutor a plan: kernel addresses with their
+Construction packs every weight into the kernels' panel layout, one at a time and letting go of the file's pages behind it (or
+reads what an earlier start packed), loads (or compiles) the kernels the model needs, and hands the native StepExecutor a plan: kernel addresses with their
 arguments. `forward` passes a ragged batch to that plan with the GIL released; no Python runs per layer or per token.
 
 Every output row's bits depend on its own tokens only: each GEMM output has one accumulator with k ascending, attention walks
@@ -24,6 +24,7 @@ from nanoserve.models.weights import Tensors, bind_weights, random_weights
 from nanoserve.native import KVCachePool, StepExecutor, ThreadPool
 from nanoserve.packed_weights import OnProgress, PackedWeights
 from nanoserve.precision import Precision
+from nanoserve.weight_cache import WeightCache
 
 __all__ = ["ModelConfig", "ModelExecutor", "load_weights", "random_weights"]
 
@@ -39,10 +40,17 @@ class ModelExecutor:
         max_model_len: longest sequence; sizes the table of rotary positions. None takes the config's max_seq_len.
         num_threads: None takes the cores this process may use.
         on_progress: called as (done, total, kernel name) while kernels load.
-        on_load: called as (bytes done, bytes in total, weight name) while weights are packed.
+        on_load: called as (bytes done, bytes in total, weight name) while weights are packed, or read from the cache.
+        weight_cache: keep packed weights of checkpoint files on disk, for a faster start the next time. They are written by
+            a thread of its own once everything is ready; a process that ends before that waits for it.
+
+    Attributes:
+        weight_bytes: of the packed weights.
+        weights_were_cached: whether they came from the cache.
+        weight_writer: the thread that writes them there, None where none does.
 
     Raises:
-        ValueError: a size that does not fit. CheckpointError: weights that do not fit the config.
+        ValueError: a size that does not fit. CheckpointError: weights that do not fit the config. MemoryError: or the memory.
     """
 
     def __init__(
@@ -57,6 +65,7 @@ class ModelExecutor:
         num_threads: int | None = None,
         on_progress: OnProgress | None = None,
         on_load: OnProgress | None = None,
+        weight_cache: bool = True,
     ) -> None:
         self.precision = precision = Precision() if precision is None else precision
         _check_pool(config, precision, kv_pool)
@@ -71,14 +80,18 @@ class ModelExecutor:
         halves = 2 if self.max_model_len > self._switch_len else 1
         self._native = StepExecutor(kv_pool, threads, max_num_batched_tokens, halves * self.max_model_len)
         packed = PackedWeights(
-            self._native, bind_weights(config, weights), self.max_model_len, self._switch_len, on_load
+            self._native, bind_weights(config, weights), self.max_model_len, self._switch_len
         )
         binder = OpBinder(config, precision, self._native, kv_pool.page_size, packed)
         plan = [binder.bind(op) for op in forward_ops(config, precision.gemm_input)]
         self.weight_bytes = packed.num_bytes
+        self.weight_writer = packed.load(threads, WeightCache.open() if weight_cache else None, on_load)
+        self.weights_were_cached = packed.was_cached
         self.kernels = load_kernels([spec for bound in plan for spec in bound.specs], on_progress)
         for bound in plan:
             bound.add_to(self._native, self.kernels)
+        if self.weight_writer is not None:
+            self.weight_writer.start()
 
     def forward(self, batch: Batch) -> NDArray[np.float32]:
         """Logits of the batch's `sample_rows`; writes the KV of every row.

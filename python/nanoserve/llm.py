@@ -32,7 +32,9 @@ from nanoserve.text_request import AnyTokenizer, Prompt, TextRequest
 
 OnProgress = Callable[[int, int, str], None]
 Message = Mapping[str, Any]
-_ENGINE_OPTIONS = frozenset("page_size max_chunk_size policy enable_prefix_cache num_threads seed".split())
+_ENGINE_OPTIONS = frozenset(
+    "page_size max_chunk_size policy enable_prefix_cache num_threads seed weight_cache".split()
+)
 
 
 class LLM:
@@ -51,7 +53,8 @@ class LLM:
         eos_token_id: token(s) that end a request; None takes the checkpoint's.
         on_load: called as (bytes done, bytes in total, weight name) while weights are packed.
         on_progress: called as (done, total, kernel name) while kernels compile.
-        engine_options: of NanoServingEngine: page_size, max_chunk_size, policy, enable_prefix_cache, num_threads, seed.
+        engine_options: of NanoServingEngine: page_size, max_chunk_size, policy, enable_prefix_cache, num_threads, seed,
+            weight_cache.
 
     Attributes:
         directory: where it was loaded from. config: its ModelConfig. precision: the number formats it computes in.

@@ -47,7 +47,7 @@ class NanoServingEngine:
         num_threads: threads of a forward pass; None takes the machine's cores.
         seed: source of the seeds of requests that bring none.
         on_progress: called as (done, total, kernel name) while kernels compile.
-        on_load: called as (bytes done, bytes in total, weight name) while weights are packed.
+        on_load, weight_cache: as ModelExecutor's.
 
     Raises:
         ValueError: naming the field, its value and its limit.
@@ -73,6 +73,7 @@ class NanoServingEngine:
         seed: int = 0,
         on_progress: Callable[[int, int, str], None] | None = None,
         on_load: Callable[[int, int, str], None] | None = None,
+        weight_cache: bool = True,
     ) -> None:
         for name, value in (
             ("kv_cache_pages", kv_cache_pages),
@@ -93,6 +94,7 @@ class NanoServingEngine:
         if num_threads is not None:
             whole_number("num_threads", num_threads, 1, 4096)
         truth("enable_prefix_cache", enable_prefix_cache)
+        truth("weight_cache", weight_cache)
         self.config = config
         self.eos_token_ids = _eos_ids(config, eos_token_id)
         precision = Precision() if precision is None else precision
@@ -109,6 +111,7 @@ class NanoServingEngine:
             num_threads=num_threads,
             on_progress=on_progress,
             on_load=on_load,
+            weight_cache=weight_cache,
         )
         self.radix_mgr = RadixCacheManager(self.kv_pool, enabled=enable_prefix_cache)
         self.batcher = ContinuousBatcher(

@@ -61,6 +61,8 @@ if TYPE_CHECKING:
         PoolExhausted,
         StepExecutor,
         ThreadPool,
+        WeightArena,
+        checksum,
         paged_attention,
     )
 else:
@@ -70,6 +72,17 @@ else:
     PoolExhausted = _module.PoolExhausted
     StepExecutor = _module.StepExecutor
     ThreadPool = _module.ThreadPool
+    WeightArena = _module.WeightArena
+    checksum = _module.checksum
     paged_attention = _module.paged_attention
 
-__all__ = ["KVCachePool", "PageTable", "PoolExhausted", "StepExecutor", "ThreadPool", "paged_attention"]
+__all__ = [
+    "KVCachePool",
+    "PageTable",
+    "PoolExhausted",
+    "StepExecutor",
+    "ThreadPool",
+    "WeightArena",
+    "checksum",
+    "paged_attention",
+]

@@ -14,7 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own rank and below. `errors` and `native` are below everything; `observe` imports nothing.
 RANKS = [
-    {"checks", "checkpoint_json", "errors", "native", "observe"},
+    {"checks", "checkpoint_json", "errors", "machine_memory", "native", "observe"},
     {
         "sampling",
         "sampler",
@@ -28,9 +28,10 @@ RANKS = [
     },
     {"cache", "kernels", "text"},
     {"scheduling", "models", "paged"},
+    {"packed_form", "weight_cache"},
     {"packed_weights"},
     {"bound_op"},
-    {"executor", "memory_plan", "machine_memory"},
+    {"executor", "memory_plan"},
     {"nano_engine"},
     {"outputs", "text_request"},
     {"llm"},

@@ -118,6 +118,8 @@ ENGINE = (
            "the model's, or what fits"),
     Option("max_num_seqs", ("--max-num-seqs",), int, _MEMORY, "COUNT", "Most sequences that run at once.", "32"),
     Option("num_threads", ("--threads",), int, _MEMORY, "COUNT", "Threads of a forward pass.", "this process's cores"),
+    Option("weight_cache", ("--weight-cache/--no-weight-cache",), bool, _MEMORY, None,
+           "Keep packed weights on disk, for a faster start the next time.", "yes"),
     Option("dtype", ("--dtype",), str, _MEMORY, "TYPE",
            "Arithmetic of the forward pass: auto, float32 or bfloat16. auto is bfloat16 for a checkpoint stored so on a CPU "
            "that multiplies it, else float32.", "auto"),

@@ -51,8 +51,9 @@ def plan(
     """
     from nanoserve.memory_plan import plan_memory
 
-    if "num_threads" in engine:
-        raise ValueError("--threads: changes nothing about memory, leave it out")
+    for field, flag in (("num_threads", "--threads"), ("weight_cache", "--weight-cache")):
+        if field in engine:
+            raise ValueError(f"{flag}: changes nothing about memory, leave it out")
     memory_bytes = None if memory is None else parse_size("--memory", memory)
     choice = [engine.pop("dtype", "auto"), engine.pop("quantization", None), engine.pop("kv_cache_dtype", "auto")]
     config, weights = _look_at(model, engine.pop("revision", None), choice)
