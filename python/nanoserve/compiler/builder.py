@@ -98,6 +98,9 @@ class Value:
     def __or__(self, other: Operand) -> Value:
         return _binary(arith.ori, None, self, other)
 
+    def __xor__(self, other: Operand) -> Value:
+        return _binary(arith.xori, None, self, other)
+
     def __lshift__(self, other: Operand) -> Value:
         return _binary(arith.shli, None, self, other)
 
@@ -264,7 +267,7 @@ def imin(a: Operand, b: Operand) -> Value:
     return Value(arith.minsi(index(a).ir, index(b).ir))
 
 
-def ceildiv(a: Value, b: int) -> Value:
+def ceildiv(a: Value, b: Operand) -> Value:
     return (a + (b - 1)) // b
 
 
