@@ -153,7 +153,9 @@ def test_panels_fit_their_rows_and_share_the_work(n: int) -> None:
         width = gemm.panel_width(n, target)
         assert -(-n // width) * width <= -(-n // 64) * 64
         assert n < 32 or -(-n // width) >= 2
-        assert (max(gemm.row_tiles(width, target)) + 1) * (width // 16) + 1 <= target.budget
+        tiles = gemm.row_tiles(width, target)
+        assert (max(*tiles.single, tiles.large) + 1) * (width // 16) + 1 <= target.budget
+        assert tiles.single[0] >= tiles.large > tiles.small >= tiles.single[-1] == 1
 
 
 def test_pack_puts_every_weight_where_the_kernel_looks() -> None:

@@ -98,6 +98,9 @@ class Value:
     def __or__(self, other: Operand) -> Value:
         return _binary(arith.ori, None, self, other)
 
+    def __xor__(self, other: Operand) -> Value:
+        return _binary(arith.xori, None, self, other)
+
     def __lshift__(self, other: Operand) -> Value:
         return _binary(arith.shli, None, self, other)
 
@@ -278,7 +281,7 @@ def imax(a: Operand, b: Operand) -> Value:
     return Value(arith.maxsi(index(a).ir, index(b).ir))
 
 
-def ceildiv(a: Value, b: int) -> Value:
+def ceildiv(a: Value, b: Operand) -> Value:
     return (a + (b - 1)) // b
 
 

@@ -60,9 +60,9 @@ class Buffer:
     def store(self, value: Value, *at: Operand) -> None:
         vector.store(value.ir, self.ir, self._at(at))
 
-    def prefetch(self, *at: Operand, locality: int = 3) -> None:
+    def prefetch(self, *at: Operand, locality: int = 3, write: bool = False) -> None:
         """Ask for a cache line; locality 3 is L1, 2 is L2. The address may lie past the end."""
-        memref.prefetch(self.ir, self._at(at), False, locality, True)
+        memref.prefetch(self.ir, self._at(at), write, locality, True)
 
 
 def scratch(*shape: int, element: str = "f32") -> Buffer:

@@ -89,20 +89,28 @@ def erf(x: Value) -> Value:
     return select(a < 0.9, small, large)
 
 
+def bf16_pairs(lanes: Value, target: Target) -> Value:
+    """16 32-bit lanes as dot_bf16 takes them."""
+    return bitcast(lanes, "bf16", lanes=2) if target.bf16_dot else lanes
+
+
 def dot_bf16(acc: Value, a: Value, b: Value, target: Target) -> Value:
-    """acc + a0 * b0 + a1 * b1 in float32, of bfloat16 pairs in 16 32-bit lanes."""
+    """acc + a0 * b0 + a1 * b1 in float32, of bf16_pairs."""
     if target.bf16_dot:
-        pairs = [bitcast(v, "bf16", lanes=2) for v in (a, b)]
-        return intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", acc, *pairs)
+        return intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", acc, a, b)
     acc = fma(bitcast(a << 16, "f32"), bitcast(b << 16, "f32"), acc)
     return fma(bitcast(a & -65536, "f32"), bitcast(b & -65536, "f32"), acc)
 
 
+def int8_fours(lanes: Value, target: Target) -> Value:
+    """16 32-bit lanes as dot_int8 takes them."""
+    return bitcast(lanes, "i8", lanes=4) if target.int8_dot else lanes
+
+
 def dot_int8(acc: Value, a: Value, b: Value, target: Target) -> Value:
-    """acc + the sum of a_i * b_i over four unsigned bytes a and four signed bytes b in each of 16 int32 lanes."""
+    """acc + the sum of a_i * b_i over four unsigned bytes a and four signed bytes b in each int32 lane, of int8_fours."""
     if target.int8_dot:
-        fours = [bitcast(v, "i8", lanes=4) for v in (a, b)]
-        return intrinsic("llvm.x86.avx512.vpdpbusd.512", acc, *fours)
+        return intrinsic("llvm.x86.avx512.vpdpbusd.512", acc, a, b)
     for at in (0, 8, 16, 24):
         acc = acc + ((a >> at) & 255) * signed_shift_right(b << (24 - at), 24)
     return acc

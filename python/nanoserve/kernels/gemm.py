@@ -19,8 +19,8 @@ A gated GEMM has a weight of 2 * N rows, gate then up, and stores act(gate) * up
 alternate, gate and up of the same columns.
 
 Work units are (panel, block of ROW_BLOCK rows), panel-major: unit t is panel t // RB, row block t % RB, RB = ceil(m /
-ROW_BLOCK). In a block rows go by full tiles, then by one smaller tile; rows beyond m are neither read nor written: the
-last tile may compute a row twice but stores it once.
+ROW_BLOCK). A block of few rows is one register tile, which reads the panel from memory; one of more is several, the first of
+which bring in the next panel. Rows beyond m are neither read nor written: the last tile may compute a row twice.
 
 Columns n >= N of y, up to the padded N, are written with what the zero padding gives (act(0) is 0, or y + that).
 """
@@ -28,6 +28,7 @@ Columns n >= N of y, up to the padded N, are written with what the zero padding 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nanoserve.compiler.target import Target, host
@@ -50,25 +51,36 @@ _K_BLOCK_BYTES = 512 * 1024  # of a panel: what stays in a core's L2 beside x
 _AHEAD_BYTES = 8192  # how far ahead of its use a panel is asked for while it streams from memory
 
 
-def panel_width(n: int, target: Target | None = None) -> int:
-    """Columns of a packed panel.
+@dataclass(frozen=True, slots=True)
+class RowTiles:
+    """How the rows of a block are cut into register tiles.
 
-    As many as the registers allow, but at least two panels where there are two vectors' worth, so that threads share the
-    work, and never so many that padding exceeds round_up(n, 64), the room every row has.
+    Attributes:
+        single: rows of the tiles one of which takes a whole block of few rows, largest first, down to 1.
+        large, small: rows of the tiles that a block of more rows is a mix of: as few rows as possible are computed twice.
     """
-    budget = (host() if target is None else target).budget
-    for width in (48, 32):
-        fits = 9 * width // 16 + 1 <= budget  # 8 rows of accumulators, one of weights, a broadcast
-        if fits and n > width and _round_up(n, width) <= _round_up(n, 64):
-            return width
-    return 16
+
+    single: tuple[int, ...]
+    large: int
+    small: int
 
 
-def row_tiles(width: int, target: Target) -> tuple[int, ...]:
-    """Rows of a register tile, largest first: rows * vectors accumulators, the vectors of weights, one broadcast."""
+def panel_width(n: int, target: Target | None = None) -> int:
+    """Columns of a packed panel: two vectors where the registers hold 8 rows of them, else one.
+
+    Three would take fewer loads per multiply-add, but loads are not what is short, and with two a tile may have 12 rows.
+    """
+    fits = (host() if target is None else target).budget >= (8 + 1) * 2 + 1
+    return 32 if fits and n > 32 else 16
+
+
+def row_tiles(width: int, target: Target) -> RowTiles:
+    """Tiles that fit the registers: rows * vectors accumulators, the vectors of weights, one broadcast."""
     vectors = width // 16
-    largest = 8 if 9 * vectors + 1 <= target.budget else 6 if 7 * vectors + 1 <= target.budget else 4
-    return tuple(rows for rows in (8, 6, 4, 2, 1) if rows <= largest and (rows != 6 or largest == 6))
+    most = max(2, (target.budget - 1) // vectors - 1)
+    if most >= 12:
+        return RowTiles((12, 8, 4, 2, 1), 8, 6)
+    return RowTiles((6, 4, 2, 1), 6, 4) if most >= 6 else RowTiles((2, 1), 2, 1)
 
 
 def gemm_spec(
@@ -120,6 +132,26 @@ def gemm_spec(
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a panel's part of a unit takes place, in the code being built.
+
+    Attributes:
+        panel: of the weight.
+        following: the one this thread reads next, or the same.
+        column: of y.
+        first, last: rows of the block.
+        to: column of the scratch memory for sums.
+    """
+
+    panel: Value
+    following: Value
+    column: Value
+    first: Value
+    last: Value
+    to: Value
+
+
 def build(
     symbol: str, target: Target, *, k: int, n: int, ldx: int, ldy: int, x: str, dtype: str, y: str, bias: bool,
     activation: str | None, residual: bool, scale: float, softcap: float, gated: bool,
@@ -138,7 +170,7 @@ def build(
         zeros,
     )
     from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop, scratch, when
-    from nanoserve.compiler.vector_math import activate, dot_bf16, dot_int8, soft_cap
+    from nanoserve.compiler.vector_math import activate, bf16_pairs, dot_bf16, dot_int8, int8_fours, soft_cap
 
     width = panel_width(n, target)
     vectors = range(0, width, 16)
@@ -147,6 +179,7 @@ def build(
     tiles = row_tiles(width, target)
     group = GROUP[dtype]
     depth = -(-k // group)  # steps of the inner loop
+    line = 64 // (group * WEIGHT_BYTES[dtype])  # lanes (of a group) in a cache line
     step_bytes = group * width * WEIGHT_BYTES[dtype]
     # The last step of a pair may be half a one; it is no part of the loop, and goes with the one block there is then.
     is_odd = group == 2 and k % 2 == 1
@@ -171,68 +204,124 @@ def build(
         given = dict(zip(arguments, values, strict=True))
         rows_in, weight, out, m = given["x"], given["w"], given["y"], given["m"]
         row_blocks = ceildiv(m, ROW_BLOCK)
-        # What full tiles ask into L2 (smaller ones outrun nothing: they wait for memory either way). One tile: the panel
-        # itself, 8 KiB ahead; several: the next panel, while this one is used again.
-        ahead = select(m <= tiles[0], index(_AHEAD_BYTES // step_bytes), depth)
         # Accumulators on their way to the epilogue, or to the next block of k; with room for rows a last tile repeats.
-        sums = scratch(ROW_BLOCK + tiles[0], parts * width, element=sum_type)
+        sums = scratch(ROW_BLOCK + tiles.single[0], parts * width, element=sum_type)
+
+        def operand(lanes: Value) -> Value:
+            if x == "f32":
+                return widen(lanes)
+            return bf16_pairs(lanes, target) if x == "bf16" else int8_fours(lanes, target)
+
+        def dot(acc: Value, a: Value, b: Value) -> Value:
+            if x == "f32":
+                return fma(a, b, acc)
+            return (dot_bf16 if x == "bf16" else dot_int8)(acc, a, b, target)
 
         def multiply(
             row: list[Value], at: Value, loaded: list[Value], acc: list[Value], half: bool = False
         ) -> list[Value]:
             """Accumulators after step `at`; `half` takes the first k of a pair only."""
 
-            def each(k_at: Value, panel_row: list[Value], acc: list[Value], dot: Any) -> list[Value]:
+            def each(k_at: Value, panel_row: list[Value], acc: list[Value]) -> list[Value]:
                 result = []
                 for i, row_at in enumerate(row):
                     a = rows_in[row_at, k_at]
-                    a = splat(a & 0xFFFF if half and x == "bf16" else a)
+                    a = operand(splat(a & 0xFFFF if half and x == "bf16" else a))
                     result += [dot(acc[i * len(vectors) + j], a, b) for j, b in enumerate(panel_row)]
                 return result
 
-            if dtype == "i8":
-                return each(at, loaded, acc, lambda c, a, b: dot_int8(c, a, b, target))
-            if x == "bf16":
-                return each(at, loaded, acc, lambda c, a, b: dot_bf16(c, a, b, target))
-            if dtype != "bf16":
-                return each(at, [widen(v) for v in loaded], acc, lambda c, a, b: fma(a, b, c))
-            acc = each(at * 2, [bitcast(v << 16, "f32") for v in loaded], acc, lambda c, a, b: fma(a, b, c))
-            if half:
-                return acc
-            high = [bitcast(v & -65536, "f32") for v in loaded]
-            return each(at * 2 + 1, high, acc, lambda c, a, b: fma(a, b, c))
+            if x == "f32" and dtype == "bf16":
+                acc = each(at * 2, [bitcast(v << 16, "f32") for v in loaded], acc)
+                return acc if half else each(at * 2 + 1, [bitcast(v & -65536, "f32") for v in loaded], acc)
+            return each(at, [operand(v) for v in loaded], acc)
 
         def tile(
             rows: int,
-            panel: Value,
-            to: Value,
-            first: Value,
+            place: Place,
             start: Value,
-            last: Value,
             begin: Value,
             end: Value,
+            ask: tuple[Value, Value],
+            share: int,
         ) -> None:
-            """sums[start - first ...][to ...] = (or +=, from the second k block on) x[start : start + rows] @ panel."""
-            row = [imin(start + i, last) for i in range(rows)]
+            """sums = (or +=, from the second k block on) x[start : start + rows] @ panel, over the steps [begin, end).
+
+            Meanwhile 1 / share of the lines of a panel are asked for, from element ask[1] of panel ask[0] on.
+            """
+            row = [imin(start + i, place.last) for i in range(rows)]
+
+            @loop(0, rows)
+            def _(i: Value) -> None:  # these rows of y will be written, and are in no near cache
+                for j in range(0, width, 16 if y == "f32" else 32):
+                    out.prefetch(imin(start + i, place.last), place.column + j, write=True)
+
+            slot = start - place.first
             if whole > block:
-                acc = [sums.load(start - first + i, to + j) for i in range(rows) for j in vectors]
+                acc = [sums.load(slot + i, place.to + j) for i in range(rows) for j in vectors]
             else:
                 acc = [zeros(element=sum_type) for _ in range(rows) for _ in vectors]
+            unroll = next(
+                u for u in ((4, 2, 1) if rows == 1 else (2, 1) if rows <= 8 else (1,)) if whole % u == 0
+            )
+            lines = -(-unroll * width // (line * share))
 
-            @loop(begin, end, carry=acc)
+            @loop(begin, end, unroll, carry=acc)
             def total(at: Value, acc: list[Value]) -> list[Value]:
-                loaded = [weight.load(panel, at, j) for j in vectors]
-                for j in vectors if rows == tiles[0] else ():
-                    weight.prefetch(panel, at + ahead, j, locality=2)
-                return multiply(row, at, loaded, acc)
+                for i in range(lines):
+                    weight.prefetch(ask[0], 0, ask[1] + at // unroll * (lines * line) + i * line, locality=2)
+                for step in (at + i if i else at for i in range(unroll)):
+                    loaded = [weight.load(place.panel, step, j) for j in vectors]
+                    acc = multiply(row, step, loaded, acc)
+                return acc
 
             if is_odd:
-                total = multiply(
-                    row, index(whole), [weight.load(panel, whole, j) for j in vectors], total, half=True
-                )
+                loaded = [weight.load(place.panel, whole, j) for j in vectors]
+                total = multiply(row, index(whole), loaded, total, half=True)
             for i in range(rows):
                 for j, at in enumerate(vectors):
-                    sums.store(total[i * len(vectors) + j], start - first + i, to + at)
+                    sums.store(total[i * len(vectors) + j], slot + i, place.to + at)
+
+        def all_tiles(place: Place, begin: Value, end: Value) -> None:
+            """sums of all rows of a block over the steps [begin, end)."""
+            count, biggest = place.last + 1 - place.first, tiles.single[0]
+            # One tile uses a panel as it comes from memory, and asks for it some way ahead.
+            for rows, smaller in zip(tiles.single, (*tiles.single[1:], 0), strict=True):
+
+                @when((count > smaller) & (count <= rows))
+                def _(rows: int = rows) -> None:
+                    tile(
+                        rows,
+                        place,
+                        place.first,
+                        begin,
+                        end,
+                        (place.panel, index(_AHEAD_BYTES // 64 * line)),
+                        1,
+                    )
+
+            # Several use it again from L2: the first two or three ask for the next panel.
+            @when(count > biggest)
+            def _() -> None:
+                num_tiles = ceildiv(count, tiles.large)
+                num_small = imin(num_tiles, (num_tiles * tiles.large - count) // (tiles.large - tiles.small))
+                num_large = num_tiles - num_small
+
+                askers = imin(num_tiles, 3)
+                part_of_panel = ceildiv(index(depth * width // line), askers) * line
+
+                def run(rows: int, low: Value, high: Value) -> None:
+                    @loop(low, high)
+                    def _(t: Value) -> None:
+                        start = place.first + num_large * tiles.large + (t - num_large) * rows
+                        asks = t < askers
+                        ask = (
+                            select(asks, place.following, place.panel),
+                            select(asks, t * part_of_panel, index(0)),
+                        )
+                        tile(rows, place, start, begin, end, ask, 2)
+
+                run(tiles.large, index(0), num_large)
+                run(tiles.small, num_large, num_tiles)
 
         def finish(row: Value, slot: Value, to: int, column: Value) -> Value:
             """The value of 16 sums before the activation."""
@@ -247,39 +336,27 @@ def build(
             panel = unit // row_blocks
             first = unit % row_blocks * ROW_BLOCK
             stop = imin(first + ROW_BLOCK, m)
-            last = stop - 1
-
-            def all_tiles(part: Value, begin: Value, end: Value) -> None:
-                # A full tile also takes what is more than the next smaller one can.
-                full = (stop - first + (tiles[0] - tiles[1] - 1)) // tiles[0]
-                after = first + full * tiles[0]
-                source = panel * parts + part
-
-                @loop(first, after, tiles[0])
-                def _(start: Value) -> None:
-                    tile(tiles[0], source, part * width, first, start, last, begin, end)
-
-                for rows, smaller in zip(tiles[1:], (*tiles[2:], 0), strict=True):
-                    left = stop - after
-
-                    @when((left > smaller) & (left <= rows))
-                    def _(rows: int = rows) -> None:
-                        tile(rows, source, part * width, first, after, last, begin, end)
 
             @loop(0, parts)
             def _(part: Value) -> None:
+                source = panel * parts + part
+                is_last = source + 1 > ceildiv(given["end"], row_blocks) * parts - 1
+                place = Place(
+                    panel=source, following=select(is_last, source, source + 1), column=panel * width, first=first,
+                    last=stop - 1, to=part * width,
+                )  # fmt: skip
                 if whole <= block:
-                    all_tiles(part, index(0), index(whole))
+                    all_tiles(place, index(0), index(whole))
                     return
 
                 @loop(0, ROW_BLOCK)
                 def _(i: Value) -> None:
                     for j in vectors:
-                        sums.store(zeros(element=sum_type), i, part * width + j)
+                        sums.store(zeros(element=sum_type), i, place.to + j)
 
                 @loop(0, whole, block)
                 def _(begin: Value) -> None:
-                    all_tiles(part, begin, imin(begin + block, whole))
+                    all_tiles(place, begin, imin(begin + block, whole))
 
             @loop(first, stop)
             def _(row: Value) -> None:
