@@ -52,7 +52,12 @@ class OpBinder:
     """
 
     def __init__(
-        self, config: ModelConfig, precision: Precision, native: StepExecutor, page_size: int, weights: PackedWeights
+        self,
+        config: ModelConfig,
+        precision: Precision,
+        native: StepExecutor,
+        page_size: int,
+        weights: PackedWeights,
     ) -> None:
         self._config = config
         self._precision = precision

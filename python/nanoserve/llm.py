@@ -15,15 +15,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from nanoserve.checks import shown
 from nanoserve.errors import CheckpointError, RequestRefused
 from nanoserve.memory_plan import plan_memory
 from nanoserve.models.checkpoint import checkpoint_directory, load_weights
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.weights import loaded_bytes, stored_dtype
 from nanoserve.nano_engine import NanoServingEngine, as_list, params_per_prompt
-from nanoserve.precision import choose_precision
 from nanoserve.outputs import RequestOutput, TextDelta
+from nanoserve.precision import choose_precision
 from nanoserve.sampling import SamplingParams
 from nanoserve.text.chat_template import ChatTemplate
 from nanoserve.text.generation_config import GenerationConfig

@@ -187,7 +187,9 @@ def _activation_bytes(
     per_row = 0
     for buffer in buffers(config, precision.gemm_input).values():
         item = ELEMENT_BYTES[buffer.element]
-        per_row += StepExecutor.stride(buffer.cols, item) * item + (_FLOAT_BYTES if buffer.element == "u8" else 0)
+        per_row += StepExecutor.stride(buffer.cols, item) * item + (
+            _FLOAT_BYTES if buffer.element == "u8" else 0
+        )
     logits = StepExecutor.logits_stride(config.vocab_size)
     ropes = {config.layer_rope(layer) for layer in range(config.n_layer)} - {None}
     halves = 1 if config.switch_len is None or config.switch_len >= positions else 2

@@ -99,7 +99,12 @@ class NanoServingEngine:
         self.eos_token_ids = _eos_ids(config, eos_token_id)
         precision = Precision() if precision is None else precision
         self.kv_pool = KVCachePool(
-            kv_cache_pages, page_size, config.n_layer, config.kv_heads, config.dim_per_head, precision.kv_element
+            kv_cache_pages,
+            page_size,
+            config.n_layer,
+            config.kv_heads,
+            config.dim_per_head,
+            precision.kv_element,
         )
         self.executor = ModelExecutor(
             config,

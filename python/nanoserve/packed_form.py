@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoserve.kernels import gemm
+from nanoserve.kernels import panels as packing
 from nanoserve.models.weights import BoundWeight
 
 Shape = tuple[int, ...]
@@ -40,32 +40,44 @@ def rows(dtype: str) -> PackedForm:
     return PackedForm(f"rows {dtype}", lambda shape: [(shape, _element(dtype))], _fill_rows)
 
 
-def panels(dtype: str) -> PackedForm:
-    """A GEMM's weight, of the dtype it is stored in."""
+def panels(dtype: str, *, gated: bool = False) -> PackedForm:
+    """A GEMM's weight: "f32" and "f16" of one that is stored so, "bf16" of any, rounded; "i8" with its scales and sums."""
+
+    def arrays(shape: Shape) -> Sequence[ArraySpec]:
+        specs: list[ArraySpec] = [
+            (packing.packed_shape(shape[0], shape[1], dtype, gated=gated), _element(dtype))
+        ]
+        if dtype == "i8":
+            outputs = (packing.num_outputs(shape[0], gated=gated),)
+            specs += [(outputs, "float32"), (outputs, "int32")]
+        return specs
 
     def fill(weight: BoundWeight, arrays: Sequence[NDArray[Any]]) -> None:
-        gemm.pack(weight, dtype=dtype, out=arrays[0])
+        if dtype == "i8":
+            packed = packing.pack_int8(weight, gated=gated, out=arrays[0])
+            arrays[1][:], arrays[2][:] = packed.scale, packed.sums
+        else:
+            as_stored = dtype in ("f32", weight.dtype)
+            rows = weight if as_stored else packing.RoundedRows(weight)
+            packing.pack(rows, dtype=dtype, gated=gated, out=arrays[0])
 
-    return PackedForm(
-        f"panels {dtype}", lambda shape: [(gemm.packed_shape(shape[0], shape[1]), _element(dtype))], fill
-    )
+    return PackedForm(f"panels {dtype}{' gated' if gated else ''}", arrays, fill)
 
 
-def bias() -> PackedForm:
+def bias(*, gated: bool = False) -> PackedForm:
     """A GEMM's bias."""
 
     def fill(weight: BoundWeight, arrays: Sequence[NDArray[Any]]) -> None:
-        arrays[0][:] = gemm.pack_bias(weight[:])
+        arrays[0][:] = packing.pack_bias(weight[:], gated=gated)
 
     def arrays(shape: Shape) -> Sequence[ArraySpec]:
-        panel_count, _, width = gemm.packed_shape(shape[0], 1)
-        return [((panel_count * width,), "float32")]
+        return [((packing.num_outputs(shape[0], gated=gated),), "float32")]
 
-    return PackedForm("bias", arrays, fill)
+    return PackedForm(f"bias{' gated' if gated else ''}", arrays, fill)
 
 
 def _element(dtype: str) -> str:
-    return "float32" if dtype == "f32" else "uint16"
+    return np.dtype(packing.STORED[dtype]).name
 
 
 def _fill_rows(weight: BoundWeight, arrays: Sequence[NDArray[Any]], step: int = 4096) -> None:

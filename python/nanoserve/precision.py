@@ -88,5 +88,7 @@ def choose_precision(
         arithmetic = "bfloat16" if stored == "bf16" and has_dot else "float32"
     else:
         arithmetic = str(dtype)
-    kv_cache = kv_cache_dtype if kv_cache_dtype != "auto" else "float32" if arithmetic == "float32" else "bfloat16"
+    kv_cache = (
+        kv_cache_dtype if kv_cache_dtype != "auto" else "float32" if arithmetic == "float32" else "bfloat16"
+    )
     return Precision(arithmetic, kv_cache)

@@ -77,7 +77,9 @@ def test_a_row_that_is_not_finite_has_no_finite_scale(bad: float, at: int) -> No
 @pytest.mark.parametrize("kind", norm.KINDS)
 @pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "u8"])
-def test_a_norm_writes_what_converting_its_float32_would(cols: int, kind: str, gather: bool, dtype: str) -> None:
+def test_a_norm_writes_what_converting_its_float32_would(
+    cols: int, kind: str, gather: bool, dtype: str
+) -> None:
     bias = kind == "layernorm"
     x, operands = random(9, padded(cols)), [random(cols) for _ in range(1 + bias)]
     rows = [np.array([4, 1, 8, 4], np.int32)] if gather else []
@@ -89,7 +91,14 @@ def test_a_norm_writes_what_converting_its_float32_would(cols: int, kind: str, g
     expected, out = np.zeros((count, ldo), item), np.zeros((count, ldo), item)
     scales, expected_scales = np.zeros(count, np.float32), np.zeros(count, np.float32)
     more = [scales] if dtype == "u8" else []
-    call(convert.convert_spec(cols, ldo, ldo, dtype), wide, expected, *([expected_scales] if more else []), 0, count)
+    call(
+        convert.convert_spec(cols, ldo, ldo, dtype),
+        wide,
+        expected,
+        *([expected_scales] if more else []),
+        0,
+        count,
+    )
     spec = norm.norm_spec(*sizes, bias=bias, gather=gather, dtype=dtype)
     call(spec, x, *rows, *operands, out, *more, 0, 2)
     call(spec, x, *rows, *operands, out, *more, 2, count)

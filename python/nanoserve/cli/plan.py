@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nanoserve.memory_plan import MemoryPlan
     from nanoserve.models.config import ModelConfig
 
+_CHOICE = {"dtype": "auto", "quantization": None, "kv_cache_dtype": "auto"}  # LLM's defaults
 _WEIGHTS = {
     "float32": "as stored: 16 bits are widened in the kernels; arithmetic in float32",
     "bfloat16": "bfloat16, and so is the arithmetic",
@@ -55,7 +56,7 @@ def plan(
         if field in engine:
             raise ValueError(f"{flag}: changes nothing about memory, leave it out")
     memory_bytes = None if memory is None else parse_size("--memory", memory)
-    choice = [engine.pop("dtype", "auto"), engine.pop("quantization", None), engine.pop("kv_cache_dtype", "auto")]
+    choice = {name: engine.pop(name, default) for name, default in _CHOICE.items()}
     config, weights = _look_at(model, engine.pop("revision", None), choice)
     made = plan_memory(config, memory_bytes=memory_bytes, **weights, **engine)
     if as_json:
@@ -66,7 +67,7 @@ def plan(
     console.print(_concurrency(made))
 
 
-def _look_at(model: str, revision: str | None, choice: list[Any]) -> tuple[ModelConfig, dict[str, Any]]:
+def _look_at(model: str, revision: str | None, choice: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
     """Config, and what plan_memory is to know of the weights: from their files, else from the dtype config.json names."""
     from nanoserve.models.checkpoint import checkpoint_directory, load_weights
     from nanoserve.models.config import ModelConfig
@@ -83,12 +84,12 @@ def _look_at(model: str, revision: str | None, choice: list[Any]) -> tuple[Model
         return config, _as_config_says(config, directory / "config.json", choice)
     tensors = load_weights(directory)
     stored = sum(tensor.nbytes for tensor in tensors.values())
-    precision = choose_precision(*choice, stored_dtype(config, tensors))
+    precision = choose_precision(**choice, stored=stored_dtype(config, tensors))
     weight_bytes = loaded_bytes(config, tensors, precision)
     return config, {"stored_bytes": stored, "weight_bytes": weight_bytes, "precision": precision}
 
 
-def _as_config_says(config: ModelConfig, file: Path, choice: list[Any]) -> dict[str, Any]:
+def _as_config_says(config: ModelConfig, file: Path, choice: dict[str, Any]) -> dict[str, Any]:
     """The same without weight files: their dtype is what config.json says."""
     from nanoserve.checkpoint_json import read_object
     from nanoserve.models.config_file import MAX_CONFIG_BYTES
@@ -98,7 +99,7 @@ def _as_config_says(config: ModelConfig, file: Path, choice: list[Any]) -> dict[
     raw = read_object(file, MAX_CONFIG_BYTES)
     named = raw.get("dtype", raw.get("torch_dtype"))
     stored = {"bfloat16": "bf16", "float16": "f16"}.get(named, "f32") if isinstance(named, str) else "f32"
-    precision = choose_precision(*choice, stored)
+    precision = choose_precision(**choice, stored=stored)
     return {"weight_bytes": expected_bytes(config, stored, precision), "precision": precision}
 
 

@@ -14,14 +14,27 @@ from collections.abc import Callable
 from typing import Any
 
 from nanoserve.compiler.bindings import mlir
-from nanoserve.compiler.builder import LANES, Operand, Value, bitcast, chunks, const, htree, narrow, select, vector_of
+from nanoserve.compiler.builder import (
+    LANES,
+    Operand,
+    Value,
+    bitcast,
+    chunks,
+    const,
+    htree,
+    narrow,
+    select,
+    vector_of,
+)
 from nanoserve.compiler.control import Buffer, array, loop, over, scratch
 
 _mlir = mlir()
 arith, math = _mlir.arith, _mlir.math
 
 ITEM_BYTES = {"f32": 4, "bf16": 2, "u8": 1}  # of a row's elements
-_SMALLEST = 1e-30  # a row of zeros has this for its largest value: no division by zero, and far above denormals
+_SMALLEST = (
+    1e-30  # a row of zeros has this for its largest value: no division by zero, and far above denormals
+)
 
 
 def row_arguments(dtype: str, ld: int, rows: int) -> dict[str, str]:
@@ -58,7 +71,8 @@ class RowOutput:
 
     def _quantise(self, row: Operand, value: Callable[[Operand, int], Value], first: Operand) -> None:
         kept, scales = self._kept, self._scales
-        assert kept is not None and scales is not None
+        assert kept is not None
+        assert scales is not None
 
         def larger(at: Operand, width: int, before: Value) -> Value:
             v = value(at, width)

@@ -56,7 +56,9 @@ Item = (
 _GROUPS = BLOCK // 16
 _MASKED = -3.0e38  # below every score, and finite: the difference of two of them is 0, not NaN
 _MAX_ROWS = 16  # of a tile
-_BLOCK_BYTES = 256 * 1024  # of keys and values of the heads of an item: with what is asked for ahead, half of a core's L2
+_BLOCK_BYTES = (
+    256 * 1024
+)  # of keys and values of the heads of an item: with what is asked for ahead, half of a core's L2
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ def build(
         zeros,
     )
     from nanoserve.compiler.control import UNBOUNDED, array, either, helper, kernel, loop, scratch, when
-    from nanoserve.compiler.vector_math import dot_bf16, exp, soft_cap
+    from nanoserve.compiler.vector_math import bf16_pairs, dot_bf16, exp, soft_cap
 
     group, by_head = h // kv, across == "heads"
     columns = chunks(d)
@@ -195,7 +197,8 @@ def build(
             return fma(b, a[0], acc)
         if dotted:
             # The instruction is for whole registers; what is left of a row of values is multiplied one by one.
-            return dot_bf16(acc, splat(a[0], b.width), b, target if b.width == 16 else replace(target, bf16_dot=False))
+            wide = target if b.width == 16 else replace(target, bf16_dot=False)
+            return dot_bf16(acc, bf16_pairs(splat(a[0], b.width), wide), bf16_pairs(b, wide), wide)
         acc = fma(bitcast(b << 16, "f32"), a[0], acc)
         return fma(bitcast(b & -65536, "f32"), a[1], acc)
 
@@ -318,7 +321,9 @@ def build(
                     new = []
                     for row in range(r):
                         a = multipliers(weights, rows[row], at_weight + token)
-                        new += [products(acc[row * len(part) + c], a, value) for c, value in enumerate(loaded)]
+                        new += [
+                            products(acc[row * len(part) + c], a, value) for c, value in enumerate(loaded)
+                        ]
                     return new
 
                 return inner
@@ -417,7 +422,10 @@ def build(
             for at in range(0, vectors_of_rows, 16):
                 all_top.store(const(_MASKED, "vector<16xf32>"), at)
                 all_sum.store(zeros(), at)
-            earliest, visible = position_of(index(0)), position_of(used - 1) + 1  # `visible`: what the last row sees
+            earliest, visible = (
+                position_of(index(0)),
+                position_of(used - 1) + 1,
+            )  # `visible`: what the last row sees
             start: Value | int = 0
             if window:
                 start = (earliest - imin(earliest, window - 1)) // BLOCK * BLOCK
@@ -427,13 +435,16 @@ def build(
 
                 Tile i of n heads asks for the i-th n-th of it, so that a page is fetched from its start to its end.
                 """
-                runs = (num_heads if by_head else index(1)) * (2 * page_size // 16)  # of a page, in this item's heads
+                runs = (num_heads if by_head else index(1)) * (
+                    2 * page_size // 16
+                )  # of a page, in this item's heads
                 page_number, run = tile * 8 // runs, tile * 8 % runs
                 for i in range(2 * _GROUPS):
                     page = index(table[table_off + (first + BLOCK) // page_size + page_number])
-                    ahead[i] = page * (kv * 2 * d // step * page_size) + (
-                        kv_head * (2 * page_size // 16) + run
-                    ) * unit
+                    ahead[i] = (
+                        page * (kv * 2 * d // step * page_size)
+                        + (kv_head * (2 * page_size // 16) + run) * unit
+                    )
                     run = run + 1
                     is_last = run > runs - 1
                     page_number = select(is_last, page_number + 1, page_number)
@@ -479,7 +490,20 @@ def build(
                         @when(sees > first)
                         def _() -> None:
                             groups = imin(ceildiv(sees - first, 16), _GROUPS)
-                            values(weights, scaled, k, v, table, result, ahead, table_off, head, first, groups, tile * r)
+                            values(
+                                weights,
+                                scaled,
+                                k,
+                                v,
+                                table,
+                                result,
+                                ahead,
+                                table_off,
+                                head,
+                                first,
+                                groups,
+                                tile * r,
+                            )
 
             @loop(index(field["first_segment"]), index(field["end_segment"]))
             def _(segment: Value) -> None:
@@ -513,7 +537,9 @@ def build(
                     @loop(0, used)
                     def _(row: Value) -> None:
                         for at, width in columns:
-                            parts.store(result.load(row, at, width=width), to + (2 * vectors_of_rows + at) + row * d)
+                            parts.store(
+                                result.load(row, at, width=width), to + (2 * vectors_of_rows + at) + row * d
+                            )
 
             @loop(0, num_parts)
             def _(number: Value) -> None:
@@ -525,7 +551,9 @@ def build(
                 @loop(0, used)
                 def _(row: Value) -> None:
                     for at, width in columns:
-                        result.store(parts.load(from_ + (2 * vectors_of_rows + at) + row * d, width=width), row, at)
+                        result.store(
+                            parts.load(from_ + (2 * vectors_of_rows + at) + row * d, width=width), row, at
+                        )
 
                 merge(top, sums, result, all_top, all_sum, all_result, scaled, own, used)
 

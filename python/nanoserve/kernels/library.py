@@ -30,7 +30,15 @@ OnProgress = Callable[[int, int, str], None]
 _log = logging.getLogger("nanoserve.kernels")
 
 # Compiler files that decide what code comes out; explain and the cache do not.
-_COMPILER_SOURCES = ("builder.py", "control.py", "vector_math.py", "row_output.py", "lowering.py", "jit.py", "target.py")
+_COMPILER_SOURCES = (
+    "builder.py",
+    "control.py",
+    "vector_math.py",
+    "row_output.py",
+    "lowering.py",
+    "jit.py",
+    "target.py",
+)
 
 
 @dataclass(frozen=True, slots=True)

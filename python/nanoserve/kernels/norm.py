@@ -123,10 +123,12 @@ def build(
                 scale = 1.0 / sqrt(squares * (1.0 / c) + eps)
 
                 def value(at: Any, width: int) -> Value:
-                    v = x.load(source, at + start, width=width)
+                    v: Value = x.load(source, at + start, width=width)
                     v = centred(v) * scale * weight.load(at, width=width)
                     if shift is not None:
                         v = v + shift.load(at, width=width)
-                    return out.load(row, at + start, width=width) + v if residual else v
+                    if residual:
+                        v = out.load(row, at + start, width=width) + v
+                    return v
 
                 output.write(row, value, start)

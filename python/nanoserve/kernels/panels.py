@@ -23,7 +23,7 @@ from nanoserve.kernels.gemm import GROUP, panel_width
 
 _BLOCK_BYTES = 4 * 1024 * 1024  # of a weight as float32: enough to pay for a hand-over between threads
 _THREADS = 4  # beyond these, memory is what packing waits for
-_STORED = {"f32": np.float32, "bf16": np.uint16, "f16": np.uint16, "i8": np.int8}
+STORED = {"f32": np.float32, "bf16": np.uint16, "f16": np.uint16, "i8": np.int8}  # NumPy types, by dtype
 
 
 class Rows(Protocol):
@@ -61,11 +61,48 @@ class Int8Weight:
         return self.panels.nbytes + self.scale.nbytes + self.sums.nbytes
 
 
+class RoundedRows:
+    """Any rows as bfloat16, rounded to nearest even; a NaN stays one."""
+
+    def __init__(self, weight: Rows) -> None:
+        self._weight = weight
+        self.shape = weight.shape
+
+    def __getitem__(self, rows: slice) -> Any:
+        return self._weight[rows]
+
+    def stored(self, begin: int, end: int) -> NDArray[np.uint16]:
+        rows = np.ascontiguousarray(self._weight[begin:end], dtype=np.float32)
+        bits = rows.view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return np.where(np.isnan(rows), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def packed_shape(
+    n: int, k: int, dtype: str, target: Target | None = None, *, gated: bool = False
+) -> tuple[int, ...]:
+    """Of the panels that a weight[N, K] becomes."""
+    parts, group = _parts(n, gated), GROUP[dtype]
+    width = panel_width(n // parts, target)
+    panels, depth = -(-(n // parts) // width), -(-k // group)
+    return (panels * parts, depth, width, *([group] if group > 1 else []))
+
+
+def num_outputs(n: int, target: Target | None = None, *, gated: bool = False) -> int:
+    """How many values per output lie beside the panels: as many as they have columns."""
+    panels, _, width = packed_shape(n, 1, "f32", target, gated=gated)
+    return panels * width
+
+
 def pack(
-    weight: Rows, target: Target | None = None, dtype: str = "f32", *, gated: bool = False
-) -> NDArray[Any]:
+    weight: Rows, target: Target | None = None, dtype: str = "f32", *, gated: bool = False,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:  # fmt: skip
     """weight[N, K] -> panels[.][depth][NR] of float32, or for "f16" and "bf16" (of NarrowRows) of uint16, the bits of each;
     [.][depth][NR][2] for "bf16".
+
+    Args:
+        out: where they go, C-contiguous; every element of it is written. None makes one.
 
     Raises:
         ValueError: a weight that is not a matrix, or one of odd height as a gated one.
@@ -76,10 +113,12 @@ def pack(
             return np.asarray(weight[begin:end], dtype=np.float32)
         return cast(NarrowRows, weight).stored(begin, end)
 
-    return _pack(weight.shape, dtype, target, gated, read)
+    return _pack(weight.shape, dtype, target, gated, read, out)
 
 
-def pack_int8(weight: Rows, target: Target | None = None, *, gated: bool = False) -> Int8Weight:
+def pack_int8(
+    weight: Rows, target: Target | None = None, *, gated: bool = False, out: NDArray[Any] | None = None
+) -> Int8Weight:
     """weight[N, K] -> its codes, scales and sums.
 
     An output of zeros has scale 0, and so has one whose scale would be subnormal (all below 1.5e-36): its products are lost in
@@ -107,7 +146,7 @@ def pack_int8(weight: Rows, target: Target | None = None, *, gated: bool = False
         sums[begin:end] = codes.sum(axis=1, dtype=np.int32)
         return codes
 
-    panels = _pack(weight.shape, "i8", target, gated, read)
+    panels = _pack(weight.shape, "i8", target, gated, read, out)
     return Int8Weight(panels, _pack_outputs(scale, target, gated), _pack_outputs(sums, target, gated))
 
 
@@ -120,7 +159,7 @@ def pack_bias(
 
 def _pack(
     shape: tuple[int, ...], dtype: str, target: Target | None, gated: bool,
-    read: Callable[[int, int], NDArray[Any]],
+    read: Callable[[int, int], NDArray[Any]], out: NDArray[Any] | None,
 ) -> NDArray[Any]:  # fmt: skip
     """Panels of the rows that `read(begin, end)` gives in the stored type."""
     if len(shape) != 2:
@@ -129,7 +168,9 @@ def _pack(
     n, k = shape[0] // parts, shape[1]
     width, group = panel_width(n, target), GROUP[dtype]
     panels, depth = -(-n // width), -(-k // group)
-    packed = np.empty((panels, parts, depth, width, group), dtype=_STORED[dtype])
+    if out is None:
+        out = np.empty(packed_shape(shape[0], k, dtype, target, gated=gated), dtype=STORED[dtype])
+    packed = out.reshape(panels, parts, depth, width, group)
     each = max(1, _BLOCK_BYTES // (4 * max(1, k) * width))
 
     def copy(job: tuple[int, int]) -> None:
@@ -149,7 +190,7 @@ def _pack(
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
         for _ in threads.map(copy, jobs):
             pass  # an error of a block is raised here
-    return packed.reshape(panels * parts, depth, width, *([group] if group > 1 else []))
+    return out
 
 
 def _pack_outputs(values: NDArray[Any], target: Target | None, gated: bool) -> NDArray[Any]:

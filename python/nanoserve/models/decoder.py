@@ -160,7 +160,9 @@ def _attention_half(config: ModelConfig, layer: int, gemm_input: str) -> Iterato
         "qkv", layer, config.layer_rope(layer), config.qk_norm, f"{at}.q_norm.weight", f"{at}.k_norm.weight"
     )
     yield Attention("qkv", "att", layer, config.window(layer))
-    yield from _onto_residual(config, "att", f"{at}.out", f"{at}.attn_post_norm", heads, config.out_bias, gemm_input)
+    yield from _onto_residual(
+        config, "att", f"{at}.out", f"{at}.attn_post_norm", heads, config.out_bias, gemm_input
+    )
 
 
 def _mlp_half(config: ModelConfig, layer: int, gemm_input: str) -> Iterator[Op]:
@@ -169,7 +171,9 @@ def _mlp_half(config: ModelConfig, layer: int, gemm_input: str) -> Iterator[Op]:
     up = f"{at}.gate_up" if gated else f"{at}.up"
     bias = _bias(config.mlp_bias, up)
     yield Gemm(source, "mlp", f"{up}.weight", c, width, bias, config.activation, gated=gated)
-    yield from _onto_residual(config, "mlp", f"{at}.down", f"{at}.mlp_post_norm", width, config.mlp_bias, gemm_input)
+    yield from _onto_residual(
+        config, "mlp", f"{at}.down", f"{at}.mlp_post_norm", width, config.mlp_bias, gemm_input
+    )
 
 
 def _normed_input(config: ModelConfig, name: str, gemm_input: str) -> Generator[Op, None, str]:
