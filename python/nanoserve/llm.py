@@ -82,7 +82,7 @@ class LLM:
         on_progress: OnProgress | None = None,
         **engine_options: Any,
     ) -> None:
-        choose_precision(dtype, quantization, kv_cache_dtype, "f32")  # refuse before anything is read
+        choose_precision(dtype, quantization, kv_cache_dtype, "f32", 2)  # refuse before anything is read
         if unknown := sorted(set(engine_options) - _ENGINE_OPTIONS):
             known = ", ".join(sorted(_ENGINE_OPTIONS))
             raise TypeError(f"{unknown[0]}: LLM has no such option; of the engine's it takes {known}")
@@ -95,7 +95,9 @@ class LLM:
         self.sampling_defaults, self.default_params = self._sampling_defaults()
         tensors = load_weights(directory)
         stored = stored_dtype(self.config, tensors)
-        self.precision = choose_precision(dtype, quantization, kv_cache_dtype, stored)
+        self.precision = choose_precision(
+            dtype, quantization, kv_cache_dtype, stored, self.config.dim_per_head
+        )
         plan = plan_memory(
             self.config, weight_bytes=loaded_bytes(self.config, tensors, self.precision),
             kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs, max_model_len=max_model_len,

@@ -61,19 +61,25 @@ class Precision:
 
 
 def choose_precision(
-    dtype: Any, quantization: Any, kv_cache_dtype: Any, stored: str, target: Target | None = None
+    dtype: Any,
+    quantization: Any,
+    kv_cache_dtype: Any,
+    stored: str,
+    head_dim: int,
+    target: Target | None = None,
 ) -> Precision:
     """What a user's choice comes to.
 
     Args:
         dtype: "float32", "bfloat16", or "auto": bfloat16 for a checkpoint stored so on a CPU that multiplies it, else float32.
         quantization: None or "int8", which takes the place of dtype's arithmetic.
-        kv_cache_dtype: "float32", "bfloat16", or "auto": float32 where the arithmetic is.
+        kv_cache_dtype: "float32", "bfloat16", or "auto": float32 where the arithmetic is, or the head size odd.
         stored: how the checkpoint stores most of its weights: f32, bf16 or f16.
+        head_dim: of the model's attention heads.
         target: the CPU, this one by default.
 
     Raises:
-        ValueError: a choice that is not known.
+        ValueError: a choice that is not known, or bfloat16 keys of an odd size (their numbers lie in pairs).
     """
     for name, value, known in (
         ("dtype", dtype, DTYPES), ("quantization", quantization, QUANTIZATIONS),
@@ -88,7 +94,8 @@ def choose_precision(
         arithmetic = "bfloat16" if stored == "bf16" and has_dot else "float32"
     else:
         arithmetic = str(dtype)
-    kv_cache = (
-        kv_cache_dtype if kv_cache_dtype != "auto" else "float32" if arithmetic == "float32" else "bfloat16"
-    )
-    return Precision(arithmetic, kv_cache)
+    if kv_cache_dtype == "auto":
+        return Precision(arithmetic, "float32" if arithmetic == "float32" or head_dim % 2 else "bfloat16")
+    if kv_cache_dtype == "bfloat16" and head_dim % 2:
+        raise ValueError(f"kv_cache_dtype: bfloat16 needs an even head size, the model's is {head_dim}")
+    return Precision(arithmetic, kv_cache_dtype)

@@ -84,7 +84,7 @@ def _look_at(model: str, revision: str | None, choice: dict[str, Any]) -> tuple[
         return config, _as_config_says(config, directory / "config.json", choice)
     tensors = load_weights(directory)
     stored = sum(tensor.nbytes for tensor in tensors.values())
-    precision = choose_precision(**choice, stored=stored_dtype(config, tensors))
+    precision = choose_precision(**choice, stored=stored_dtype(config, tensors), head_dim=config.dim_per_head)
     weight_bytes = loaded_bytes(config, tensors, precision)
     return config, {"stored_bytes": stored, "weight_bytes": weight_bytes, "precision": precision}
 
@@ -99,7 +99,7 @@ def _as_config_says(config: ModelConfig, file: Path, choice: dict[str, Any]) -> 
     raw = read_object(file, MAX_CONFIG_BYTES)
     named = raw.get("dtype", raw.get("torch_dtype"))
     stored = {"bfloat16": "bf16", "float16": "f16"}.get(named, "f32") if isinstance(named, str) else "f32"
-    precision = choose_precision(**choice, stored=stored)
+    precision = choose_precision(**choice, stored=stored, head_dim=config.dim_per_head)
     return {"weight_bytes": expected_bytes(config, stored, precision), "precision": precision}
 
 

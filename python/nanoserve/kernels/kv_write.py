@@ -180,7 +180,7 @@ def build(
             page, offset = slot // page_size, slot % page_size
             whole = d // tile * tile
 
-            def run_of_keys(row: Value, head: Value, dim: Value) -> Value:
+            def run_of_keys(row: Value, head: Value, dim: Value) -> Any:
                 """`tile` dims of one token as sixteen lanes."""
                 if not paired:
                     return key(row, head, dim, 16)
