@@ -12,8 +12,9 @@ from itertools import product
 
 import numpy as np
 
+from compiler.gemm_problem import NarrowMatrix, to_bf16
 from compiler.packed_call import call
-from nanoserve.kernels import attention, embedding, gated, gemm, kv_write, norm, panels
+from nanoserve.kernels import attention, embedding, gated, gemm, kv_write, norm, panels, peak
 from nanoserve.models.rope import Rope
 
 _maps: list[mmap.mmap] = []
@@ -55,6 +56,39 @@ def run_gemm() -> None:
         for m in (*range(1, 20), 63, 64, 65, 70):
             units = padded // width * -(-m // gemm.ROW_BLOCK)
             call(spec, rows(m, ldx, k), w, b, rows(m, ldy, padded), m, 0, units)
+
+
+def run_narrow_gemm() -> None:
+    """bfloat16 and int8, gated and not; a row of x ends with the last group of k."""
+    for (x, dtype, element), (k, n), is_gated in product(
+        (("bf16", "bf16", np.uint16), ("u8", "i8", np.uint8)), ((1, 1), (20, 70), (33, 100), (4100, 20)), (False, True)
+    ):  # fmt: skip
+        width, group, n_rows = gemm.panel_width(n), gemm.GROUP[dtype], n * (1 + is_gated)
+        padded, used = -(-n // width) * width, -(-k // group) * group
+        ldx, ldy = used + 16, padded + 16
+        spec = gemm.gemm_spec(
+            k, n, ldx, ldy, x=x, dtype=dtype, y="bf16", bias=True, gated=is_gated, activation="silu"
+        )
+        ones = np.ones((n_rows, k), np.float32)
+        if dtype == "i8":
+            packed = panels.pack_int8(ones, gated=is_gated)
+            weight = [guarded(packed.panels), guarded(packed.scale), guarded(packed.sums)]
+        else:
+            weight = [guarded(panels.pack(NarrowMatrix(to_bf16(ones)), dtype="bf16", gated=is_gated))]
+        bias = guarded(panels.pack_bias(np.ones(n_rows), gated=is_gated))
+        for m in (*range(1, 20), 63, 64, 65, 70):
+            x_rows = guarded(np.ones((m - 1) * ldx + used, element))
+            scales = [guarded(np.ones(m, np.float32))] if dtype == "i8" else []
+            y = guarded(np.ones((m - 1) * ldy + padded, np.uint16))
+            call(spec, x_rows, *scales, *weight, bias, y, m, 0, padded // width * -(-m // gemm.ROW_BLOCK))
+
+
+def run_peak() -> None:
+    data = guarded(np.ones((2, peak.READ_BYTES // 4), np.int32))
+    call(peak.read_spec(), data, guarded(np.ones((2, 16), np.int32)), 0, 2)
+    for arithmetic in peak.ARITHMETICS:
+        x, w = (guarded(np.ones((peak.STEPS, cols), np.float32)) for cols in (8, 48))
+        call(peak.dot_spec(arithmetic), x, w, guarded(np.ones((2, 16), np.float32)), 0, 2)
 
 
 def run_attention() -> None:
