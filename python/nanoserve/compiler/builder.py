@@ -117,6 +117,9 @@ class Value:
     def __gt__(self, other: Operand) -> Value:
         return _compare("sgt", "OGT", self, other)
 
+    def __ge__(self, other: Operand) -> Value:
+        return _compare("sge", "OGE", self, other)
+
 
 Operand = Value | int | float
 

@@ -174,8 +174,7 @@ def build(
     most_rows = r * t
     vectors_of_rows = _round_up(most_rows, 16)
     score_passes, value_passes = (_passes(n, r, target.budget) for n in (_GROUPS, len(columns)))
-    # What is read next is asked for by 16 tokens' keys or values of a head; larger pages are left to the hardware.
-    prefetches, unit = BLOCK % page_size == 0, 16 * d // step
+    lines = d // step  # of 64 bytes: keys, or values, of 16 tokens
 
     element = "i32" if paired else "f32"
     queries = array(most_rows, d // 2, element="i32") if dotted else array(most_rows, d)
@@ -184,8 +183,9 @@ def build(
     k_type = array(UNBOUNDED, kv, 2, d // step, page_size, element=element)
     v_type = array(UNBOUNDED, kv, 2, page_size // step, d, element=element)
     table_type = array(UNBOUNDED, element="i32")
-    ahead_type = array(2 * _GROUPS, element="index")
-    per_row, lanes_of_row = array(vectors_of_rows), array(most_rows, 16)
+    # One head's few rows are handled as a vector from their first on, so that has room.
+    numbers_of_rows = vectors_of_rows + (16 if by_head else 0)
+    per_row, lanes_of_row = array(numbers_of_rows), array(most_rows, 16)
 
     def page_of(table: Any, table_off: Value, token: Value) -> tuple[Value, Value]:
         """Page id and offset of 16 tokens from `token`, a multiple of 16: they never straddle pages."""
@@ -208,25 +208,24 @@ def build(
             return [buffer[row, at]]
         return [buffer[row, at * 2], buffer[row, at * 2 + 1]]
 
-    def score_helper(groups: range) -> Any:
+    def score_helper(groups: range, asks: bool) -> Any:
         @helper(
-            f"{symbol}_scores{groups.start}", query=queries, k=k_type, table=table_type, score=scores_type,
-            ahead=ahead_type, table_off="index", kv_head="index", first="index", row0="index",
+            f"{symbol}_scores{groups.start}{'_ask' if asks else ''}", query=queries, k=k_type, v=v_type, table=table_type,
+            score=scores_type, table_off="index", kv_head="index", first="index", row0="index",
         )  # fmt: skip
         def scores(
-            query: Any, k: Any, table: Any, score: Any, ahead: Any, table_off: Value, kv_head: Value, first: Value,
+            query: Any, k: Any, v: Any, table: Any, score: Any, table_off: Value, kv_head: Value, first: Value,
             row0: Value,
         ) -> None:  # fmt: skip
-            """score[row] = query[row] . keys of some groups of 16 of the block that begins at token `first`."""
+            """score[row] = query[row] . keys of some groups of 16 of the block from token `first`; asks for its values."""
             pages = [page_of(table, table_off, first + 16 * j) for j in groups]
-            next_lines = [ahead[j] for j in groups] if prefetches else []
             rows = [row0 + row for row in range(r)]
 
-            @loop(0, d // step, carry=[zeros() for _ in range(r) for _ in groups])
+            @loop(0, lines, carry=[zeros() for _ in range(r) for _ in groups])
             def dots(dim: Value, acc: list[Value]) -> list[Value]:
                 keys = [k.load(page, kv_head, 0, dim, offset) for page, offset in pages]
-                for line in next_lines:
-                    k.prefetch(0, 0, 0, 0, line + dim * 16, locality=2)
+                for page, offset in pages if asks else ():
+                    v.prefetch(page, kv_head, 0, offset // step, dim * 16)
                 new = []
                 for row in range(r):
                     a = multipliers(query, rows[row], dim)
@@ -243,15 +242,16 @@ def build(
         @helper(
             f"{symbol}_softmax{'_masked' if masked else ''}", score=scores_type, weights=weights_type,
             position=array(most_rows, element="i32"), top=per_row, scaled=per_row, total=lanes_of_row, first="index",
-            num_rows="index",
+            row0="index", num_rows="index",
         )  # fmt: skip
         def softmax(
-            score: Any, weights: Any, position: Any, top: Any, scaled: Any, total: Any, first: Value,
+            score: Any, weights: Any, position: Any, top: Any, scaled: Any, total: Any, first: Value, row0: Value,
             num_rows: Value,
         ) -> None:  # fmt: skip
             """weights[row] = exp(score - maximum so far), 0 where masked; top, scaled and total follow."""
             lanes = lane_numbers()
-            before = [top.load(at) for at in range(0, vectors_of_rows, 16)]
+            vectors = [row0 + at for at in range(0, 16 if by_head else vectors_of_rows, 16)]
+            before = [top.load(at) for at in vectors]
 
             def seen(row: Value, j: int, value: Value, otherwise: float) -> Value:
                 if not masked:
@@ -269,16 +269,16 @@ def build(
                     score.store(value, row, 16 * j)
                 return value
 
-            @loop(0, num_rows)
+            @loop(row0, row0 + num_rows)
             def _(row: Value) -> None:
                 visible = [seen(row, j, capped(row, j), _MASKED) for j in range(_GROUPS)]
                 highest = htree(fmax(fmax(visible[0], visible[1]), fmax(visible[2], visible[3])), fmax)
                 top[row] = fmax(highest, top[row])
 
-            for i, at in enumerate(range(0, vectors_of_rows, 16)):
-                scaled.store(exp(before[i] - top.load(at), at_most_zero=True), at)
+            for at, top_before in zip(vectors, before, strict=True):
+                scaled.store(exp(top_before - top.load(at), at_most_zero=True), at)
 
-            @loop(0, num_rows)
+            @loop(row0, row0 + num_rows)
             def _(row: Value) -> None:
                 highest, parts = splat(top[row]), []
                 for j in range(_GROUPS):
@@ -293,16 +293,20 @@ def build(
 
         return softmax
 
-    def value_helper(part: list[tuple[int, int]]) -> Any:
+    def value_helper(part: list[tuple[int, int]], asks: bool) -> Any:
         @helper(
-            f"{symbol}_values{part[0][0]}", weights=weights_type, scaled=per_row, k=k_type, v=v_type, table=table_type,
-            result=results, ahead=ahead_type, table_off="index", kv_head="index", first="index", groups="index", row0="index",
+            f"{symbol}_values{part[0][0]}{'_ask' if asks else ''}", weights=weights_type, scaled=per_row, k=k_type, v=v_type,
+            table=table_type, result=results, table_off="index", kv_head="index", first="index", groups="index", row0="index",
+            next_head="index", next_first="index",
         )  # fmt: skip
         def values(
-            weights: Any, scaled: Any, k: Any, v: Any, table: Any, result: Any, ahead: Any, table_off: Value,
-            kv_head: Value, first: Value, groups: Value, row0: Value,
+            weights: Any, scaled: Any, k: Any, v: Any, table: Any, result: Any, table_off: Value, kv_head: Value,
+            first: Value, groups: Value, row0: Value, next_head: Value, next_first: Value,
         ) -> None:  # fmt: skip
-            """result[row] = result[row] * scaled[row] + the block's first `groups` * 16 values, each times its weight."""
+            """result[row] = result[row] * scaled[row] + the block's first `groups` * 16 values, each times its weight.
+
+            Asks for the keys that are next: of next_head in the block from next_first on.
+            """
             rows = [row0 + row for row in range(r)]
             acc = [result.load(row, at, width=width) * scaled[row] for row in rows for at, width in part]
 
@@ -310,14 +314,13 @@ def build(
             def sums(j: Value, acc: list[Value]) -> Any:
                 page, offset = page_of(table, table_off, first + j * 16)
                 slot, at_weight = offset // step, j * (16 // step)
-                next_line = ahead[j + _GROUPS] if prefetches else None
+                next_page, next_offset = page_of(table, table_off, next_first + j * 16)
 
                 @loop(0, 16 // step, carry=acc)
                 def inner(token: Value, acc: list[Value]) -> list[Value]:
                     loaded = [v.load(page, kv_head, 0, slot + token, at, width=width) for at, width in part]
-                    if next_line is not None:
-                        for at, _ in part:
-                            k.prefetch(0, 0, 0, 0, next_line + token * d + at, locality=2)
+                    for at, _ in part if asks else ():
+                        k.prefetch(next_page, next_head, 0, token * (d // 16) + at // 16, next_offset)
                     new = []
                     for row in range(r):
                         a = multipliers(weights, rows[row], at_weight + token)
@@ -334,9 +337,14 @@ def build(
 
         return values
 
-    score_parts = [(groups, score_helper(groups)) for groups in score_passes]
+    # The first tile of a head asks for what comes next; where others follow, it is on its way already.
+    asking = (True,) if by_head else (True, False)
+    score_parts = [(groups, [score_helper(groups, asks) for asks in asking]) for groups in score_passes]
     softmax_masked, softmax_whole = softmax_helper(True), softmax_helper(False)
-    value_parts = [value_helper([columns[number] for number in numbers]) for numbers in value_passes]
+    value_parts = [
+        [value_helper([columns[number] for number in numbers], asks) for asks in asking]
+        for numbers in value_passes
+    ]
 
     @helper(
         f"{symbol}_merge", top=per_row, sum_=per_row, result=results, all_top=per_row, all_sum=per_row, all_result=results,
@@ -375,10 +383,9 @@ def build(
         position = scratch(most_rows, element="i32")
         # Per row: a segment's maximum so far, exp(the one before - this), and the sum in 16 lanes; then those of the merge.
         top, scaled, total, sums = (
-            scratch(vectors_of_rows), scratch(vectors_of_rows), scratch(most_rows, 16), scratch(vectors_of_rows),
+            scratch(numbers_of_rows), scratch(numbers_of_rows), scratch(most_rows, 16), scratch(numbers_of_rows),
         )  # fmt: skip
-        all_top, all_sum, own = (scratch(vectors_of_rows) for _ in range(3))
-        ahead = scratch(2 * _GROUPS, element="index")
+        all_top, all_sum, own = (scratch(numbers_of_rows) for _ in range(3))
 
         @loop(begin, end)
         def _(item: Value) -> None:
@@ -430,80 +437,59 @@ def build(
             if window:
                 start = (earliest - imin(earliest, window - 1)) // BLOCK * BLOCK
 
-            def look_ahead(tile: Value, first: Value) -> None:
-                """`ahead` = where the 8 runs of keys and values lie that this tile asks for: of the next block, in order.
+            def head_of(tile: Value) -> Value:
+                return kv_head + tile if by_head else kv_head
 
-                Tile i of n heads asks for the i-th n-th of it, so that a page is fetched from its start to its end.
-                """
-                runs = (num_heads if by_head else index(1)) * (
-                    2 * page_size // 16
-                )  # of a page, in this item's heads
-                page_number, run = tile * 8 // runs, tile * 8 % runs
-                for i in range(2 * _GROUPS):
-                    page = index(table[table_off + (first + BLOCK) // page_size + page_number])
-                    ahead[i] = (
-                        page * (kv * 2 * d // step * page_size)
-                        + (kv_head * (2 * page_size // 16) + run) * unit
-                    )
-                    run = run + 1
-                    is_last = run > runs - 1
-                    page_number = select(is_last, page_number + 1, page_number)
-                    run = select(is_last, index(0), run)
+            def sees_of(tile: Value) -> Value:
+                """How many tokens the last row of a tile sees."""
+                return visible if by_head else position_of(imin(tile * r + (r - 1), used - 1)) + 1
 
             def block(first: Value) -> None:
-                def each_tile(body: Any) -> None:
+                def scores(tile: Value, groups: range, helper: Any) -> None:
+                    @when(sees_of(tile) > first + 16 * groups.start)
+                    def _() -> None:
+                        helper(query, k, v, table, score, table_off, head_of(tile), first, tile * r)
+
+                def softmax(row0: Value, num_rows: Value) -> None:
+                    is_masked = first + (BLOCK - 1) > earliest
+                    if window:
+                        is_masked = is_masked | (visible > first + window)
+                    state = (score, weights, position, top, scaled, total, first, row0, num_rows)
+                    either(is_masked, lambda: softmax_masked(*state), lambda: softmax_whole(*state))
+
+                def values(tile: Value, helper: Any) -> None:
+                    sees, next_head, next_first = sees_of(tile), kv_head, first + BLOCK
+                    if by_head:
+                        is_last = tile + 1 >= num_tiles
+                        next_head = select(is_last, kv_head, kv_head + tile + 1)
+                        next_first = select(is_last, first + BLOCK, first)
+
+                    @when(sees > first)
+                    def _() -> None:
+                        groups = imin(ceildiv(sees - first, 16), _GROUPS)
+                        helper(
+                            weights, scaled, k, v, table, result, table_off, head_of(tile), first, groups, tile * r, next_head,
+                            next_first,
+                        )  # fmt: skip
+
+                if by_head:
+                    # All of a head at once: its values are behind its keys, and the next head's keys behind these.
                     @loop(0, num_tiles)
                     def _(tile: Value) -> None:
-                        head = kv_head + tile if by_head else kv_head
-                        sees = visible if by_head else position_of(imin(tile * r + (r - 1), used - 1)) + 1
-                        body(tile, head, sees)
+                        for groups, helpers in score_parts:
+                            scores(tile, groups, helpers[0])
+                        softmax(tile * r, index(r))
+                        for helpers in value_parts:
+                            values(tile, helpers[0])
 
-                if prefetches and not by_head:
-                    look_ahead(index(0), first)  # the first tile fetches, the others find it there
-
-                for groups, scores in score_parts:
-
-                    @each_tile
-                    def _(
-                        tile: Value, head: Value, sees: Value, groups: range = groups, scores: Any = scores
-                    ) -> None:
-                        if prefetches and by_head:
-                            look_ahead(tile, first)
-
-                        @when(sees > first + 16 * groups.start)
-                        def _() -> None:
-                            scores(query, k, table, score, ahead, table_off, head, first, tile * r)
-
-                is_masked = first + (BLOCK - 1) > earliest
-                if window:
-                    is_masked = is_masked | (visible > first + window)
-                state = (score, weights, position, top, scaled, total, first, used)
-                either(is_masked, lambda: softmax_masked(*state), lambda: softmax_whole(*state))
-
-                for values in value_parts:
-
-                    @each_tile
-                    def _(tile: Value, head: Value, sees: Value, values: Any = values) -> None:
-                        if prefetches and by_head:
-                            look_ahead(tile, first)
-
-                        @when(sees > first)
-                        def _() -> None:
-                            groups = imin(ceildiv(sees - first, 16), _GROUPS)
-                            values(
-                                weights,
-                                scaled,
-                                k,
-                                v,
-                                table,
-                                result,
-                                ahead,
-                                table_off,
-                                head,
-                                first,
-                                groups,
-                                tile * r,
-                            )
+                    return
+                for groups, (asking, plain) in score_parts:
+                    scores(index(0), groups, asking)
+                    loop(1, num_tiles)(lambda tile, groups=groups, plain=plain: scores(tile, groups, plain))
+                softmax(index(0), used)
+                for asking, plain in value_parts:
+                    values(index(0), asking)
+                    loop(1, num_tiles)(lambda tile, plain=plain: values(tile, plain))
 
             @loop(index(field["first_segment"]), index(field["end_segment"]))
             def _(segment: Value) -> None:
