@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nanoserve.kernels import attention, embedding, gated, gemm, kv_write, norm
+from nanoserve.kernels import attention, embedding, gated, gemm, kv_write, logits, norm
 from nanoserve.kernels.library import KernelSpec
 from nanoserve.models.config import ModelConfig
-from nanoserve.models.decoder import Attention, Embedding, Gated, Gemm, KvWrite, Norm, Op, buffers
-from nanoserve.native import StepExecutor
+from nanoserve.models.decoder import Attention, BlockMax, Embedding, Gated, Gemm, KvWrite, Norm, Op, buffers
+from nanoserve.native import LOGITS_BLOCK, StepExecutor
 from nanoserve.packed_weights import Arg, PackedWeights
 
 
@@ -114,6 +114,16 @@ class OpBinder:
                     "rows",
                     {"cost_per_unit": 16 * op.cols},
                 )
+            case BlockMax():
+                spec = logits.block_max_spec(op.cols, strides["logits"])
+                options = {
+                    "panels": logits.num_ranges(op.cols),
+                    "row_block": 1,
+                    "over": "samples",
+                    "cost_per_unit": 2 * min(op.cols, logits.BLOCKS_PER_UNIT * LOGITS_BLOCK),
+                }
+                args = [("logits",), ("block_max",), ("num_samples",)]
+                return BoundOp("block_max", (spec,), args, "tiles", options)
 
     def _bind_gemm(self, op: Gemm) -> BoundOp:
         tied = op.weight == "head.weight" and self._config.tie_embeddings

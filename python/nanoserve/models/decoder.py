@@ -4,7 +4,7 @@
     per layer:  (norm) -> qkv GEMM -> (QK-norm) -> (RoPE) + KV write -> paged attention -> output GEMM
                 (norm) -> up (or gate|up) GEMM -> activation -> down GEMM
                 each half ends on the residual stream: added by its GEMM, or normed first and added by the norm
-    rows that sample:  gather + final norm -> head GEMM -> logits
+    rows that sample:  gather + final norm -> head GEMM -> logits -> the largest of each block of them
 
 The list knows nothing of a backend: executor.py binds it to compiled kernels, a test could interpret it in NumPy. A new
 family changes a ModelConfig and a row of weight_names.py, not this file, as long as it is made of these parts.
@@ -100,7 +100,14 @@ class Gated:
     activation: str
 
 
-Op = Embedding | Norm | Gemm | KvWrite | Attention | Gated
+@dataclass(frozen=True, slots=True)
+class BlockMax:
+    """The largest of each block of `cols` logits, NaN where one is not finite."""
+
+    cols: int
+
+
+Op = Embedding | Norm | Gemm | KvWrite | Attention | Gated | BlockMax
 
 
 def buffers(config: ModelConfig) -> dict[str, int]:
@@ -134,6 +141,7 @@ def forward_ops(config: ModelConfig) -> Iterator[Op]:
         "last", "logits", "head.weight", config.n_embd, config.vocab_size,
         scale=config.logits_scale, softcap=config.logits_softcap,
     )  # fmt: skip
+    yield BlockMax(config.vocab_size)
 
 
 def _attention_half(config: ModelConfig, layer: int) -> Iterator[Op]:
