@@ -103,7 +103,7 @@ def recompute(engine: NanoServingEngine, prompt: list[int], count: int) -> list[
         request.page_table.grow_to(len(tokens))
         logits = engine.executor.forward(Batch.from_prefill([request]))
         request.page_table.release()
-        tokens.append(int(logits[0].argmax()))
+        tokens.append(int(logits.values[0].argmax()))
     return tokens[len(prompt) :]
 
 

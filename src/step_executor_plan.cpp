@@ -112,6 +112,7 @@ void StepExecutor::add(Op op, Work* work) {
     }
     for (const Arg& arg : op.args) {
         writes_logits_ = writes_logits_ || arg.source == Source::logits;
+        writes_block_max_ = writes_block_max_ || arg.source == Source::block_max;
     }
     PlannedOp& planned = ops_.emplace_back();
     planned.op = std::move(op);
@@ -154,6 +155,8 @@ void* StepExecutor::address_of(const Arg& arg, Work* work) {
             return &values_.sample_rows;
         case Source::logits:
             return &values_.logits;
+        case Source::block_max:
+            return &values_.block_max;
         case Source::num_rows:
             return &values_.num_rows;
         case Source::num_samples:

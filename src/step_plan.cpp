@@ -24,6 +24,7 @@ constexpr std::array kSources = {
     Names{"parts", Source::parts},
     Names{"sample_rows", Source::sample_rows},
     Names{"logits", Source::logits},
+    Names{"block_max", Source::block_max},
     Names{"num_rows", Source::num_rows},
     Names{"num_samples", Source::num_samples},
 };

@@ -27,6 +27,7 @@ enum class Source : std::uint8_t {
     parts,        // where these leave the results of segments for each other
     sample_rows,  // int32 per sample: its row
     logits,       // the output of the step
+    block_max,    // and the largest of each block of logits, [samples][num_logits_blocks(vocab)]
     num_rows,     // int64
     num_samples,  // int64
 };

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+LOGITS_BLOCK: int
+
 class PoolExhausted(RuntimeError): ...
 
 class KVCachePool:
@@ -73,6 +75,46 @@ class ThreadPool:
     @property
     def num_threads(self) -> int: ...
 
+class LogitsReader:
+    def __init__(
+        self,
+        threads: ThreadPool | None = None,
+        block_sums: int = 0,
+        vocab: int = 0,
+        row_stride: int = 0,
+        blocks_per_unit: int = 0,
+    ) -> None: ...
+    def block_max(self, values: NDArray[np.float32], may_forbid: bool = False) -> NDArray[np.float32]: ...
+    def sample(
+        self,
+        values: NDArray[np.float32],
+        block_max: NDArray[np.float32],
+        rows: Sequence[int],
+        temperature: Sequence[float],
+        top_k: Sequence[int],
+        top_p: Sequence[float],
+        min_p: Sequence[float],
+        uniform: Sequence[float],
+    ) -> list[int]: ...
+    def kept(
+        self,
+        values: NDArray[np.float32],
+        block_max: NDArray[np.float32],
+        row: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+    ) -> list[int]: ...
+    def score(
+        self,
+        values: NDArray[np.float32],
+        block_max: NDArray[np.float32],
+        rows: Sequence[int],
+        tokens: Sequence[int],
+        num_top: Sequence[int],
+    ) -> list[tuple[float, int, list[tuple[int, float]]]]: ...
+
 class StepExecutor:
     def __init__(
         self, pool: KVCachePool, threads: ThreadPool, max_tokens: int, max_positions: int | None = None
@@ -119,7 +161,7 @@ class StepExecutor:
         sample_rows: NDArray[np.int32] | Sequence[int],
         vocab: int,
         position_offsets: NDArray[np.int32] | Sequence[int] | None = None,
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]: ...
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
     def profile(self, enable: bool) -> None: ...
     def timings(self) -> list[tuple[str, int, int]]: ...
 

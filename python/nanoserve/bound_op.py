@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nanoserve.kernels import attention, convert, embedding, gemm, kv_write, norm
+from nanoserve.kernels import attention, convert, embedding, gemm, kv_write, logits, norm
 from nanoserve.kernels.library import KernelSpec
 from nanoserve.models.config import ModelConfig
-from nanoserve.models.decoder import Attention, Convert, Embedding, Gemm, KvWrite, Norm, Op, buffers
-from nanoserve.native import StepExecutor
+from nanoserve.models.decoder import Attention, BlockMax, Convert, Embedding, Gemm, KvWrite, Norm, Op, buffers
+from nanoserve.native import LOGITS_BLOCK, StepExecutor
 from nanoserve.packed_weights import Arg, PackedWeights
 from nanoserve.precision import ELEMENT_BYTES, Precision
 
@@ -92,6 +92,8 @@ class OpBinder:
                 spec = convert.convert_spec(op.cols, strides[op.x], strides[op.out], self._elements[op.out])
                 args = [*self._buffer(op.x), *self._buffer(op.out)]
                 return BoundOp(f"convert.{op.x}", (spec,), args, "rows", {"cost_per_unit": 4 * op.cols})
+            case BlockMax():
+                return self._bind_block_max(op)
 
     def _bind_embedding(self, op: Embedding) -> BoundOp:
         config, stored = self._config, self._weights.dtype(op.table)
@@ -120,6 +122,18 @@ class OpBinder:
         args += self._buffer(op.out)
         domain = "samples" if op.gather else "rows"
         return BoundOp(op.weight, (spec,), args, domain, {"cost_per_unit": 4 * op.cols})
+
+    def _bind_block_max(self, op: BlockMax) -> BoundOp:
+        spec = logits.block_max_spec(op.cols, self._strides["logits"])
+        options = {
+            "panels": logits.num_ranges(op.cols),
+            "row_block": 1,
+            "over": "samples",
+            "cost_per_unit": 2 * min(op.cols, logits.BLOCKS_PER_UNIT * LOGITS_BLOCK),
+        }
+        return BoundOp(
+            "block_max", (spec,), [("logits",), ("block_max",), ("num_samples",)], "tiles", options
+        )
 
     def _bind_gemm(self, op: Gemm) -> BoundOp:
         tied = op.weight == "head.weight" and self._config.tie_embeddings

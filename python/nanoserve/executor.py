@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 from nanoserve.batch import Batch
 from nanoserve.bound_op import OpBinder
+from nanoserve.kernels import logits as logits_kernels
 from nanoserve.kernels.library import load_kernels
+from nanoserve.logits import Logits
 from nanoserve.models.checkpoint import load_weights
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.decoder import forward_ops
 from nanoserve.models.weights import Tensors, bind_weights, random_weights
-from nanoserve.native import KVCachePool, StepExecutor, ThreadPool
+from nanoserve.native import KVCachePool, LogitsReader, StepExecutor, ThreadPool
 from nanoserve.packed_weights import OnProgress, PackedWeights
 from nanoserve.precision import Precision
 from nanoserve.weight_cache import WeightCache
@@ -74,7 +76,6 @@ class ModelExecutor:
         self.kv_pool = kv_pool
         self.num_threads = threads.num_threads
         self.max_model_len = config.max_seq_len if max_model_len is None else max_model_len
-        self.last_finite: NDArray[np.bool_] = np.ones(0, dtype=np.bool_)
         # Longer sequences turn by the second half of the rotary table, which begins after max_model_len rows.
         self._switch_len = self.max_model_len if config.switch_len is None else config.switch_len
         halves = 2 if self.max_model_len > self._switch_len else 1
@@ -87,19 +88,20 @@ class ModelExecutor:
         self.weight_bytes = packed.num_bytes
         self.weight_writer = packed.load(threads, WeightCache.open() if weight_cache else None, on_load)
         self.weights_were_cached = packed.was_cached
-        self.kernels = load_kernels([spec for bound in plan for spec in bound.specs], on_progress)
+        row_stride = StepExecutor.logits_stride(config.vocab_size)
+        sums = logits_kernels.block_sums_spec(config.vocab_size, row_stride)
+        self.kernels = load_kernels([spec for bound in plan for spec in bound.specs] + [sums], on_progress)
         for bound in plan:
             bound.add_to(self._native, self.kernels)
+        self._reader = LogitsReader(
+            threads, self.kernels[sums], config.vocab_size, row_stride, logits_kernels.BLOCKS_PER_UNIT
+        )
         if self.weight_writer is not None:
             self.weight_writer.start()
 
-    def forward(self, batch: Batch) -> NDArray[np.float32]:
-        """Logits of the batch's `sample_rows`; writes the KV of every row.
-
-        Returns:
-            float32[R, vocab], a fresh array; `last_finite` tells which rows are finite throughout.
-        """
-        logits, self.last_finite = self._native.forward(
+    def forward(self, batch: Batch) -> Logits:
+        """Logits of the batch's `sample_rows`, in fresh memory; writes the KV of every row."""
+        values, block_max = self._native.forward(
             batch.input_ids,
             batch.tables,
             batch.starts,
@@ -108,16 +110,15 @@ class ModelExecutor:
             self.config.vocab_size,
             self._position_offsets(batch),
         )
-        result: NDArray[np.float32] = logits
-        return result
+        return Logits(values, block_max, self._reader)
 
-    def execute_prefill(self, batch: Batch) -> NDArray[np.float32]:
+    def execute_prefill(self, batch: Batch) -> Logits:
         """`forward` for a batch that computes prompt tokens."""
         if not batch.is_prefill:
             raise ValueError("execute_prefill: the batch is decode only")
         return self.forward(batch)
 
-    def execute_decode(self, batch: Batch) -> NDArray[np.float32]:
+    def execute_decode(self, batch: Batch) -> Logits:
         """`forward` for a batch of one output token per request."""
         if not batch.is_decode:
             raise ValueError("execute_decode: the batch has prompt tokens to compute")

@@ -56,7 +56,9 @@ def _load() -> ModuleType:
 
 if TYPE_CHECKING:
     from nanoserve._ch16 import (
+        LOGITS_BLOCK,
         KVCachePool,
+        LogitsReader,
         PageTable,
         PoolExhausted,
         StepExecutor,
@@ -67,7 +69,9 @@ if TYPE_CHECKING:
     )
 else:
     _module = _load()
+    LOGITS_BLOCK = _module.LOGITS_BLOCK
     KVCachePool = _module.KVCachePool
+    LogitsReader = _module.LogitsReader
     PageTable = _module.PageTable
     PoolExhausted = _module.PoolExhausted
     StepExecutor = _module.StepExecutor
@@ -77,7 +81,9 @@ else:
     paged_attention = _module.paged_attention
 
 __all__ = [
+    "LOGITS_BLOCK",
     "KVCachePool",
+    "LogitsReader",
     "PageTable",
     "PoolExhausted",
     "StepExecutor",

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from nanoserve import ModelConfig, NanoServingEngine, SamplingParams, load_weights, random_weights
 from nanoserve.batch import Batch
+from nanoserve.logits import Logits
 from nanoserve.precision import choose_precision
 from support.families import CASES
 from support.oracle import make_checkpoint
@@ -193,10 +194,10 @@ def test_sampled_tokens_do_not_depend_on_company() -> None:
 class BatchDependentExecutor(RecordingExecutor):
     """The mutant: rounds differently when a batch has company, as a kernel with a size-dependent reduction would."""
 
-    def forward(self, batch: Batch) -> np.ndarray:
+    def forward(self, batch: Batch) -> Logits:
         logits = self.inner.forward(batch)
         if batch.size > 1:
-            logits[:] = np.nextafter(logits, np.float32(np.inf))
+            logits.values[:] = np.nextafter(logits.values, np.float32(np.inf))
         return logits
 
 

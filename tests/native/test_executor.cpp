@@ -128,13 +128,11 @@ struct Fixture {
                                  .position_offsets = position_offsets});
     }
 
-    std::vector<int> forward() {
+    void forward() {
         const auto step = prepare();
         logits.assign(sample_rows.size() * static_cast<std::size_t>(StepExecutor::logits_stride(vocab)),
                       0.0F);
-        const auto finite = std::make_unique<bool[]>(sample_rows.size());
-        executor.run(step, logits.data(), {finite.get(), sample_rows.size()});
-        return {finite.get(), finite.get() + sample_rows.size()};
+        executor.run(step, logits.data(), nullptr);
     }
 };
 
@@ -179,7 +177,7 @@ TEST(rows_samples_and_batch_arrays) {
                               {{Source::ids}, {Source::positions}, {Source::slots}, {Source::buffer, x}}));
         f.executor.op(make_op("head", head, {{Source::buffer, x}, {Source::sample_rows}, {Source::logits}},
                               Domain::samples));
-        CHECK_EQ(f.forward(), std::vector<int>(4, 1));
+        f.forward();
         std::size_t row = 0;
         for (std::size_t s = 0; s < 3; ++s) {
             for (std::int32_t i = 0; i < f.counts[s]; ++i, ++row) {
@@ -494,41 +492,20 @@ TEST(steps_are_checked) {
                  many.forward());
 }
 
-TEST(non_finite_logits_are_found) {
-    // A plan whose only operation mentions the logits, so that they are checked but stay what the test put
-    // there.
-    for (const int threads : {1, 3}) {
-        for (const std::int64_t vocab : {std::int64_t{1}, std::int64_t{100}, std::int64_t{40'000}}) {
-            Fixture f(threads);
-            f.vocab = vocab;
-            f.sequence(0, 6);
-            std::fill(f.ids.begin(), f.ids.end(), 0);
-            f.sample_rows = {0, 1, 2, 3, 4, 5};
-            f.executor.op(make_op("nothing", [](void**) {}, {{Source::logits}}, Domain::samples));
-            CHECK(f.executor.writes_logits());
-            const std::size_t ld = static_cast<std::size_t>(StepExecutor::logits_stride(vocab));
-            const std::size_t last = static_cast<std::size_t>(vocab - 1);
-            std::vector<float> logits(6 * ld, std::numeric_limits<float>::max());
-            logits[1 * ld] = std::numeric_limits<float>::quiet_NaN();
-            logits[2 * ld + last] = std::numeric_limits<float>::infinity();
-            logits[3 * ld + last / 2] = -std::numeric_limits<float>::infinity();
-            logits[4 * ld + last] = -std::numeric_limits<float>::max();
-            logits[5 * ld] = std::numeric_limits<float>::denorm_min();
-            for (std::size_t row = 0; row < 6; ++row) {
-                for (std::size_t j = last + 1; j < ld; ++j) {
-                    logits[row * ld + j] =
-                        std::numeric_limits<float>::quiet_NaN();  // padding is nobody's logit
-                }
-            }
-            bool finite[6] = {};
-            const auto step = f.prepare();
-            f.executor.run(step, logits.data(), finite);
-            CHECK_EQ(std::vector<int>(finite, finite + 6), (std::vector<int>{1, 0, 0, 0, 1, 1}));
-            CHECK_THROWS(std::invalid_argument, "6 samples", f.executor.run(step, nullptr, finite));
-            CHECK_THROWS(std::invalid_argument, "6 samples",
-                         f.executor.run(step, logits.data(), {finite, 5}));
-        }
-    }
+TEST(what_a_plan_writes_needs_memory) {
+    Fixture f(1);
+    f.sequence(0, 6);
+    f.sample_rows = {0, 5};
+    f.executor.op(make_op("logits", [](void**) {}, {{Source::logits}}, Domain::samples));
+    CHECK(f.executor.writes_logits());
+    CHECK(!f.executor.writes_block_max());
+    f.executor.op(make_op("block_max", [](void**) {}, {{Source::block_max}}, Domain::samples));
+    CHECK(f.executor.writes_block_max());
+    std::vector<float> memory(2 * static_cast<std::size_t>(StepExecutor::logits_stride(f.vocab)));
+    const auto step = f.prepare();
+    f.executor.run(step, memory.data(), memory.data());
+    CHECK_THROWS(std::invalid_argument, "2 samples", f.executor.run(step, nullptr, memory.data()));
+    CHECK_THROWS(std::invalid_argument, "2 samples", f.executor.run(step, memory.data(), nullptr));
 }
 
 TEST(a_chunk_may_sample_nothing) {
@@ -537,9 +514,10 @@ TEST(a_chunk_may_sample_nothing) {
     const std::int64_t x = f.executor.buffer(3);
     f.executor.op(make_op("head", head, {{Source::buffer, x}, {Source::sample_rows}, {Source::logits}},
                           Domain::samples));
-    CHECK_EQ(f.forward(), std::vector<int>{});
+    f.forward();
+    CHECK_EQ(f.logits.size(), std::size_t{0});
     const auto step = f.prepare();
-    f.executor.run(step, nullptr, {});
+    f.executor.run(step, nullptr, nullptr);
 }
 
 TEST(one_step_at_a_time) {

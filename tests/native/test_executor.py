@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nanoserve.native import KVCachePool, PageTable, StepExecutor, ThreadPool, paged_attention
+from nanoserve.native import LOGITS_BLOCK, KVCachePool, PageTable, StepExecutor, ThreadPool, paged_attention
 from native.kernels_ctypes import Args, PythonKernel
 
 VOCAB = 70
@@ -77,7 +77,7 @@ def test_a_small_model(threads: int) -> None:
 
     tables = [sequence(pool, 6), sequence(pool, 11)]
     ids = np.arange(9, dtype=np.int32) * 5
-    logits, finite = executor.forward(ids, tables, [0, 8], [6, 3], np.array([8, 0, 5], np.int32), VOCAB)
+    logits, block_max = executor.forward(ids, tables, [0, 8], [6, 3], np.array([8, 0, 5], np.int32), VOCAB)
     assert [kernel.errors for kernel in kernels] == [[], []]
     assert sorted(kernels[0].ranges)[0][0] == 0
     assert sum(end - begin for begin, end in kernels[0].ranges) == 9
@@ -85,8 +85,8 @@ def test_a_small_model(threads: int) -> None:
     assert logits.shape == (3, VOCAB)
     assert logits.strides == (512, 4)
     assert logits.ctypes.data % 64 == 0
-    assert finite.dtype == np.bool_
-    assert finite.tolist() == [True] * 3
+    assert block_max.dtype == np.float32
+    assert block_max.tolist() == [[0.0]] * 3  # this plan computes none
     np.testing.assert_array_equal(logits, [table_weight @ table_weight[ids[row]] for row in (8, 0, 5)])
     view = executor.buffer_view(buffer)
     assert view.shape == (MAX_TOKENS, stride)
@@ -97,32 +97,33 @@ def test_a_small_model(threads: int) -> None:
     np.testing.assert_array_equal(again, logits)
 
 
-def test_non_finite_rows_are_named() -> None:
+def test_a_plan_may_write_the_largest_of_each_block() -> None:
+    """One number for each started block of the vocabulary, in an array of its own."""
     pool, executor = make()
+    vocab = 2 * LOGITS_BLOCK + 1
 
-    def spoil(args: Args) -> None:
-        logits = args.array(0, (3, 128))
-        logits[args.begin : args.end] = 1
-        if args.begin <= 1 < args.end:
-            logits[1, VOCAB - 1] = np.inf
-        logits[args.begin : args.end, VOCAB:] = np.nan
+    def largest(args: Args) -> None:
+        args.array(0, (3, 3))[args.begin : args.end] = (
+            np.arange(3) + 10 * np.arange(args.begin, args.end)[:, None]
+        )
 
-    kernel = PythonKernel(spoil, 1)
-    executor.op("spoil", kernel.address, [("logits",)], "samples")
-    _, finite = executor.forward([1, 2, 3], [sequence(pool, 3)], [0], [3], [0, 1, 2], VOCAB)
+    kernel = PythonKernel(largest, 1)
+    executor.op("block_max", kernel.address, [("block_max",)], "samples")
+    logits, block_max = executor.forward([1, 2, 3], [sequence(pool, 3)], [0], [3], [0, 1, 2], vocab)
     assert kernel.errors == []
-    assert finite.tolist() == [True, False, True]
+    assert block_max.tolist() == [[0, 1, 2], [10, 11, 12], [20, 21, 22]]
+    assert not logits.any()
 
 
 def test_a_plan_without_logits_gives_zeros() -> None:
     pool, executor = make()
-    logits, finite = executor.forward([1, 2], [sequence(pool, 2)], [0], [2], [1], VOCAB)
+    logits, block_max = executor.forward([1, 2], [sequence(pool, 2)], [0], [2], [1], VOCAB)
     assert logits.shape == (1, VOCAB)
     assert not logits.any()
-    assert finite.tolist() == [True]
-    logits, finite = executor.forward([1, 2], [sequence(pool, 2)], [0], [2], [], VOCAB)
+    assert block_max.tolist() == [[0.0]]
+    logits, block_max = executor.forward([1, 2], [sequence(pool, 2)], [0], [2], [], VOCAB)
     assert logits.shape == (0, VOCAB)
-    assert finite.shape == (0,)
+    assert block_max.shape == (0, 1)
 
 
 def forward_cases() -> list[tuple[str, dict[str, object], type[Exception], str]]:
@@ -499,12 +500,10 @@ def test_the_stub_names_what_the_module_has() -> None:
 
     stub = Path(__file__).resolve().parents[2] / "python" / "nanoserve" / "_ch16.pyi"
     module = native._module
-    declared = {
-        node.name: node
-        for node in ast.parse(stub.read_text()).body
-        if isinstance(node, ast.ClassDef | ast.FunctionDef)
-    }
-    assert set(declared) == {name for name in vars(module) if not name.startswith("_")}
+    body = ast.parse(stub.read_text()).body
+    declared = {node.name: node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    constants = {ast.unparse(node.target) for node in body if isinstance(node, ast.AnnAssign)}
+    assert set(declared) | constants == {name for name in vars(module) if not name.startswith("_")}
     for name, node in declared.items():
         if not isinstance(node, ast.ClassDef) or name == "PoolExhausted":
             continue

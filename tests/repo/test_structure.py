@@ -19,7 +19,7 @@ RANKS = [
         "sampling",
         "sampler",
         "random_stream",
-        "top_k",
+        "logits",
         "logits_processors",
         "logprobs",
         "request",

@@ -254,6 +254,13 @@ def paired_lanes(value: Value) -> Value:
     return Value(vector.bitcast(vector_of(value.width // 2, "i32"), value.ir))
 
 
+def double(value: Value) -> Value:
+    """float32 as float64, exactly."""
+    return Value(
+        arith.extf(vector_of(value.width, "f64") if _is_vector(value.type) else type_of("f64"), value.ir)
+    )
+
+
 def bitcast(value: Value, element: str, lanes: int = 1) -> Value:
     """The same bits as another element type of the same size, or as `lanes` smaller ones for each."""
     if _is_vector(value.type):
@@ -321,14 +328,11 @@ def lane_numbers() -> Value:
 
 def htree(value: Value, op: Callable[[Value, Value], Value]) -> Value:
     """Reduce the lanes to a scalar: the low half with the high half, until one is left. The order is fixed by this."""
+    element = str(_element(value.type))
     while value.width > 1:
         half = value.width // 2
         low, high = (
-            Value(
-                vector.extract_strided_slice(
-                    vector_of(half, str(_element(value.type))), value.ir, [at], [half], [1]
-                )
-            )
+            Value(vector.extract_strided_slice(vector_of(half, element), value.ir, [at], [half], [1]))
             for at in (0, half)
         )
         value = op(low, high)

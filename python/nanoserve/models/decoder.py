@@ -4,7 +4,7 @@
     per layer:  (norm) -> qkv GEMM -> (QK-norm) + (RoPE) + KV write -> paged attention -> output GEMM
                 (norm) -> up (or gate and up) GEMM with its activation -> down GEMM
                 each half ends on the residual stream: added by its GEMM, or normed first and added by the norm
-    rows that sample:  gather + final norm -> head GEMM -> logits
+    rows that sample:  gather + final norm -> head GEMM -> logits -> the largest of each block of them
 
 The residual stream, what projections give, and logits are float32. The rows that GEMMs read have the precision's type, and
 whatever makes them writes them so; where a maker sees only a part of a row that needs a scale of its own, Convert follows.
@@ -104,7 +104,14 @@ class Convert:
     cols: int
 
 
-Op = Embedding | Norm | Gemm | KvWrite | Attention | Convert
+@dataclass(frozen=True, slots=True)
+class BlockMax:
+    """The largest of each block of `cols` logits, NaN where one is not finite."""
+
+    cols: int
+
+
+Op = Embedding | Norm | Gemm | KvWrite | Attention | Convert | BlockMax
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +155,7 @@ def forward_ops(config: ModelConfig, gemm_input: str = "f32") -> Iterator[Op]:
         "last", "logits", "head.weight", config.n_embd, config.vocab_size,
         scale=config.logits_scale, softcap=config.logits_softcap,
     )  # fmt: skip
+    yield BlockMax(config.vocab_size)
 
 
 def _attention_half(config: ModelConfig, layer: int, gemm_input: str) -> Iterator[Op]:
