@@ -48,7 +48,8 @@ ROW_BLOCK = 64  # rows of x that stay in L1/L2 while a panel is used
 ACTIVATIONS = (None, "gelu_tanh", "gelu_erf", "silu")
 MAX_INT8_K = (2**31 - 1) // (255 * 127)  # beyond, an int32 sum could overflow
 _K_BLOCK_BYTES = 512 * 1024  # of a panel: what stays in a core's L2 beside x
-_AHEAD_BYTES = 8192  # how far ahead of its use a panel is asked for while it streams from memory
+# How far ahead of its use a panel is asked for while it streams from memory, for tiles of up to 4 rows and of more.
+_AHEAD_BYTES, _AHEAD_BYTES_MORE_ROWS = 4096, 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,10 +266,13 @@ def build(
             )
             lines = -(-unroll * width // (line * share))
 
+            near = 3 if share == 1 else 2  # L1, where what is used next fits; L2
+
             @loop(begin, end, unroll, carry=acc)
             def total(at: Value, acc: list[Value]) -> list[Value]:
+                asked = ask[1] + at // unroll * (lines * line)
                 for i in range(lines):
-                    weight.prefetch(ask[0], 0, ask[1] + at // unroll * (lines * line) + i * line, locality=2)
+                    weight.prefetch(ask[0], 0, asked + i * line, locality=near)
                 for step in (at + i if i else at for i in range(unroll)):
                     loaded = [weight.load(place.panel, step, j) for j in vectors]
                     acc = multiply(row, step, loaded, acc)
@@ -289,15 +293,8 @@ def build(
 
                 @when((count > smaller) & (count <= rows))
                 def _(rows: int = rows) -> None:
-                    tile(
-                        rows,
-                        place,
-                        place.first,
-                        begin,
-                        end,
-                        (place.panel, index(_AHEAD_BYTES // 64 * line)),
-                        1,
-                    )
+                    ahead = _AHEAD_BYTES if rows <= 4 else _AHEAD_BYTES_MORE_ROWS
+                    tile(rows, place, place.first, begin, end, (place.panel, index(ahead // 64 * line)), 1)
 
             # Several use it again from L2: the first two or three ask for the next panel.
             @when(count > biggest)

@@ -140,7 +140,7 @@ def pack_int8(
             steps[~np.isfinite(steps)] = np.nan
             scaled = rows * inverse[:, None]
         np.rint(scaled, out=scaled)
-        np.nan_to_num(scaled, copy=False, nan=0, posinf=0, neginf=0)
+        scaled[np.isnan(scaled)] = 0  # 0 times an infinity, or a NaN
         codes = np.clip(scaled, -127, 127, out=scaled).astype(np.int8)
         scale[begin:end] = steps
         sums[begin:end] = codes.sum(axis=1, dtype=np.int32)
