@@ -26,7 +26,7 @@ RANKS = [
         "batch",
         "compiler",
     },
-    {"cache", "kernels", "text"},
+    {"cache", "kernels", "precision", "text"},
     {"scheduling", "models", "paged"},
     {"packed_form", "weight_cache"},
     {"packed_weights"},
