@@ -78,7 +78,7 @@ class Sampler:
             if was_finite and not math.isfinite(best):
                 raise ValueError(
                     "sample: bias and penalties made a logit infinite"
-                    if best > 0
+                    if not best < 0
                     else "sample: bad_words, min_tokens and logit_bias leave no token of the vocabulary to choose"
                 )
         return _choose(Logits(copy.values, block_max, logits.reader), range(len(rows)), owners)
