@@ -19,6 +19,12 @@ float largest_of(const LogitsRow& row) {
     return max_of(row.block_max);
 }
 
+// Where a kernel finds a value; it takes every pointer as mutable.
+template <typename T>
+void* pointer_to(const T& variable) {
+    return const_cast<void*>(static_cast<const void*>(&variable));
+}
+
 }  // namespace
 
 LogitsRow LogitsView::row(std::int64_t index) const {
@@ -57,23 +63,26 @@ struct LogitsReader::Sums {
     }
 };
 
-LogitsReader::LogitsReader(std::shared_ptr<ThreadPool> threads, const BlockSums& sums)
-    : threads_(std::move(threads)), block_sums_(sums) {
-    if (sums.kernel != nullptr) {
-        require_at_least("vocab", sums.vocab, 1);
-        require_at_least("row_stride", sums.row_stride, sums.vocab);
-        require_at_least("blocks_per_unit", sums.blocks_per_unit, 1);
+LogitsReader::LogitsReader(std::shared_ptr<ThreadPool> threads, const LogitsKernels& kernels)
+    : threads_(std::move(threads)), kernels_(kernels) {
+    if ((kernels.block_sums == nullptr) != (kernels.block_max == nullptr)) {
+        throw std::invalid_argument("a reader of logits needs both kernels or none");
+    }
+    if (kernels.block_sums != nullptr) {
+        require_at_least("vocab", kernels.vocab, 1);
+        require_at_least("row_stride", kernels.row_stride, kernels.vocab);
+        require_at_least("blocks_per_unit", kernels.blocks_per_unit, 1);
     }
 }
 
 void LogitsReader::check(const LogitsView& rows) const {
     require_at_least("vocab", rows.vocab, 1);
-    if (block_sums_.kernel != nullptr && rows.num_rows > 0 &&
-        (rows.vocab != block_sums_.vocab || rows.row_stride != block_sums_.row_stride)) {
+    if (kernels_.block_sums != nullptr && rows.num_rows > 0 &&
+        (rows.vocab != kernels_.vocab || rows.row_stride != kernels_.row_stride)) {
         throw std::invalid_argument("rows of " + std::to_string(rows.vocab) + " logits, " +
                                     std::to_string(rows.row_stride) + " apart: the kernel is for " +
-                                    std::to_string(block_sums_.vocab) + ", " +
-                                    std::to_string(block_sums_.row_stride) + " apart");
+                                    std::to_string(kernels_.vocab) + ", " +
+                                    std::to_string(kernels_.row_stride) + " apart");
     }
 }
 
@@ -87,9 +96,9 @@ void LogitsReader::run(const LogitsView& rows, Sums& sums, std::int64_t count, s
                        Finish&& finish) const {
     const std::int64_t num_sums = std::ssize(sums.rows);
     sums.allocate(num_logits_blocks(rows.vocab));
-    const bool compiled = block_sums_.kernel != nullptr;
+    const bool compiled = kernels_.block_sums != nullptr;
     const std::int64_t units =
-        compiled ? num_sums * ceil_div(sums.num_blocks, block_sums_.blocks_per_unit) : num_sums;
+        compiled ? num_sums * ceil_div(sums.num_blocks, kernels_.blocks_per_unit) : num_sums;
     const int team = team_for(cost + num_sums * rows.vocab * kCostPerWeight);
     Barrier barrier(team, threads_ == nullptr ? 0 : threads_->spin_us());
     std::atomic<std::int64_t> next{0};
@@ -100,11 +109,8 @@ void LogitsReader::run(const LogitsView& rows, Sums& sums, std::int64_t count, s
     const float* const largest = sums.largest.data();
     const float* const inverses = sums.inverses.data();
     const double* const out = sums.values.get();
-    const auto pointer = [](const auto& variable) {
-        return const_cast<void*>(static_cast<const void*>(&variable));
-    };
-    const std::array<void*, 6> args = {pointer(values),  pointer(block_max), pointer(row_list),
-                                       pointer(largest), pointer(inverses),  pointer(out)};
+    const std::array<void*, 6> args = {pointer_to(values),  pointer_to(block_max), pointer_to(row_list),
+                                       pointer_to(largest), pointer_to(inverses),  pointer_to(out)};
 
     const auto work = [&](int thread_id) {
         if (thread_id >= team) {
@@ -114,7 +120,7 @@ void LogitsReader::run(const LogitsView& rows, Sums& sums, std::int64_t count, s
         const std::int64_t end = units * (thread_id + 1) / team;
         if (compiled) {
             KernelCall call(args);
-            call(block_sums_.kernel, begin, end);
+            call(kernels_.block_sums, begin, end);
         } else {
             for (std::int64_t i = begin; i < end; ++i) {
                 sum_blocks(rows.row(sums.rows[at(i)]), sums.largest[at(i)], sums.temperatures[at(i)],
@@ -137,19 +143,24 @@ void LogitsReader::run(const LogitsView& rows, Sums& sums, std::int64_t count, s
 
 void LogitsReader::block_max(const LogitsView& rows, bool may_forbid, float* out) const {
     const std::int64_t blocks = num_logits_blocks(rows.vocab);
+    const bool compiled = kernels_.block_max != nullptr && may_forbid;
+    if (compiled) {
+        check(rows);
+    }
+    const float* const values = rows.values;
+    const std::array<void*, 3> args = {pointer_to(values), pointer_to(out), pointer_to(rows.num_rows)};
+    // Of a row each time, in the order of rows or, compiled, in that of the kernel's units.
+    const std::int64_t ranges = compiled ? ceil_div(blocks, kernels_.blocks_per_unit) : 1;
     Sums none;
     run(rows, none, rows.num_rows, rows.num_rows * rows.vocab * kCostPerMax, [&](std::int64_t index) {
-        const LogitsRow row = {.values = {rows.values + index * rows.row_stride, at(rows.vocab)},
-                               .block_max = {}};
+        if (compiled) {
+            KernelCall call(args);
+            call(kernels_.block_max, index * ranges, (index + 1) * ranges);
+            return;
+        }
+        const LogitsRow row = {.values = {values + index * rows.row_stride, at(rows.vocab)}, .block_max = {}};
         for (std::int64_t b = 0; b < blocks; ++b) {
-            const std::span<const float> block = row.block(at(b));
-            float largest = max_of(block);
-            if (!may_forbid &&
-                (std::isinf(largest) ||
-                 std::ranges::find(block, -std::numeric_limits<float>::infinity()) != block.end())) {
-                largest = std::numeric_limits<float>::quiet_NaN();
-            }
-            out[index * blocks + b] = largest;
+            out[index * blocks + b] = max_of(row.block(at(b)), may_forbid);
         }
     });
 }

@@ -18,9 +18,10 @@
 
 namespace nanoserve {
 
-// A kernel of kernels/logits.py (block_sums), and the rows it was compiled for.
-struct BlockSums {
-    Kernel kernel = nullptr;
+// The kernels of kernels/logits.py, and the rows they were compiled for; both or none.
+struct LogitsKernels {
+    Kernel block_sums = nullptr;
+    Kernel block_max = nullptr;  // where -inf is how a token is forbidden
     std::int64_t vocab = 0;
     std::int64_t row_stride = 0;
     std::int64_t blocks_per_unit = 0;
@@ -55,10 +56,10 @@ struct Score {
 class LogitsReader {
   public:
     // threads: may be null for the caller alone.
-    LogitsReader(std::shared_ptr<ThreadPool> threads, const BlockSums& sums);
+    LogitsReader(std::shared_ptr<ThreadPool> threads, const LogitsKernels& kernels);
 
-    // out: num_rows * num_logits_blocks(vocab). A block with a NaN or +inf gives NaN or +inf; one with -inf
-    // gives NaN too, unless -inf is how a token is forbidden.
+    // out: num_rows * num_logits_blocks(vocab). NaN for a block with a number that is not finite; where
+    // tokens may be forbidden, which is -inf, it is not NaN for those.
     void block_max(const LogitsView& rows, bool may_forbid, float* out) const;
     // A token each; some token, which means nothing, for a row that is not finite.
     [[nodiscard]] std::vector<std::int64_t> sample(const LogitsView& rows,
@@ -79,7 +80,7 @@ class LogitsReader {
              Finish&& finish) const;
 
     const std::shared_ptr<ThreadPool> threads_;
-    const BlockSums block_sums_;
+    const LogitsKernels kernels_;
 };
 
 }  // namespace nanoserve

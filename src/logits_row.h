@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -31,34 +32,37 @@ struct LogitsRow {
     }
 };
 
-// The largest of `values`, NaN if one of them is NaN. In sixteen lanes so that it vectorises; a maximum has
-// no rounding, so the order does not matter.
-[[nodiscard]] inline float max_of(std::span<const float> values) {
+// The largest of `values`; NaN if one is NaN or, unless infinities may stand for something, infinite. In
+// sixteen lanes so that it vectorises; a maximum has no rounding, so the order does not matter.
+[[nodiscard]] inline float max_of(std::span<const float> values, bool may_be_infinite = true) {
     constexpr std::size_t lanes = 16;
+    constexpr std::int32_t infinity = 0x7f80'0000;
+    const std::int32_t limit = may_be_infinite ? infinity : infinity - 1;  // the largest good magnitude
     float best[lanes];
-    float nan[lanes] = {};
+    std::int32_t most[lanes] = {};  // the magnitudes' bits, which are ordered as the magnitudes are, NaN last
     std::fill_n(best, lanes, -std::numeric_limits<float>::infinity());
     const auto take = [&](std::size_t lane, float value) {
+        const std::int32_t magnitude = std::bit_cast<std::int32_t>(value) & 0x7fff'ffff;
         best[lane] = value > best[lane] ? value : best[lane];
-        nan[lane] = value == value ? nan[lane] : value;
+        most[lane] = magnitude > most[lane] ? magnitude : most[lane];
     };
     std::size_t i = 0;
     for (; i + lanes <= values.size(); i += lanes) {
+        const float* const next = values.data() + i;
         for (std::size_t lane = 0; lane < lanes; ++lane) {
-            take(lane, values[i + lane]);
+            take(lane, next[lane]);
         }
     }
     for (std::size_t lane = 0; i < values.size(); ++i, ++lane) {
         take(lane, values[i]);
     }
-    float result = best[0];
-    for (std::size_t lane = 0; lane < lanes; ++lane) {
-        if (nan[lane] != nan[lane]) {
-            return nan[lane];
+    for (std::size_t half = lanes / 2; half > 0; half /= 2) {
+        for (std::size_t lane = 0; lane < half; ++lane) {
+            best[lane] = best[lane + half] > best[lane] ? best[lane + half] : best[lane];
+            most[lane] = most[lane + half] > most[lane] ? most[lane + half] : most[lane];
         }
-        result = std::max(result, best[lane]);
     }
-    return result;
+    return most[0] > limit ? std::numeric_limits<float>::quiet_NaN() : best[0];
 }
 
 }  // namespace nanoserve

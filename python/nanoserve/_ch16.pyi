@@ -80,6 +80,7 @@ class LogitsReader:
         self,
         threads: ThreadPool | None = None,
         block_sums: int = 0,
+        block_max: int = 0,
         vocab: int = 0,
         row_stride: int = 0,
         blocks_per_unit: int = 0,

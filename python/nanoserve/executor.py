@@ -90,12 +90,15 @@ class ModelExecutor:
         self.weights_were_cached = packed.was_cached
         row_stride = StepExecutor.logits_stride(config.vocab_size)
         sums = logits_kernels.block_sums_spec(config.vocab_size, row_stride)
-        self.kernels = load_kernels([spec for bound in plan for spec in bound.specs] + [sums], on_progress)
+        largest = logits_kernels.block_max_spec(config.vocab_size, row_stride, may_forbid=True)
+        specs = [spec for bound in plan for spec in bound.specs]
+        self.kernels = load_kernels([*specs, sums, largest], on_progress)
         for bound in plan:
             bound.add_to(self._native, self.kernels)
         self._reader = LogitsReader(
-            threads, self.kernels[sums], config.vocab_size, row_stride, logits_kernels.BLOCKS_PER_UNIT
-        )
+            threads, self.kernels[sums], self.kernels[largest], config.vocab_size, row_stride,
+            logits_kernels.BLOCKS_PER_UNIT,
+        )  # fmt: skip
         if self.weight_writer is not None:
             self.weight_writer.start()
 

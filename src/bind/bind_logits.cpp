@@ -131,19 +131,23 @@ void populate_logits(py::module_& m) {
     m.attr("LOGITS_BLOCK") = kLogitsBlock;
     py::class_<LogitsReader>(m, "LogitsReader",
                              "Chooses tokens from rows of logits and says how likely they were.")
-        .def(py::init([](std::shared_ptr<ThreadPool> threads, std::uintptr_t block_sums, std::int64_t vocab,
-                         std::int64_t row_stride, std::int64_t blocks_per_unit) {
+        .def(py::init([](std::shared_ptr<ThreadPool> threads, std::uintptr_t block_sums,
+                         std::uintptr_t block_max_address, std::int64_t vocab, std::int64_t row_stride,
+                         std::int64_t blocks_per_unit) {
                  return std::make_unique<LogitsReader>(
-                     std::move(threads), BlockSums{.kernel = reinterpret_cast<Kernel>(block_sums),
-                                                   .vocab = vocab,
-                                                   .row_stride = row_stride,
-                                                   .blocks_per_unit = blocks_per_unit});
+                     std::move(threads),
+                     LogitsKernels{.block_sums = reinterpret_cast<Kernel>(block_sums),
+                                   .block_max = reinterpret_cast<Kernel>(block_max_address),
+                                   .vocab = vocab,
+                                   .row_stride = row_stride,
+                                   .blocks_per_unit = blocks_per_unit});
              }),
-             py::arg("threads") = py::none(), py::arg("block_sums") = 0, py::arg("vocab") = 0,
-             py::arg("row_stride") = 0, py::arg("blocks_per_unit") = 0,
-             "block_sums: the address of that kernel, which then takes rows of `vocab` logits `row_stride` "
+             py::arg("threads") = py::none(), py::arg("block_sums") = 0, py::arg("block_max") = 0,
+             py::arg("vocab") = 0, py::arg("row_stride") = 0, py::arg("blocks_per_unit") = 0,
+             "block_sums, block_max: addresses of the kernels, which then take rows of `vocab` logits "
+             "`row_stride` "
              "floats "
-             "apart and no others; 0 sums in double, slowly.")
+             "apart and no others; 0 for none: sums in double, slowly.")
         .def("block_max", &block_max, py::arg("values"), py::arg("may_forbid") = false,
              "float32[rows, blocks]: the largest of each block of LOGITS_BLOCK logits, not finite where one "
              "of "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanoserve import logits_processors
+from nanoserve import logits_processors, sampler
 from nanoserve.logits import Logits
 from nanoserve.request import Request
 from nanoserve.sampling import Sampler, SamplingParams
@@ -56,6 +56,13 @@ def test_only_the_row_that_is_changed_is_copied() -> None:
     """Its neighbours' logits are read where they lie."""
     requests = [*batch(top_p=0.9)[:3], *batch(logit_bias={1: 1.0})[3:]]
     assert ROW_BYTES < peak_bytes(lambda: Sampler().sample(LOGITS, requests, (2,))) < 1.2 * ROW_BYTES
+
+
+def test_a_large_batch_is_copied_in_parts() -> None:
+    """64 copies at once would be 64 times the memory, and fall out of the caches."""
+    logits = Logits.of(np.broadcast_to(LOGITS.values[0], (64, VOCAB)))
+    requests = [Request(i, [1], params=SamplingParams(seed=i, logit_bias={1: 1.0})) for i in range(64)]
+    assert peak_bytes(lambda: Sampler().sample(logits, requests, ())) < 1.1 * 4 * sampler._WORKING_SET
 
 
 def test_who_changes_nothing_never_meets_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,18 @@ from nanoserve.native import LogitsReader, StepExecutor, ThreadPool
 def compiled_reader(vocab: int, num_threads: int = 2) -> LogitsReader:
     """For rows that lie as a step leaves them."""
     row_stride = StepExecutor.logits_stride(vocab)
-    spec = kernels.block_sums_spec(vocab, row_stride)
-    address = load_kernels([spec])[spec]
-    return LogitsReader(ThreadPool(num_threads), address, vocab, row_stride, kernels.BLOCKS_PER_UNIT)
+    specs = [
+        kernels.block_sums_spec(vocab, row_stride),
+        kernels.block_max_spec(vocab, row_stride, may_forbid=True),
+    ]
+    addresses = load_kernels(specs)
+    return LogitsReader(
+        ThreadPool(num_threads),
+        *(addresses[spec] for spec in specs),
+        vocab,
+        row_stride,
+        kernels.BLOCKS_PER_UNIT,
+    )
 
 
 def compiled(values: np.ndarray, num_threads: int = 2) -> Logits:

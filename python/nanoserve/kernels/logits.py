@@ -1,7 +1,7 @@
 """What a step leaves beside its logits, and what a draw needs of all of them: numbers for blocks of `LOGITS_BLOCK` logits.
 
 block_max   out[row, block] = the largest logit of the block, NaN where one of them is not finite: the largest logit, the
-            candidates of a filter and the check for bad numbers all begin with it.
+            candidates of a filter and the check for bad numbers all begin with it. A second version lets -inf pass.
 block_sums  out[i, block] = sum of exp((logit - largest[i]) * inverse[i]) over the block of row rows[i], as double;
             inverse is 1 / temperature, largest the row's largest logit.
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nanoserve.compiler.builder import Value
 
 BLOCKS_PER_UNIT = 16
+_LOWEST = -3.4028234663852886e38  # float32's; a NaN stays one
 _NOTHING = -80.0  # a block whose largest exponent is below
 
 
@@ -39,9 +40,12 @@ def num_ranges(vocab: int) -> int:
     return -(-num_blocks(vocab) // BLOCKS_PER_UNIT)
 
 
-def block_max_spec(vocab: int, ld: int) -> KernelSpec:
-    """Args: logits[.][ld], out[.][num_blocks], m, begin, end over num_ranges * m units."""
-    return _spec("max", vocab, ld)
+def block_max_spec(vocab: int, ld: int, *, may_forbid: bool = False) -> KernelSpec:
+    """Args: logits[.][ld], out[.][num_blocks], m, begin, end over num_ranges * m units.
+
+    With `may_forbid`, -inf is the logit of a forbidden token, and not a bad number.
+    """
+    return _spec("max_or_forbidden" if may_forbid else "max", vocab, ld)
 
 
 def block_sums_spec(vocab: int, ld: int) -> KernelSpec:
@@ -58,10 +62,10 @@ def _spec(what: str, vocab: int, ld: int) -> KernelSpec:
 
 
 def build(symbol: str, target: Target, *, what: str, v: int, ld: int, block: int) -> None:
-    if what == "max":
-        _build_max(symbol, v, ld, block)
-    else:
+    if what == "sums":
         _build_sums(symbol, v, ld, block)
+    else:
+        _build_max(symbol, v, ld, block, may_forbid=what == "max_or_forbidden")
 
 
 def _for_each_block(part: Value, vocab: int, block: int, body: Any) -> None:
@@ -85,7 +89,7 @@ def _for_each_block(part: Value, vocab: int, block: int, body: Any) -> None:
             body(index(whole), index(whole * block), rest)
 
 
-def _build_max(symbol: str, vocab: int, ld: int, block: int) -> None:
+def _build_max(symbol: str, vocab: int, ld: int, block: int, *, may_forbid: bool) -> None:
     from nanoserve.compiler.builder import add, chunks, const, fma, fmax, htree, vector_of, zeros
     from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop
 
@@ -99,18 +103,21 @@ def _build_max(symbol: str, vocab: int, ld: int, block: int) -> None:
             row = unit % m
 
             def one(number: Value, start: Value, width: int) -> None:
+                def product(values: Value, total: Value) -> Value:
+                    return fma(fmax(_LOWEST, values) if may_forbid else values, 0.0, total)
+
                 best = [const(float("-inf"), vector_of(16))] * 4
                 bad = [zeros()] * 4  # 0 * x is 0, or NaN where x is not finite
                 whole = width // 64 * 64
                 for at in range(0, whole, 16):
                     values, j = logits.load(row, start + at), at // 16 % 4
-                    best[j], bad[j] = fmax(values, best[j]), fma(values, 0.0, bad[j])
+                    best[j], bad[j] = fmax(values, best[j]), product(values, bad[j])
                 largest = htree(fmax(fmax(best[0], best[1]), fmax(best[2], best[3])), fmax)
                 check = htree((bad[0] + bad[1]) + (bad[2] + bad[3]), add)
                 for at, size in chunks(width - whole):
                     values = logits.load(row, start + (whole + at), width=size)
                     largest = fmax(htree(values, fmax), largest)
-                    check = check + htree(values * 0.0, add)
+                    check = check + htree(product(values, zeros(size)), add)
                 out[row, number] = largest + check
 
             _for_each_block(unit // m, vocab, block, one)
