@@ -149,7 +149,7 @@ class PackedWeights:
             self._pack(arena, on_load)
             if cache is not None and key is not None and self._sources_are_current():
                 writer = threading.Thread(
-                    target=cache.store, args=(key, arena, threads), name="nanoserve-weight-cache"
+                    target=cache.store, args=(key, arena), name="nanoserve-weight-cache"
                 )
         self._hand_over(arena)
         return writer

@@ -91,15 +91,15 @@ class WeightCache:
         self._files.used(name)
         return True
 
-    def store(self, key: str, arena: WeightArena, threads: ThreadPool) -> bool:
+    def store(self, key: str, arena: WeightArena) -> bool:
         """Write an entry, whole or not at all, and remove others beyond the limit. False, and a warning, when it cannot be."""
         try:
-            return self._store(f"{key}.bin", key, arena, threads)
+            return self._store(f"{key}.bin", key, arena)
         except OSError as error:
             _log.warning("weights are not cached: %s", error)
             return False
 
-    def _store(self, name: str, key: str, arena: WeightArena, threads: ThreadPool) -> bool:
+    def _store(self, name: str, key: str, arena: WeightArena) -> bool:
         size = _HEADER_BYTES + arena.num_bytes
         with self._files.lock():
             self._files.remove_abandoned()
@@ -111,7 +111,7 @@ class WeightCache:
             )  # fmt: skip
             return False
         with self._files.new_file(name) as file:
-            file.write(_header(key, arena.num_bytes, _digest(_checksums(arena, threads))))
+            file.write(_header(key, arena.num_bytes, _digest(_checksums(arena))))
             for begin, count in _pieces(arena.num_bytes, _WRITE_BYTES):
                 file.write(arena.view(begin, count).data)
         self._files.sync()
@@ -157,7 +157,8 @@ def _read_verified(
     return "" if _digest(sums) == digest else "holds data that is not what was written"
 
 
-def _checksums(arena: WeightArena, threads: ThreadPool) -> list[int]:
+def _checksums(arena: WeightArena) -> list[int]:
+    threads = ThreadPool(1)  # not the engine's: requests need those by now
     return [checksum(arena.view(*piece), threads) for piece in _pieces(arena.num_bytes, _CHUNK_BYTES)]
 
 

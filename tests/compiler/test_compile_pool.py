@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import nanoserve
 from compiler.packed_call import call_address
 from nanoserve.compiler import jit
+from nanoserve.compiler.target import host
 from nanoserve.kernels import compile_pool, library, norm
 from nanoserve.kernels.library import KernelSpec, load_kernels, stats
 
@@ -174,6 +176,31 @@ def test_an_interrupt_ends_the_workers(fresh: Path, started: list[subprocess.Pop
     assert caught.value is not None
     assert len(started) == 2
     assert all(process.poll() is not None for process in started)
+
+
+def test_a_worker_leaves_ctrl_c_to_who_waits_for_it(fresh: Path) -> None:
+    process = compile_pool._start()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    request = {
+        "kind": "none",
+        "params": {},
+        "key": "k",
+        "target": asdict(host()),
+        "toolchain": "t",
+        "directory": "/",
+    }
+    try:
+        for _ in range(2):  # the second answer comes after the signal
+            error = compile_pool._ask(process.stdin, process.stdout, request)
+            assert error is not None
+            assert "FileNotFoundError" in error
+            process.send_signal(signal.SIGINT)
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 PROGRAM = """

@@ -252,9 +252,8 @@ def test_trimming_spares_an_object_that_another_entry_uses(cache: ObjectCache) -
         cache.store(key * 64, "f", "compiler 1", b"same" * 25 if at != 1 else b"else" * 25)
         age(cache, key * 64, 100_000 - at)
     (cache.directory / f"{'0' * 64}.so").write_bytes(b"orphan" * 100)
-    assert cache.trim(150) == 2
-    assert cache.find("c" * 64) is not None
-    assert cache.find("a" * 64) is cache.find("b" * 64) is None
+    assert cache.trim(150) == 1
+    assert [cache.find(key * 64) is not None for key in "abc"] == [True, False, True]
     assert cache.damaged == 0
     assert [path.read_bytes() for path in cache.directory.glob("*.so")] == [b"same" * 25]
 

@@ -103,7 +103,7 @@ def entries(tmp_path: Path) -> list[Path]:
 def test_what_is_stored_is_read(cache: WeightCache, num_bytes: int) -> None:
     arena, again = arena_of(num_bytes), WeightArena(num_bytes)
     assert not cache.read(KEY, again, THREADS)
-    assert cache.store(KEY, arena, THREADS)
+    assert cache.store(KEY, arena)
     assert cache.read(KEY, again, ThreadPool(1))
     assert np.array_equal(content(arena), content(again))
     assert not cache.read(OTHER, again, THREADS)
@@ -114,7 +114,7 @@ def test_what_is_stored_is_read(cache: WeightCache, num_bytes: int) -> None:
 def test_progress_is_told_per_chunk(cache: WeightCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "_CHUNK_BYTES", 8192)
     arena, steps = arena_of(5 * 4096), []
-    cache.store(KEY, arena, THREADS)
+    cache.store(KEY, arena)
     assert cache.read(KEY, arena, THREADS, lambda *step: steps.append(step))
     assert steps == [(done, 20480, "packed weights") for done in (8192, 16384, 20480)]
 
@@ -126,7 +126,7 @@ def test_no_flipped_byte_goes_unnoticed(
     """Header, padding and data alike; every byte of a region, and a random bit of each."""
     arena = arena_of(2 * 4096)
     path = cache.directory / f"{KEY}.bin"
-    cache.store(KEY, arena, THREADS)
+    cache.store(KEY, arena)
     good = path.read_bytes()
     assert len(good) == 3 * 4096
     bits = np.random.default_rng(begin).integers(0, 8, 128)
@@ -155,20 +155,20 @@ def test_a_damaged_file_is_removed_and_said(
     cache: WeightCache, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     arena = arena_of(8192)
-    cache.store(KEY, arena, THREADS)
+    cache.store(KEY, arena)
     change, words = DAMAGE[damage]
     change(cache.directory / f"{KEY}.bin")
     assert not cache.read(KEY, WeightArena(8192), THREADS)
     assert words in caplog.text
     assert "packing the checkpoint again" in caplog.text
     assert not (cache.directory / f"{KEY}.bin").exists()
-    assert cache.store(KEY, arena, THREADS)
+    assert cache.store(KEY, arena)
     assert cache.read(KEY, WeightArena(8192), THREADS)
 
 
 def test_a_file_that_shrinks_while_it_is_read(cache: WeightCache, monkeypatch: pytest.MonkeyPatch) -> None:
     arena = arena_of(8192)
-    cache.store(KEY, arena, THREADS)
+    cache.store(KEY, arena)
     with (cache.directory / f"{KEY}.bin").open("rb") as file:
         os.truncate(file.name, 4096 + 10)
         with pytest.raises(RuntimeError, match=r"the file ends at byte 4106, 8182 bytes early"):
@@ -177,7 +177,7 @@ def test_a_file_that_shrinks_while_it_is_read(cache: WeightCache, monkeypatch: p
 
 def test_links_and_files_others_may_write_are_refused(cache: WeightCache, tmp_path: Path) -> None:
     arena, path = arena_of(4096), cache.directory / f"{KEY}.bin"
-    cache.store(KEY, arena, THREADS)
+    cache.store(KEY, arena)
     path.chmod(0o622)
     with pytest.raises(CacheRefused, match="is not a file that only user"):
         cache.read(KEY, arena, THREADS)
@@ -200,10 +200,10 @@ def test_the_limit_removes_what_was_not_used_for_longest(
     cache = WeightCache(cache.directory)
     arena = arena_of(4096)
     for age, key in ((9000, KEY), (8000, OTHER)):
-        cache.store(key, arena, THREADS)
+        cache.store(key, arena)
         os.utime(cache.directory / f"{key}.bin", (0, os.path.getmtime(cache.directory) - age))
     assert cache.read(KEY, arena, THREADS)  # now OTHER was not used for longest
-    cache.store(THIRD, arena, THREADS)
+    cache.store(THIRD, arena)
     assert {path.stem for path in cache.directory.glob("*.bin")} == {KEY, THIRD}
 
 
@@ -212,7 +212,7 @@ def test_what_is_larger_than_the_limit_is_not_stored(
     cache: WeightCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, limit: str, words: str
 ) -> None:  # fmt: skip
     monkeypatch.setenv(LIMIT_VARIABLE, limit)
-    assert not WeightCache(cache.directory).store(KEY, arena_of(4096), THREADS)
+    assert not WeightCache(cache.directory).store(KEY, arena_of(4096))
     assert words in caplog.text
     assert not list(cache.directory.glob("*.bin"))
 
@@ -228,7 +228,7 @@ def test_a_limit_that_is_no_number_is_named(
 
 def test_by_default_half_of_the_disk_stays_free(cache: WeightCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(LIMIT_VARIABLE, raising=False)
-    cache.store(KEY, arena_of(4096), THREADS)
+    cache.store(KEY, arena_of(4096))
     usage = type("Usage", (), {"free": 10_000})
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: usage)
     assert cache._limit_bytes() == (10_000 + 8192) // 2
@@ -267,33 +267,28 @@ def test_what_a_dead_writer_left_is_removed(cache: WeightCache) -> None:
         (cache.directory / ".new-young").write_bytes(b"x")
         for path in (alive, cache.directory / ".new-dead"):
             os.utime(path, (0, 0))
-        cache.store(KEY, arena_of(4096), THREADS)
+        cache.store(KEY, arena_of(4096))
         assert {path.name for path in cache.directory.glob(".new-*")} == {alive.name, ".new-young"}
         file.write(b"y")
     assert (cache.directory / "x.bin").read_bytes() == b"y"
 
 
 WRITER = """
-import sys, time
-import numpy as np
-from nanoserve.native import ThreadPool, WeightArena
+import sys
+from nanoserve.native import WeightArena
 from nanoserve.weight_cache import WeightCache
-cache, threads, stop, n = WeightCache(sys.argv[1]), ThreadPool(1), time.monotonic() + 1.5, 0
-arena = WeightArena(2**20)
+cache, arena = WeightCache(sys.argv[1]), WeightArena(2**20)
 arena.view(0, 2**20)[:] = 7
-while time.monotonic() < stop:
-    assert cache.store("a" * 64, arena, threads)
-    n += 1
-print(n)
+for _ in range(30):
+    assert cache.store("a" * 64, arena)
 """
 
 
 def test_readers_see_whole_files_while_processes_fill_the_same_entry(cache: WeightCache) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(nanoserve.__file__).parent.parent)}
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(cache.directory)], env=env, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]  # fmt: skip
+        subprocess.Popen([sys.executable, "-c", WRITER, str(cache.directory)], env=env) for _ in range(2)
+    ]
     found, arena = 0, WeightArena(2**20)
     while any(writer.poll() is None for writer in writers):
         if cache.read(KEY, arena, THREADS):
@@ -302,8 +297,7 @@ def test_readers_see_whole_files_while_processes_fill_the_same_entry(cache: Weig
         else:
             assert found == 0, "an entry went away"
     assert [writer.wait() for writer in writers] == [0, 0]
-    assert all(int(writer.communicate()[0]) > 3 for writer in writers)
-    assert found > 3
+    assert found > 0
     assert len(list(cache.directory.glob("*.bin"))) == 1
     assert not list(cache.directory.glob(".new-*"))
 

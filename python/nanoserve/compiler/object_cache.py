@@ -98,9 +98,10 @@ class ObjectCache:
             total = removed = 0
             for name, _ in reversed(self._files.files(".json")):
                 held = self._object_name(name)
-                total += 0 if held is None or held in kept else objects.get(held, 0)
-                if held is not None and total <= max_bytes:
+                size = 0 if held in kept else objects.get(held or "", 0)
+                if held is not None and total + size <= max_bytes:
                     kept.add(held)
+                    total += size
                 else:
                     (self.directory / name).unlink(missing_ok=True)
                     removed += 1

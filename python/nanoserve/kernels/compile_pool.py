@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("nanoserve.kernels")
 
-# Fewer are compiled sooner than a worker has started: some 0.4 s of imports, against some 0.1 s a kernel.
-MIN_KERNELS = 5
+# Fewer are compiled sooner here: a worker starts with some 0.45 s of imports, this process has 0.3 s of them before it, and a
+# kernel takes some 0.1 s. With two cores both take as long at about 5; the rest is for machines that have other work to do.
+MIN_KERNELS = 8
 MAX_WORKERS = 8  # each takes some 150 MB
 PATIENCE_S = 120.0  # without any answer; the largest kernel takes less than a second
 
