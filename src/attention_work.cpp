@@ -15,8 +15,8 @@ namespace {
 
 // Keys of few rows are as expensive as those of this many: what a core reads from memory in the meantime.
 constexpr std::int64_t kMemoryRows = 16;
-constexpr double kEven = 1.08;      // the largest share over the mean that is not worth cutting for
-constexpr int kMostPieces = 16;     // of a thread's share; more would cost more than they even out
+constexpr double kEven = 1.08;          // the largest share over the mean that is not worth cutting for
+constexpr int kMostPieces = 16;         // of a thread's share; more would cost more than they even out
 constexpr std::int64_t kPartUnit = 16;  // floats that items count parts in
 
 }  // namespace
@@ -183,8 +183,8 @@ void AttentionWork::cut_segments(AttentionItem item, std::int64_t num_pieces) {
     }
     const AttentionTiling& tiling = is_small(item) ? shape_.small : shape_.large;
     const std::int64_t rows = std::int64_t{item.num_rows} * item.num_heads;
-    const std::int64_t stride = 2 * ceil_div(tiling.rows * tiling.tiles, kPartUnit) +
-                                ceil_div(rows * shape_.head_dim, kPartUnit);
+    const std::int64_t stride =
+        2 * ceil_div(tiling.rows * tiling.tiles, kPartUnit) + ceil_div(rows * shape_.head_dim, kPartUnit);
     const std::int64_t first = item.first_segment;
     const std::int64_t num_segments = item.end_segment - first;
     item.part = narrow<std::int32_t>(part_blocks_);

@@ -114,8 +114,8 @@ class AttentionWork {
 
     AttentionShape shape_;
     std::vector<SequenceSpan> order_;
-    std::vector<Walk> whole_;   // every row's walk in one piece
-    std::vector<Walk> walks_;   // the same, some of them cut
+    std::vector<Walk> whole_;  // every row's walk in one piece
+    std::vector<Walk> walks_;  // the same, some of them cut
     std::vector<AttentionItem> items_, merges_;
     std::vector<std::int64_t> costs_;  // of the items that threads take
     std::vector<int> num_pieces_;      // of each merge

@@ -37,7 +37,8 @@ std::int64_t arena_bytes(const PoolShape& shape) {
                                                   {"page_size", shape.page_size},
                                                   {"element bytes", element_bytes(shape.element)}});
     if (shape.element == ElementType::bf16) {
-        for (const auto& [name, size] : {Factor{"page_size", shape.page_size}, {"head_dim", shape.head_dim}}) {
+        for (const auto& [name, size] :
+             {Factor{"page_size", shape.page_size}, {"head_dim", shape.head_dim}}) {
             if (size % 2 != 0) {
                 throw std::invalid_argument(std::string(name) + " is " + std::to_string(size) +
                                             ", must be even: bf16 keys and values lie in pairs");

@@ -173,7 +173,8 @@ void populate_executor(py::module_& m) {
         .def("attention", &add_attention, py::arg("name"), py::arg("small_address"), py::arg("small_tiling"),
              py::arg("large_address"), py::arg("large_tiling"), py::arg("args"), py::arg("group"),
              py::arg("kv_heads"), py::arg("window") = 0,
-             "Tilings are (rows, tiles). window: keys a row sees, its own included, 0 for all; the kernels must agree.")
+             "Tilings are (rows, tiles). window: keys a row sees, its own included, 0 for all; the kernels "
+             "must agree.")
         .def("forward", &forward, py::arg("input_ids"), py::arg("tables"), py::arg("starts"),
              py::arg("counts"), py::arg("sample_rows"), py::arg("vocab"),
              py::arg("position_offsets") = py::none(),

@@ -27,13 +27,12 @@ py::tuple layer_views(const py::object& self, std::int64_t layer) {
             py::array(py::dtype::of<float>(), shape, Sizes{page, s.head_dim * item, head, item}, v, self));
     }
     const py::ssize_t pair = 2 * item;
-    return py::make_tuple(
-        py::array(py::dtype::of<std::uint16_t>(),
-                  Sizes{s.num_pages, s.page_size, s.num_heads, s.head_dim / 2, 2},
-                  Sizes{page, pair, head, s.page_size * pair, item}, k, self),
-        py::array(py::dtype::of<std::uint16_t>(),
-                  Sizes{s.num_pages, s.page_size / 2, 2, s.num_heads, s.head_dim},
-                  Sizes{page, s.head_dim * pair, item, head, pair}, v, self));
+    return py::make_tuple(py::array(py::dtype::of<std::uint16_t>(),
+                                    Sizes{s.num_pages, s.page_size, s.num_heads, s.head_dim / 2, 2},
+                                    Sizes{page, pair, head, s.page_size * pair, item}, k, self),
+                          py::array(py::dtype::of<std::uint16_t>(),
+                                    Sizes{s.num_pages, s.page_size / 2, 2, s.num_heads, s.head_dim},
+                                    Sizes{page, s.head_dim * pair, item, head, pair}, v, self));
 }
 
 void store_kv(KVCachePool& pool, const py::object& k, const py::object& v, const py::object& slots,
@@ -96,7 +95,8 @@ void populate_pool(py::module_& m) {
              py::arg("num_pages"), py::arg("page_size") = 16, py::arg("num_layers") = 1,
              py::arg("num_heads") = 1, py::arg("head_dim") = 16, py::arg("element") = "f32",
              "element: what keys and values are kept as, f32 or bf16.")
-        .def_property_readonly("element", [](const KVCachePool& p) { return element_name(p.shape().element); })
+        .def_property_readonly("element",
+                               [](const KVCachePool& p) { return element_name(p.shape().element); })
         .def_property_readonly("num_pages", [](const KVCachePool& p) { return p.shape().num_pages; })
         .def_property_readonly("page_size", [](const KVCachePool& p) { return p.shape().page_size; })
         .def_property_readonly("num_layers", [](const KVCachePool& p) { return p.shape().num_layers; })
@@ -124,8 +124,10 @@ void populate_pool(py::module_& m) {
         .def("store_kv", &store_kv, py::arg("k"), py::arg("v"), py::arg("slots"), py::arg("layer"),
              "Writes k and v [n, num_heads, head_dim] into slots (page_id * page_size + offset).")
         .def("get_layer_cache", &layer_views, py::arg("layer"),
-             "(k, v), both [num_pages, page_size, num_heads, head_dim]: writable views, no copy. Of bf16, uint16: "
-             "k [num_pages, page_size, num_heads, head_dim / 2, 2], v [num_pages, page_size / 2, 2, num_heads, "
+             "(k, v), both [num_pages, page_size, num_heads, head_dim]: writable views, no copy. Of bf16, "
+             "uint16: "
+             "k [num_pages, page_size, num_heads, head_dim / 2, 2], v [num_pages, page_size / 2, 2, "
+             "num_heads, "
              "head_dim].")
         .def("copy_page", &KVCachePool::copy_page, py::arg("page"),
              "A new page with the same content in all layers.")

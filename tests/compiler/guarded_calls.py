@@ -88,7 +88,9 @@ def run_attention() -> None:
             call(spec, q, k, v, table, flat, guarded(np.ones(2 * stride * 16, dtype=np.float32)), out, 0, 3)
 
 
-def keys_and_values(pages: int, kv: int, d: int, page_size: int, dtype: type = np.float32) -> tuple[np.ndarray, ...]:
+def keys_and_values(
+    pages: int, kv: int, d: int, page_size: int, dtype: type = np.float32
+) -> tuple[np.ndarray, ...]:
     """The array of the layer, and the same from its first values on."""
     layer = guarded(np.ones(pages * kv * 2 * d * page_size, dtype=dtype))
     return layer, layer[d * page_size :]

@@ -54,8 +54,12 @@ def kv_memory(pages: Pages, dtype: str = "f32") -> tuple[np.ndarray, np.ndarray]
         memory[:, :, 1] = pages.v.reshape(n, kv, -1)
     else:
         memory = np.empty((n, kv, 2, d * slots), dtype=np.uint16)
-        memory[:, :, 0] = bf16_bits(pages.k).reshape(n, kv, d // 2, 2, slots).swapaxes(3, 4).reshape(n, kv, -1)
-        memory[:, :, 1] = bf16_bits(pages.v).reshape(n, kv, slots // 2, 2, d).swapaxes(3, 4).reshape(n, kv, -1)
+        memory[:, :, 0] = (
+            bf16_bits(pages.k).reshape(n, kv, d // 2, 2, slots).swapaxes(3, 4).reshape(n, kv, -1)
+        )
+        memory[:, :, 1] = (
+            bf16_bits(pages.v).reshape(n, kv, slots // 2, 2, d).swapaxes(3, 4).reshape(n, kv, -1)
+        )
     flat = memory.reshape(-1)
     return flat, flat[d * slots :]
 
@@ -108,7 +112,9 @@ def run(
             for r0 in range(0, len(q) * group, each):
                 num_rows, num_heads = min(each, len(q) * group - r0), min(tiles, kv - head) if by_head else 1
                 pos0 = len(keys) - len(q)
-                first = max(0, pos0 + r0 // group - window + 1) // 64 * 64 // attention.SEGMENT if window else 0
+                first = (
+                    max(0, pos0 + r0 // group - window + 1) // 64 * 64 // attention.SEGMENT if window else 0
+                )
                 end = (pos0 + (r0 + num_rows - 1) // group) // attention.SEGMENT + 1
                 item = {
                     "table_off": len(table), "kv_head": head, "num_heads": num_heads, "q0": q0, "r0": r0,
@@ -125,7 +131,13 @@ def run(
                     for a, b in pairwise(cuts)
                 ]  # fmt: skip
                 merges.append(
-                    {**item, "end_segment": first, "part": part, "part_stride": stride, "num_parts": end - first}
+                    {
+                        **item,
+                        "end_segment": first,
+                        "part": part,
+                        "part_stride": stride,
+                        "num_parts": end - first,
+                    }
                 )
                 part += (end - first) * stride
         table += own + [own[-1]] * (entries - len(own))

@@ -163,6 +163,14 @@ def test_nan_comes_out(where: str) -> None:
     ],
 )
 def test_refusals(options: dict[str, object], said: str) -> None:
-    good = {"heads": 4, "kv_heads": 2, "head_dim": 16, "page_size": 16, "ldq": 64, "ldo": 64, "tiling": attention.Tiling(2)}
+    good = {
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "page_size": 16,
+        "ldq": 64,
+        "ldo": 64,
+        "tiling": attention.Tiling(2),
+    }
     with pytest.raises(ValueError, match=said):
         attention.attention_spec(**{**good, **options})  # type: ignore[arg-type]

@@ -34,7 +34,9 @@ def test_same_bits_for_every_tiling_and_cut(dtype: str, options: dict[str, Any])
     queries = make_queries(COUNTS, heads, d)
     reference = run(pages, queries, heads, 1, dtype=dtype, **options)
     for rows, tiles, segments_each in ((1, 1, 1), (3, 1, 1), (8, 4, 0), (8, 4, 1), (8, 2, 2), (6, 1, 0)):
-        got = run(pages, queries, heads, rows, tiles=tiles, segments_each=segments_each, dtype=dtype, **options)
+        got = run(
+            pages, queries, heads, rows, tiles=tiles, segments_each=segments_each, dtype=dtype, **options
+        )
         assert same(reference, got), f"{rows} x {tiles}, {segments_each} segments to an item"
 
 
@@ -42,7 +44,9 @@ def test_same_bits_for_every_tiling_and_cut(dtype: str, options: dict[str, Any])
 @pytest.mark.parametrize(
     ("group", "kv", "d", "page_size"), [(1, 5, 64, 16), (2, 4, 128, 32), (3, 3, 16, 64), (5, 2, 80, 16), (7, 2, 256, 128), (8, 2, 96, 48)]
 )  # fmt: skip
-def test_decode_across_heads_has_the_chunks_bits(group: int, kv: int, d: int, page_size: int, dtype: str) -> None:
+def test_decode_across_heads_has_the_chunks_bits(
+    group: int, kv: int, d: int, page_size: int, dtype: str
+) -> None:
     """One token of several heads in an item, whole and cut, against the same token at the end of a chunk."""
     heads, lengths = group * kv, [600, 64, 1, 257]
     pages = make_pages(lengths, kv, d, page_size)
@@ -114,14 +118,18 @@ def test_results_as_bf16_are_the_rounded_float32(dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "kv_heads", "head_dim"), [(1, 1, 16), (2, 8, 128), (3, 5, 64), (8, 32, 256), (16, 2, 128), (7, 1, 64)]
+    ("group", "kv_heads", "head_dim"),
+    [(1, 1, 16), (2, 8, 128), (3, 5, 64), (8, 32, 256), (16, 2, 128), (7, 1, 64)],
 )
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_tilings_fit(group: int, kv_heads: int, head_dim: int, dtype: str) -> None:
     for target in (host(), AVX2):
         small, large = attention.tilings(group, kv_heads, head_dim, dtype, target)
-        assert small.rows <= group and 1 <= small.tiles <= kv_heads and small.across == "heads"
-        assert max(small.rows, large.rows) + 2 <= target.budget and large.across == "rows"
+        assert small.rows <= group
+        assert 1 <= small.tiles <= kv_heads
+        assert small.across == "heads"
+        assert max(small.rows, large.rows) + 2 <= target.budget
+        assert large.across == "rows"
         for tiling in (small, large):
             attention.attention_spec(
                 group * kv_heads, kv_heads, head_dim, 16, 10**5, 10**5, tiling, dtype=dtype
@@ -139,6 +147,14 @@ def test_tilings_fit(group: int, kv_heads: int, head_dim: int, dtype: str) -> No
     ],
 )
 def test_refusals(options: dict[str, object], said: str) -> None:
-    good = {"heads": 4, "kv_heads": 2, "head_dim": 16, "page_size": 16, "ldq": 64, "ldo": 64, "tiling": attention.Tiling(2)}
+    good = {
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "page_size": 16,
+        "ldq": 64,
+        "ldo": 64,
+        "tiling": attention.Tiling(2),
+    }
     with pytest.raises(ValueError, match=said):
         attention.attention_spec(**{**good, **options})  # type: ignore[arg-type]

@@ -65,7 +65,9 @@ def check(
     weights = []
     if qk_norm:
         weights = [random(d), random(d)] if qk_norm == "head" else [random(heads * d), random(kv * d)]
-    spec = kv_write.kv_write_spec(heads, kv, d, page_size, ld, rotary, qk_norm=qk_norm, norm_eps=eps, dtype=dtype)
+    spec = kv_write.kv_write_spec(
+        heads, kv, d, page_size, ld, rotary, qk_norm=qk_norm, norm_eps=eps, dtype=dtype
+    )
     args = [qkv, *([table, positions] if rotary else []), *weights, k, v, slots]
     for begin, end in pairwise((0, *cuts, count)):
         call(spec, *args, begin, end, target=target)

@@ -39,8 +39,7 @@ std::vector<SequenceSpan> spans(const std::vector<std::pair<std::int64_t, std::i
     std::vector<SequenceSpan> out;
     std::int64_t row = 0;
     for (const auto& [start, count] : starts_and_counts) {
-        out.push_back(
-            {.first_row = row, .start = start, .count = count, .table_off = 8 * std::ssize(out)});
+        out.push_back({.first_row = row, .start = start, .count = count, .table_off = 8 * std::ssize(out)});
         row += count;
     }
     return out;
@@ -70,7 +69,8 @@ TEST(items_cover_every_segment_once) {
         work.build(sequences, static_cast<int>(1 + below(64)));
         using Key = std::tuple<std::int64_t, std::int64_t, std::int64_t>;  // batch row, query head, segment
         std::map<Key, std::int64_t> seen;                                  // -> position
-        std::map<std::int64_t, std::int64_t> part_of;  // where a segment's results go -> the merge that reads it
+        std::map<std::int64_t, std::int64_t>
+            part_of;  // where a segment's results go -> the merge that reads it
         std::int64_t wrong = 0;
         const auto check = [&](bool holds) { wrong += holds ? 0 : 1; };
         for (std::int64_t i = 0; i < work.num_taken(); ++i) {
@@ -195,11 +195,11 @@ TEST(a_window_bounds_the_cost) {
         work.build(spans({{start, count}}), 1);
         return work.cost();
     };
-    CHECK_EQ(cost(0, 999, 1), 3 * 16 * 1000 * 8 * 2);          // 3 KV heads, few rows, 1000 keys
-    CHECK_EQ(cost(100, 999, 1), 3 * 16 * (1000 - 896) * 8 * 2);  // from the window's first block on
+    CHECK_EQ(cost(0, 999, 1), 3 * 16 * 1000 * 8 * 2);                    // 3 KV heads, few rows, 1000 keys
+    CHECK_EQ(cost(100, 999, 1), 3 * 16 * (1000 - 896) * 8 * 2);          // from the window's first block on
     CHECK_EQ(cost(100, 64'999, 1), 3 * 16 * (65'000 - 64'896) * 8 * 2);  // whatever came before
-    CHECK_EQ(cost(5000, 999, 1), cost(0, 999, 1));             // never more than there is
-    CHECK_EQ(cost(0, 999, 16), 3 * 32 * 1015 * 8 * 2);         // 32 rows
+    CHECK_EQ(cost(5000, 999, 1), cost(0, 999, 1));                       // never more than there is
+    CHECK_EQ(cost(0, 999, 16), 3 * 32 * 1015 * 8 * 2);                   // 32 rows
     CHECK_EQ(cost(2'147'483'647, 99, 1), cost(0, 99, 1));
 }
 
@@ -299,17 +299,17 @@ TEST(paged_attention_matches_the_definition) {
     for (const int threads : {1, 2, 5}) {
         std::vector<float> out(23 * kRow, 0.0F);
         ThreadPool pool(threads);
-        PagedAttention attention(*layer.pool, 1,
-                                 {.q = q.data(),
-                                  .out = out.data(),
-                                  .num_tokens = 23,
-                                  .num_heads = kGroup * kHeads,
-                                  .block_tables = block_tables,
-                                  .max_pages = kMaxPages,
-                                  .starts = starts,
-                                  .counts = counts},
-                                 {.small = kSmall, .small_tiling = {2, 2}, .large = kLarge, .large_tiling = {5, 2}},
-                                 threads);
+        PagedAttention attention(
+            *layer.pool, 1,
+            {.q = q.data(),
+             .out = out.data(),
+             .num_tokens = 23,
+             .num_heads = kGroup * kHeads,
+             .block_tables = block_tables,
+             .max_pages = kMaxPages,
+             .starts = starts,
+             .counts = counts},
+            {.small = kSmall, .small_tiling = {2, 2}, .large = kLarge, .large_tiling = {5, 2}}, threads);
         attention.run(pool);
         double worst = 0.0;
         std::size_t row = 0;

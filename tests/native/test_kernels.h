@@ -55,7 +55,8 @@ void attention(void** args) {
                 const int end = std::min(position + 1, begin + static_cast<int>(nanoserve::kSegmentTokens));
                 for (int p = begin; p < end; ++p) {
                     const int page = table[item.table_off + p / kPage];
-                    const std::int64_t block = (std::int64_t{page} * kSizes.heads + kv_head) * 2 * kDim * kPage;
+                    const std::int64_t block =
+                        (std::int64_t{page} * kSizes.heads + kv_head) * 2 * kDim * kPage;
                     double score = 0.0;
                     for (int d = 0; d < kDim; ++d) {
                         score += double{query[d]} * double{k[block + d * kPage + p % kPage]};

@@ -321,7 +321,11 @@ def htree(value: Value, op: Callable[[Value, Value], Value]) -> Value:
     while value.width > 1:
         half = value.width // 2
         low, high = (
-            Value(vector.extract_strided_slice(vector_of(half, str(_element(value.type))), value.ir, [at], [half], [1]))
+            Value(
+                vector.extract_strided_slice(
+                    vector_of(half, str(_element(value.type))), value.ir, [at], [half], [1]
+                )
+            )
             for at in (0, half)
         )
         value = op(low, high)

@@ -56,7 +56,9 @@ Item = (
 _GROUPS = BLOCK // 16
 _MASKED = -3.0e38  # below every score, and finite: the difference of two of them is 0, not NaN
 _MAX_ROWS = 16  # of a tile
-_BLOCK_BYTES = 256 * 1024  # of keys and values of the heads of an item: with what is asked for ahead, half of a core's L2
+_BLOCK_BYTES = (
+    256 * 1024
+)  # of keys and values of the heads of an item: with what is asked for ahead, half of a core's L2
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,9 @@ def build(
             return fma(b, a[0], acc)
         if dotted:
             # The instruction is for whole registers; what is left of a row of values is multiplied one by one.
-            return dot_bf16(acc, splat(a[0], b.width), b, target if b.width == 16 else replace(target, bf16_dot=False))
+            return dot_bf16(
+                acc, splat(a[0], b.width), b, target if b.width == 16 else replace(target, bf16_dot=False)
+            )
         acc = fma(bitcast(b << 16, "f32"), a[0], acc)
         return fma(bitcast(b & -65536, "f32"), a[1], acc)
 
@@ -321,7 +325,9 @@ def build(
                     new = []
                     for row in range(r):
                         a = multipliers(weights, rows[row], at_weight + token)
-                        new += [products(acc[row * len(part) + c], a, value) for c, value in enumerate(loaded)]
+                        new += [
+                            products(acc[row * len(part) + c], a, value) for c, value in enumerate(loaded)
+                        ]
                     return new
 
                 return inner
@@ -337,7 +343,8 @@ def build(
     score_parts = [(groups, [score_helper(groups, asks) for asks in asking]) for groups in score_passes]
     softmax_masked, softmax_whole = softmax_helper(True), softmax_helper(False)
     value_parts = [
-        [value_helper([columns[number] for number in numbers], asks) for asks in asking] for numbers in value_passes
+        [value_helper([columns[number] for number in numbers], asks) for asks in asking]
+        for numbers in value_passes
     ]
 
     @helper(
@@ -423,7 +430,10 @@ def build(
             for at in range(0, vectors_of_rows, 16):
                 all_top.store(const(_MASKED, "vector<16xf32>"), at)
                 all_sum.store(zeros(), at)
-            earliest, visible = position_of(index(0)), position_of(used - 1) + 1  # `visible`: what the last row sees
+            earliest, visible = (
+                position_of(index(0)),
+                position_of(used - 1) + 1,
+            )  # `visible`: what the last row sees
             start: Value | int = 0
             if window:
                 start = (earliest - imin(earliest, window - 1)) // BLOCK * BLOCK
@@ -514,7 +524,9 @@ def build(
                     @loop(0, used)
                     def _(row: Value) -> None:
                         for at, width in columns:
-                            parts.store(result.load(row, at, width=width), to + (2 * vectors_of_rows + at) + row * d)
+                            parts.store(
+                                result.load(row, at, width=width), to + (2 * vectors_of_rows + at) + row * d
+                            )
 
             @loop(0, num_parts)
             def _(number: Value) -> None:
@@ -526,7 +538,9 @@ def build(
                 @loop(0, used)
                 def _(row: Value) -> None:
                     for at, width in columns:
-                        result.store(parts.load(from_ + (2 * vectors_of_rows + at) + row * d, width=width), row, at)
+                        result.store(
+                            parts.load(from_ + (2 * vectors_of_rows + at) + row * d, width=width), row, at
+                        )
 
                 merge(top, sums, result, all_top, all_sum, all_result, scaled, own, used)
 

@@ -62,7 +62,6 @@ def build(
     norm_eps: float, dtype: str,
 ) -> None:  # fmt: skip
     from nanoserve.compiler.builder import (
-        Value,
         fma,
         htree,
         index,
@@ -137,10 +136,12 @@ def build(
                     qkv.store(b * cos + a * sin, row, first + at + half)
 
         def key(row: Value, head: Value, at: Any, width: int) -> Value:
-            return qkv.load(row, head * d + h * d + at, width=width)
+            x: Value = qkv.load(row, head * d + h * d + at, width=width)
+            return x
 
         def value(row: Value, head: Value, at: Any, width: int) -> Value:
-            return qkv.load(row, head * d + (h + kv) * d + at, width=width)
+            x: Value = qkv.load(row, head * d + (h + kv) * d + at, width=width)
+            return x
 
         def write_keys(row: Value, page: Value, head: Value, offset: Value, begin: int) -> None:
             """The dims from `begin` on of one token, one by one."""
@@ -185,8 +186,8 @@ def build(
                 """`tile` dims of one token as sixteen lanes."""
                 if not paired:
                     return key(row, head, dim, 16)
-                halves = [paired_lanes(narrow(key(row, head, dim + at, 16), "bf16")) for at in (0, 16)]
-                return shuffle(*halves, range(16))
+                low, high = (paired_lanes(narrow(key(row, head, dim + at, 16), "bf16")) for at in (0, 16))
+                return shuffle(low, high, range(16))
 
             @loop(0, kv)
             def _(head: Value) -> None:
@@ -208,7 +209,9 @@ def build(
                         if not paired:
                             v.store(value(row + i, head, at, width), page, head, 0, offset + i, at)
                             return
-                        even, odd = (narrow(value(row + i * 2 + j, head, at, width), "bf16") for j in range(2))
+                        even, odd = (
+                            narrow(value(row + i * 2 + j, head, at, width), "bf16") for j in range(2)
+                        )
                         both = shuffle(even, odd, [lane for i in range(width) for lane in (i, width + i)])
                         v.store(both, page, head, 0, offset // 2 + i, at, 0)
 
