@@ -89,7 +89,8 @@ def test_hot_loops_keep_their_accumulators_in_registers(rows: int, tmp_path: Pat
     if objdump is None or jit.linker() is None or host().name != "avx512":
         pytest.skip("needs objdump, a linker and AVX-512")
     for spec in (
-        attention.attention_spec(8, 4, 128, 16, 1040, 1040, rows),
+        attention.attention_spec(8, 4, 128, 16, 1040, 1040, attention.Tiling(rows, 4)),
+        attention.attention_spec(8, 4, 128, 16, 1040, 1040, attention.Tiling(rows), dtype="bf16"),
         gemm.gemm_spec(256, 384, 272, 400),
     ):
         engine = jit.compile_kernel(lambda spec=spec: spec.build(host()), host())
@@ -97,7 +98,11 @@ def test_hot_loops_keep_their_accumulators_in_registers(rows: int, tmp_path: Pat
         path.write_bytes(jit.shared_object(engine, spec.symbol))
         command = [objdump, "--disassemble", "--no-show-raw-insn", path]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        hot = [body for body in inner_loops(code) if sum("vfmadd" in line for line in body) >= 2 * rows]
+        hot = [
+            body
+            for body in inner_loops(code)
+            if sum("vfmadd" in line or "vdpbf16ps" in line for line in body) >= 2 * rows
+        ]
         assert len(hot) >= 2, "the loops were not recognised"
         for body in hot:
             assert not [line for line in body if re.search(r"zmm\d+,.*\(%r[sb]p", line)]

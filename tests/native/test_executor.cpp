@@ -323,8 +323,8 @@ TEST(operations_wait_for_each_other) {
 TEST(attention_runs_over_pages) {
     constexpr int kRow = 2 * 2 * 4;
     constexpr int kLd = 64 + 16;
-    constexpr Kernel small = test::attention<2, 2, 4, 4, kLd, kLd, 1, 2>;
-    constexpr Kernel large = test::attention<2, 2, 4, 4, kLd, kLd, 3, 6>;
+    constexpr Kernel small = test::attention<{2, 2, 4, 4, kLd, kLd, 2, 2}>;
+    constexpr Kernel large = test::attention<{2, 2, 4, 4, kLd, kLd, 1, 12}>;
     for (const std::int32_t context : {0, 400}) {
         std::vector<float> want;
         for (const int threads : {1, 2, 5}) {
@@ -336,9 +336,10 @@ TEST(attention_runs_over_pages) {
             for (std::size_t i = 0; i < 44 * kLd; ++i) {
                 f.floats(q)[i] = static_cast<float>(i % 13) / 13.0F - 0.5F;
             }
-            for (std::int64_t i = 0; i < f.pool->num_slots() * 2 * 4; ++i) {
-                f.pool->k_layer(1)[i] = static_cast<float>(i % 17) / 17.0F - 0.5F;
-                f.pool->v_layer(1)[i] = static_cast<float>(i % 19) / 19.0F - 0.5F;
+            auto* const keys = reinterpret_cast<float*>(f.pool->k_layer(1));
+            const auto* const values = reinterpret_cast<const float*>(f.pool->v_layer(1));
+            for (std::int64_t i = 0; i < f.pool->num_slots() * 2 * 2 * 4; ++i) {  // keys and values
+                keys[i] = static_cast<float>(i % 17) / 17.0F - 0.5F;
             }
             Op op = make_op("attention", small,
                             {{Source::buffer, q},
@@ -346,9 +347,10 @@ TEST(attention_runs_over_pages) {
                              {Source::v, 1},
                              {Source::table},
                              {Source::items},
+                             {Source::parts},
                              {Source::buffer, out}});
             op.large_kernel = large;
-            f.executor.attention(op, 2, 2, 2, 6);
+            f.executor.attention(op, 2, 2, {2, 2}, {6, 2});
             const auto data = f.floats(out);
             for (int repeat = 0; repeat < 2; ++repeat) {
                 std::fill(data.begin(), data.end(), 0.0F);
@@ -361,14 +363,14 @@ TEST(attention_runs_over_pages) {
             // number 2.
             double total = 0.0, sum = 0.0;
             for (int p = 0; p <= 17; ++p) {
-                const std::int64_t start = (f.tables[1]->page(p / 4) * 2 + 1) * 16;
+                const std::int64_t start = (f.tables[1]->page(p / 4) * 2 + 1) * 2 * 16;
                 double score = 0.0;
                 for (int d = 0; d < 4; ++d) {
                     score += double{f.floats(q)[static_cast<std::size_t>(40 * kLd + 12 + d)]} *
-                             double{f.pool->k_layer(1)[start + d * 4 + p % 4]};
+                             double{keys[start + d * 4 + p % 4]};
                 }
                 total += std::exp(score);
-                sum += std::exp(score) * double{f.pool->v_layer(1)[start + p % 4 * 4 + 2]};
+                sum += std::exp(score) * double{values[start + p % 4 * 4 + 2]};
             }
             CHECK(std::abs(double{data[40 * kLd + 12 + 2]} - sum / total) < 1e-6);
         }
@@ -382,15 +384,15 @@ TEST(attention_needs_two_kernels_and_the_pools_heads) {
         made.large_kernel = count_units;
         return made;
     };
-    f.executor.attention(op(), 2, 2, 2, 6);
+    f.executor.attention(op(), 2, 2, {2, 2}, {6, 1});
     CHECK_THROWS(std::invalid_argument, "has 3 KV heads, the pool has 2",
-                 f.executor.attention(op(), 2, 3, 2, 6));
-    CHECK_THROWS(std::invalid_argument, "small_rows is 0", f.executor.attention(op(), 2, 2, 0, 6));
-    f.executor.attention(op(), 2, 2, 2, 6, 128);
-    CHECK_THROWS(std::invalid_argument, "window is -1", f.executor.attention(op(), 2, 2, 2, 6, -1));
+                 f.executor.attention(op(), 2, 3, {2, 2}, {6, 1}));
+    CHECK_THROWS(std::invalid_argument, "small rows is 0", f.executor.attention(op(), 2, 2, {0, 1}, {6, 1}));
+    f.executor.attention(op(), 2, 2, {2, 2}, {6, 1}, 128);
+    CHECK_THROWS(std::invalid_argument, "window is -1", f.executor.attention(op(), 2, 2, {2, 2}, {6, 1}, -1));
     Op half = op();
     half.large_kernel = nullptr;
-    CHECK_THROWS(std::invalid_argument, "has no kernel", f.executor.attention(half, 2, 2, 2, 6));
+    CHECK_THROWS(std::invalid_argument, "has no kernel", f.executor.attention(half, 2, 2, {2, 2}, {6, 1}));
     CHECK_THROWS(std::invalid_argument, "asks for items",
                  f.executor.op(make_op("x", count_units, {{Source::items}})));
     CHECK_THROWS(std::invalid_argument, "added by attention()",

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -255,9 +256,9 @@ def test_plans_are_checked() -> None:
     with pytest.raises(ValueError, match="'op' has no kernel"):
         executor.op("op", 0, [], "rows")
     with pytest.raises(ValueError, match="5 KV heads, the pool has 2"):
-        executor.attention("attention", kernel.address, 2, kernel.address, 4, [], 2, 5)
+        executor.attention("attention", kernel.address, (2, 1), kernel.address, (4, 1), [], 2, 5)
     with pytest.raises(ValueError, match="window is -3"):
-        executor.attention("attention", kernel.address, 2, kernel.address, 4, [], 2, 2, window=-3)
+        executor.attention("attention", kernel.address, (2, 1), kernel.address, (4, 1), [], 2, 2, window=-3)
     with pytest.raises(ValueError, match="C-contiguous"):
         executor.weight(np.zeros((4, 4), np.float32)[:, ::2])
     with pytest.raises(ValueError, match="is empty"):
@@ -340,15 +341,19 @@ def attention_kernel(
     """Attention over items as plan.md defines them."""
 
     def body(args: Args) -> None:
-        pages = 32 * KV_HEADS * DIM * PAGE
-        q, out = args.array(0, (num_tokens, q_stride)), args.array(5, (num_tokens, q_stride))
-        keys = args.array(1, (pages,)).reshape(32, KV_HEADS, DIM, PAGE)
-        values = args.array(2, (pages,)).reshape(32, KV_HEADS, PAGE, DIM)
+        layer = args.array(1, (32, KV_HEADS, 2, DIM * PAGE))
+        keys = layer[:, :, 0].reshape(32, KV_HEADS, DIM, PAGE)
+        values = layer[:, :, 1].reshape(32, KV_HEADS, PAGE, DIM)
+        assert args.array(2, (1,)).ctypes.data == layer[:, :, 1].ctypes.data
+        q, out = args.array(0, (num_tokens, q_stride)), args.array(6, (num_tokens, q_stride))
         table = args.array(3, (table_len,), np.int32)
-        items = args.array(4, (num_items, 8), np.int32)
+        items = args.array(4, (num_items, 16), np.int32)
         for item in range(args.begin, args.end):
-            table_off, kv_head, q0, r0, num_rows, pos0, *_ = (int(x) for x in items[item])
-            for r in range(r0, r0 + num_rows):
+            table_off, first_head, num_heads, q0, r0, num_rows, pos0, first, end, part, *_ = (
+                int(x) for x in items[item]
+            )
+            assert (first, end, part) == (0, 1, -1)  # all of these are short
+            for kv_head, r in product(range(first_head, first_head + num_heads), range(r0, r0 + num_rows)):
                 row, position, head = q0 + r // GROUP, pos0 + r // GROUP, kv_head * GROUP + r % GROUP
                 own = table[table_off : table_off + position // PAGE + 1]
                 k = keys[own, kv_head].transpose(0, 2, 1).reshape(-1, DIM)[: position + 1]
@@ -356,7 +361,7 @@ def attention_kernel(
                 scores = np.exp(k @ q[row, head * DIM : (head + 1) * DIM])
                 out[row, head * DIM : (head + 1) * DIM] += (scores / scores.sum()) @ v
 
-    return PythonKernel(body, 6)
+    return PythonKernel(body, 7)
 
 
 def dense_attention(
@@ -397,8 +402,18 @@ def test_attention_matches_the_definition(threads: int, through: str) -> None:
         kernels = [attention_kernel(MAX_TOKENS, stride), attention_kernel(MAX_TOKENS, stride)]
         q_buffer, out_buffer = executor.buffer(HEADS * DIM), executor.buffer(HEADS * DIM)
         executor.buffer_view(q_buffer)[:14, : HEADS * DIM] = q.reshape(14, -1)
-        args = [("buffer", q_buffer), ("k", 1), ("v", 1), ("table",), ("items",), ("buffer", out_buffer)]
-        executor.attention("attention", kernels[0].address, 3, kernels[1].address, 8, args, GROUP, KV_HEADS)
+        args = [
+            ("buffer", q_buffer),
+            ("k", 1),
+            ("v", 1),
+            ("table",),
+            ("items",),
+            ("parts",),
+            ("buffer", out_buffer),
+        ]
+        executor.attention(
+            "attention", kernels[0].address, (3, 2), kernels[1].address, (8, 1), args, GROUP, KV_HEADS
+        )
         for _ in range(2):  # the second step must start from the first item again
             executor.buffer_view(out_buffer)[:] = 0
             executor.forward(np.ones(14, np.int32), tables, starts, counts, [], VOCAB)
@@ -418,9 +433,9 @@ def test_attention_matches_the_definition(threads: int, through: str) -> None:
             starts,
             counts,
             kernels[0].address,
-            3,
+            (3, 2),
             kernels[1].address,
-            8,
+            (8, 1),
             ThreadPool(threads),
         )
     assert [kernel.errors for kernel in kernels] == [[], []]
@@ -455,7 +470,7 @@ def attention_cases() -> list[tuple[str, dict[str, object], type[Exception], str
         ("counts", {"counts": [2, 2]}, ValueError, "add up to 4 tokens, q has 3"),
         ("start", {"starts": [7, 0]}, ValueError, "which needs 3 pages: block_tables has 2"),
         ("layer", {"layer": 9}, IndexError, "layer 9"),
-        ("rows", {"small_rows": 0}, ValueError, "small_rows is 0"),
+        ("rows", {"small_tiling": (0, 1)}, ValueError, "small rows is 0"),
         ("address", {"large_address": 0}, ValueError, "address is 0"),
     ]
 
@@ -467,7 +482,7 @@ def test_paged_attention_checks_everything(
     change: dict[str, object], error: type[Exception], text: str
 ) -> None:
     pool, _ = make()
-    kernel = PythonKernel(nothing, 6)
+    kernel = PythonKernel(nothing, 7)
     good = {
         "pool": pool,
         "layer": 0,
@@ -477,9 +492,9 @@ def test_paged_attention_checks_everything(
         "starts": [3, 0],
         "counts": [2, 1],
         "small_address": kernel.address,
-        "small_rows": 3,
+        "small_tiling": (3, 2),
         "large_address": kernel.address,
-        "large_rows": 6,
+        "large_tiling": (6, 1),
         "threads": ThreadPool(1),
     }
     paged_attention(**good)

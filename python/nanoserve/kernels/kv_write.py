@@ -135,11 +135,13 @@ def build(
                     qkv.store(a * cos - b * sin, row, first + at)
                     qkv.store(b * cos + a * sin, row, first + at + half)
 
-        def key(row: Value, head: Value, at: Any, width: int) -> Any:
-            return qkv.load(row, head * d + h * d + at, width=width)
+        def key(row: Value, head: Value, at: Any, width: int) -> Value:
+            x: Value = qkv.load(row, head * d + h * d + at, width=width)
+            return x
 
-        def value(row: Value, head: Value, at: Any, width: int) -> Any:
-            return qkv.load(row, head * d + (h + kv) * d + at, width=width)
+        def value(row: Value, head: Value, at: Any, width: int) -> Value:
+            x: Value = qkv.load(row, head * d + (h + kv) * d + at, width=width)
+            return x
 
         def write_keys(row: Value, page: Value, head: Value, offset: Value, begin: int) -> None:
             """The dims from `begin` on of one token, one by one."""
@@ -184,8 +186,8 @@ def build(
                 """`tile` dims of one token as sixteen lanes."""
                 if not paired:
                     return key(row, head, dim, 16)
-                halves = [paired_lanes(narrow(key(row, head, dim + at, 16), "bf16")) for at in (0, 16)]
-                return shuffle(halves[0], halves[1], range(16))
+                low, high = (paired_lanes(narrow(key(row, head, dim + at, 16), "bf16")) for at in (0, 16))
+                return shuffle(low, high, range(16))
 
             @loop(0, kv)
             def _(head: Value) -> None:
