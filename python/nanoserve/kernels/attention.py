@@ -36,7 +36,7 @@ instead of the context. A later row of the item may see nothing of that block; s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -53,8 +53,6 @@ Item = (
     "table_off", "kv_head", "num_heads", "q0", "r0", "num_rows", "pos0", "first_segment", "end_segment",
     "part", "part_stride", "num_parts",
 )  # fmt: skip
-_GROUPS = BLOCK // 16
-_MASKED = -3.0e38  # below every score, and finite: the difference of two of them is 0, not NaN
 _MAX_ROWS = 16  # of a tile
 _BLOCK_BYTES = (
     256 * 1024
@@ -144,234 +142,48 @@ def build(
     from nanoserve.compiler.builder import (
         Value,
         add,
-        bitcast,
         ceildiv,
-        chunks,
         const,
         fma,
-        fmax,
         htree,
         i32,
         imax,
         imin,
         index,
-        lane_numbers,
         narrow,
         paired_lanes,
         select,
-        splat,
-        truncate,
         zeros,
     )
-    from nanoserve.compiler.control import UNBOUNDED, array, either, helper, kernel, loop, scratch, when
-    from nanoserve.compiler.vector_math import dot_bf16, exp, soft_cap
+    from nanoserve.compiler.control import UNBOUNDED, array, either, kernel, loop, scratch, when
+    from nanoserve.kernels.attention_block import (
+        GROUPS,
+        MASKED,
+        BlockShape,
+        merge_helper,
+        score_helper,
+        softmax_helper,
+        value_helper,
+    )
 
     group, by_head = h // kv, across == "heads"
-    columns = chunks(d)
-    paired = dtype == "bf16"
-    dotted = paired and target.bf16_dot  # queries and weights are pairs as well, 32 bits each
-    step = 2 if paired else 1  # dims of a key, tokens of a value that one 32-bit lane holds
-    most_rows = r * t
-    vectors_of_rows = _round_up(most_rows, 16)
-    score_passes, value_passes = (_passes(n, r, target.budget) for n in (_GROUPS, len(columns)))
-    lines = d // step  # of 64 bytes: keys, or values, of 16 tokens
-
-    element = "i32" if paired else "f32"
-    queries = array(most_rows, d // 2, element="i32") if dotted else array(most_rows, d)
-    scores_type, results = array(most_rows, BLOCK), array(most_rows, d)
-    weights_type = array(most_rows, BLOCK // 2, element="i32") if dotted else scores_type
-    k_type = array(UNBOUNDED, kv, 2, d // step, page_size, element=element)
-    v_type = array(UNBOUNDED, kv, 2, page_size // step, d, element=element)
-    table_type = array(UNBOUNDED, element="i32")
-    # One head's few rows are handled as a vector from their first on, so that has room.
-    numbers_of_rows = vectors_of_rows + (16 if by_head else 0)
-    per_row, lanes_of_row = array(numbers_of_rows), array(most_rows, 16)
-
-    def page_of(table: Any, table_off: Value, token: Value) -> tuple[Value, Value]:
-        """Page id and offset of 16 tokens from `token`, a multiple of 16: they never straddle pages."""
-        return index(table[table_off + token // page_size]), token % page_size
-
-    def products(acc: Value, a: list[Value], b: Value) -> Value:
-        """acc + a * b, where b is one vector of keys or values and a what multiplies each half of its lanes."""
-        if not paired:
-            return fma(b, a[0], acc)
-        if dotted:
-            # The instruction is for whole registers; what is left of a row of values is multiplied one by one.
-            return dot_bf16(
-                acc, splat(a[0], b.width), b, target if b.width == 16 else replace(target, bf16_dot=False)
-            )
-        acc = fma(bitcast(b << 16, "f32"), a[0], acc)
-        return fma(bitcast(b & -65536, "f32"), a[1], acc)
-
-    def multipliers(buffer: Any, row: Value, at: Value) -> list[Value]:
-        """What `products` needs of a row of queries or weights; `at` counts steps."""
-        if dotted or not paired:
-            return [buffer[row, at]]
-        return [buffer[row, at * 2], buffer[row, at * 2 + 1]]
-
-    def score_helper(groups: range, asks: bool) -> Any:
-        @helper(
-            f"{symbol}_scores{groups.start}{'_ask' if asks else ''}", query=queries, k=k_type, v=v_type, table=table_type,
-            score=scores_type, table_off="index", kv_head="index", first="index", row0="index",
-        )  # fmt: skip
-        def scores(
-            query: Any, k: Any, v: Any, table: Any, score: Any, table_off: Value, kv_head: Value, first: Value,
-            row0: Value,
-        ) -> None:  # fmt: skip
-            """score[row] = query[row] . keys of some groups of 16 of the block from token `first`; asks for its values."""
-            pages = [page_of(table, table_off, first + 16 * j) for j in groups]
-            rows = [row0 + row for row in range(r)]
-
-            @loop(0, lines, carry=[zeros() for _ in range(r) for _ in groups])
-            def dots(dim: Value, acc: list[Value]) -> list[Value]:
-                keys = [k.load(page, kv_head, 0, dim, offset) for page, offset in pages]
-                for page, offset in pages if asks else ():
-                    v.prefetch(page, kv_head, 0, offset // step, dim * 16)
-                new = []
-                for row in range(r):
-                    a = multipliers(query, rows[row], dim)
-                    new += [products(acc[row * len(keys) + j], a, key) for j, key in enumerate(keys)]
-                return new
-
-            for row in range(r):
-                for j, at in enumerate(groups):
-                    score.store(dots[row * len(groups) + j], rows[row], 16 * at)
-
-        return scores
-
-    def softmax_helper(masked: bool) -> Any:
-        @helper(
-            f"{symbol}_softmax{'_masked' if masked else ''}", score=scores_type, weights=weights_type,
-            position=array(most_rows, element="i32"), top=per_row, scaled=per_row, total=lanes_of_row, first="index",
-            row0="index", num_rows="index",
-        )  # fmt: skip
-        def softmax(
-            score: Any, weights: Any, position: Any, top: Any, scaled: Any, total: Any, first: Value, row0: Value,
-            num_rows: Value,
-        ) -> None:  # fmt: skip
-            """weights[row] = exp(score - maximum so far), 0 where masked; top, scaled and total follow."""
-            lanes = lane_numbers()
-            vectors = [row0 + at for at in range(0, 16 if by_head else vectors_of_rows, 16)]
-            before = [top.load(at) for at in vectors]
-
-            def seen(row: Value, j: int, value: Value, otherwise: float) -> Value:
-                if not masked:
-                    return value
-                token, own = lanes + i32(first + 16 * j), position[row]
-                visible = token <= splat(own)
-                if window:
-                    visible = visible & (token > splat(own - window))
-                return select(visible, value, otherwise)
-
-            def capped(row: Value, j: int) -> Value:
-                value: Value = score.load(row, 16 * j)
-                if softcap:
-                    value = soft_cap(value, softcap)
-                    score.store(value, row, 16 * j)
-                return value
-
-            @loop(row0, row0 + num_rows)
-            def _(row: Value) -> None:
-                visible = [seen(row, j, capped(row, j), _MASKED) for j in range(_GROUPS)]
-                highest = htree(fmax(fmax(visible[0], visible[1]), fmax(visible[2], visible[3])), fmax)
-                top[row] = fmax(highest, top[row])
-
-            for at, top_before in zip(vectors, before, strict=True):
-                scaled.store(exp(top_before - top.load(at), at_most_zero=True), at)
-
-            @loop(row0, row0 + num_rows)
-            def _(row: Value) -> None:
-                highest, parts = splat(top[row]), []
-                for j in range(_GROUPS):
-                    weight = exp(score.load(row, 16 * j) - highest, at_most_zero=True)
-                    parts.append(seen(row, j, weight, 0.0))
-                    if dotted:
-                        weights.store(paired_lanes(truncate(parts[j], "bf16")), row, 8 * j)
-                    else:
-                        weights.store(parts[j], row, 16 * j)
-                block_total = (parts[0] + parts[1]) + (parts[2] + parts[3])
-                total.store(fma(total.load(row, 0), scaled[row], block_total), row, 0)
-
-        return softmax
-
-    def value_helper(part: list[tuple[int, int]], asks: bool) -> Any:
-        @helper(
-            f"{symbol}_values{part[0][0]}{'_ask' if asks else ''}", weights=weights_type, scaled=per_row, k=k_type, v=v_type,
-            table=table_type, result=results, table_off="index", kv_head="index", first="index", groups="index", row0="index",
-            next_head="index", next_first="index",
-        )  # fmt: skip
-        def values(
-            weights: Any, scaled: Any, k: Any, v: Any, table: Any, result: Any, table_off: Value, kv_head: Value,
-            first: Value, groups: Value, row0: Value, next_head: Value, next_first: Value,
-        ) -> None:  # fmt: skip
-            """result[row] = result[row] * scaled[row] + the block's first `groups` * 16 values, each times its weight.
-
-            Asks for the keys that are next: of next_head in the block from next_first on.
-            """
-            rows = [row0 + row for row in range(r)]
-            acc = [result.load(row, at, width=width) * scaled[row] for row in rows for at, width in part]
-
-            @loop(0, groups, carry=acc)
-            def sums(j: Value, acc: list[Value]) -> Any:
-                page, offset = page_of(table, table_off, first + j * 16)
-                slot, at_weight = offset // step, j * (16 // step)
-                next_page, next_offset = page_of(table, table_off, next_first + j * 16)
-
-                @loop(0, 16 // step, carry=acc)
-                def inner(token: Value, acc: list[Value]) -> list[Value]:
-                    loaded = [v.load(page, kv_head, 0, slot + token, at, width=width) for at, width in part]
-                    for at, _ in part if asks else ():
-                        k.prefetch(next_page, next_head, 0, token * (d // 16) + at // 16, next_offset)
-                    new = []
-                    for row in range(r):
-                        a = multipliers(weights, rows[row], at_weight + token)
-                        new += [
-                            products(acc[row * len(part) + c], a, value) for c, value in enumerate(loaded)
-                        ]
-                    return new
-
-                return inner
-
-            for row in range(r):
-                for c, (at, _) in enumerate(part):
-                    result.store(sums[row * len(part) + c], rows[row], at)
-
-        return values
-
+    s = BlockShape(symbol, target, r, t, by_head, d, kv, page_size, window, softcap, dtype)
+    columns, dotted, most_rows = s.columns, s.dotted, s.most_rows
+    vectors_of_rows, numbers_of_rows = s.vectors_of_rows, s.numbers_of_rows
+    score_passes, value_passes = (_passes(n, r, target.budget) for n in (GROUPS, len(columns)))
     # The first tile of a head asks for what comes next; where others follow, it is on its way already.
     asking = (True,) if by_head else (True, False)
-    score_parts = [(groups, [score_helper(groups, asks) for asks in asking]) for groups in score_passes]
-    softmax_masked, softmax_whole = softmax_helper(True), softmax_helper(False)
+    score_parts = [(groups, [score_helper(s, groups, asks) for asks in asking]) for groups in score_passes]
+    softmax_masked, softmax_whole = softmax_helper(s, True), softmax_helper(s, False)
     value_parts = [
-        [value_helper([columns[number] for number in numbers], asks) for asks in asking]
+        [value_helper(s, [columns[number] for number in numbers], asks) for asks in asking]
         for numbers in value_passes
     ]
 
-    @helper(
-        f"{symbol}_merge", top=per_row, sum_=per_row, result=results, all_top=per_row, all_sum=per_row, all_result=results,
-        scaled=per_row, own=per_row, num_rows="index",
-    )  # fmt: skip
-    def merge(
-        top: Any, sum_: Any, result: Any, all_top: Any, all_sum: Any, all_result: Any, scaled: Any, own: Any, num_rows: Value
-    ) -> None:  # fmt: skip
-        """One more segment joins those before it."""
-        for at in range(0, vectors_of_rows, 16):
-            before, new = all_top.load(at), top.load(at)
-            highest = fmax(before, new)
-            scaled.store(exp(before - highest, at_most_zero=True), at)
-            own.store(exp(new - highest, at_most_zero=True), at)
-            all_top.store(highest, at)
-            all_sum.store(fma(sum_.load(at), own.load(at), all_sum.load(at) * scaled.load(at)), at)
-
-        @loop(0, num_rows)
-        def _(row: Value) -> None:
-            a, b = scaled[row], own[row]
-            for at, width in columns:
-                kept = all_result.load(row, at, width=width) * a
-                all_result.store(fma(result.load(row, at, width=width), b, kept), row, at)
+    merge = merge_helper(s)
 
     @kernel(
-        symbol, overlap=("k", "v"), q=array(UNBOUNDED, ldq), k=k_type, v=v_type, table=table_type,
+        symbol, overlap=("k", "v"), q=array(UNBOUNDED, ldq), k=s.k_type, v=s.v_type, table=s.table_type,
         items=array(UNBOUNDED, 16, element="i32"), parts=array(UNBOUNDED), out=array(UNBOUNDED, ldo, element=out),
         begin="index", end="index",
     )  # fmt: skip
@@ -428,7 +240,7 @@ def build(
                     all_result.store(zeros(width), row, at)
 
             for at in range(0, vectors_of_rows, 16):
-                all_top.store(const(_MASKED, "vector<16xf32>"), at)
+                all_top.store(const(MASKED, "vector<16xf32>"), at)
                 all_sum.store(zeros(), at)
             earliest, visible = (
                 position_of(index(0)),
@@ -467,7 +279,7 @@ def build(
 
                     @when(sees > first)
                     def _() -> None:
-                        groups = imin(ceildiv(sees - first, 16), _GROUPS)
+                        groups = imin(ceildiv(sees - first, 16), GROUPS)
                         helper(
                             weights, scaled, k, v, table, result, table_off, head_of(tile), first, groups, tile * r, next_head,
                             next_first,
@@ -495,7 +307,7 @@ def build(
             @loop(index(field["first_segment"]), index(field["end_segment"]))
             def _(segment: Value) -> None:
                 for at in range(0, vectors_of_rows, 16):
-                    top.store(const(_MASKED, "vector<16xf32>"), at)
+                    top.store(const(MASKED, "vector<16xf32>"), at)
 
                 @loop(0, num_tiles * r)
                 def _(row: Value) -> None:
