@@ -85,15 +85,17 @@ def kernel(
     return define
 
 
-def helper(symbol: str, **arguments: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def helper(
+    symbol: str, *, overlap: Collection[str] = (), **arguments: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A function for a kernel of the same module to call: @helper(...) def scores(q, k): ... then scores(q, k).
 
-    Never inlined. A hot loop in a function of its own has all registers to itself; among the rest of a long kernel, LLVM
+    `overlap` as kernel's. Never inlined. A hot loop in a function of its own has all registers to itself; among the rest of a long kernel, LLVM
     spills its accumulators.
     """
 
     def define(body: Callable[..., None]) -> Callable[..., None]:
-        f = _function(symbol, arguments, body)
+        f = _function(symbol, arguments, body, overlap)
         f.attributes["llvm.linkage"] = ir.Attribute.parse("#llvm.linkage<internal>")
 
         def call(*values: Buffer | Operand) -> None:
