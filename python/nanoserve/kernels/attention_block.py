@@ -26,7 +26,7 @@ from nanoserve.compiler.builder import (
 )
 from nanoserve.compiler.control import UNBOUNDED, array, helper, loop
 from nanoserve.compiler.target import Target
-from nanoserve.compiler.vector_math import dot_bf16, exp, soft_cap
+from nanoserve.compiler.vector_math import bf16_pairs, dot_bf16, exp, soft_cap
 from nanoserve.kernels.attention import BLOCK
 
 GROUPS = BLOCK // 16
@@ -145,9 +145,8 @@ def products(s: BlockShape, acc: Value, a: list[Value], b: Value) -> Value:
         return fma(b, a[0], acc)
     if s.dotted:
         # The instruction is for whole registers; what is left of a row of values is multiplied one by one.
-        return dot_bf16(
-            acc, splat(a[0], b.width), b, s.target if b.width == 16 else replace(s.target, bf16_dot=False)
-        )
+        target = s.target if b.width == 16 else replace(s.target, bf16_dot=False)
+        return dot_bf16(acc, bf16_pairs(splat(a[0], b.width), target), bf16_pairs(b, target), target)
     acc = fma(bitcast(b << 16, "f32"), a[0], acc)
     return fma(bitcast(b & -65536, "f32"), a[1], acc)
 
