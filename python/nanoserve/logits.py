@@ -38,8 +38,7 @@ class Logits:
     reader: LogitsReader = _PLAIN
 
     def __post_init__(self) -> None:
-        if self.values.ndim != 2 or not self.values.shape[1]:
-            raise ValueError(f"logits of shape {self.values.shape}, must be [rows, vocabulary]")
+        _check_shape(self.values)
         blocks = -(-self.values.shape[1] // LOGITS_BLOCK)
         if self.block_max.shape != (len(self.values), blocks):
             raise ValueError(
@@ -51,6 +50,7 @@ class Logits:
     def of(cls, values: Float32Array) -> Logits:
         """Of an array, without kernels: everything in float64, and slow for a large vocabulary."""
         values = np.asarray(values, dtype=np.float32)
+        _check_shape(values)
         return cls(values, _PLAIN.block_max(values))
 
     def __len__(self) -> int:
@@ -72,3 +72,8 @@ class Logits:
         """Memory for rows like these, laid out for `reader`."""
         vocab = self.values.shape[1]
         return np.empty((count, max(self.values.strides[0] // 4, vocab)), np.float32)[:, :vocab]
+
+
+def _check_shape(values: Float32Array) -> None:
+    if values.ndim != 2 or not values.shape[1]:
+        raise ValueError(f"logits of shape {values.shape}, must be [rows, vocabulary]")

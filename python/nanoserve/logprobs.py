@@ -3,7 +3,7 @@
 They are the log-softmax of the model's logits as they leave the model: before bias, masks, penalties and temperature, so
 they say what the model thought, not what the sampler was told to do. A row's own logits decide, nothing else in the batch
 can change a bit. Sums over the vocabulary come from the kernel that serves draws, in float32 by blocks; the likeliest token's
-block is summed in float64, so even of a nearly certain token the error stays below 1e-6 of what it tells.
+block is summed in float64, so even of a nearly certain token the error stays below 1e-6 of what it tells, or 1e-30.
 
 Tokens are ranked by (logit descending, id ascending): a total order, so `rank` and `top` are the same on every run.
 """
