@@ -36,6 +36,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(library, "_loaded", {})
     monkeypatch.setattr(library, "_stats", library.Stats())
     monkeypatch.setattr(compile_pool, "MIN_KERNELS", 2)
+    monkeypatch.setattr(compile_pool, "MIN_KERNELS_PER_FURTHER_CORE", 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     return tmp_path / "cache"
 
@@ -208,7 +209,7 @@ import json, os, sys
 os.sched_getaffinity = lambda pid: {0, 1}
 from nanoserve.kernels import compile_pool, norm
 from nanoserve.kernels.library import load_kernels, stats
-compile_pool.MIN_KERNELS = 2
+compile_pool.MIN_KERNELS = compile_pool.MIN_KERNELS_PER_FURTHER_CORE = 2
 print("begin", flush=True)
 load_kernels([norm.norm_spec("rmsnorm", cols, cols, cols, 1e-5) for cols in range(16, 400, 4)][:int(sys.argv[1])])
 mlir = sorted(name for name in sys.modules if name.split(".")[0] in ("mlir", "torch_mlir"))
@@ -277,13 +278,14 @@ def test_nothing_is_left_behind(tmp_path: Path, how: signal.Signals) -> None:
 
 
 def test_how_many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_pool, "MIN_KERNELS", 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
     assert [compile_pool.num_workers(n) for n in (0, 1, 7, 8, 14, 100)] == [0, 0, 0, 4, 6, 6]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     assert compile_pool.num_workers(100) == compile_pool.MAX_WORKERS
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
     assert compile_pool.num_workers(100) == 0
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3})
+    assert [compile_pool.num_workers(n) for n in (14, 23, 24)] == [0, 0, 2]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     monkeypatch.setattr(sys, "executable", "")
     assert compile_pool.num_workers(100) == 0

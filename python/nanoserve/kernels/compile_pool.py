@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("nanoserve.kernels")
 
-# Fewer are compiled sooner here: a worker starts with some 0.45 s of imports, this process has 0.3 s of them before it, and a
-# kernel takes some 0.1 s. With two cores both take as long at about 5; the rest is for machines that have other work to do.
+# Fewer are compiled sooner here: every worker starts with some 0.45 s of imports, this process has 0.3 s of them, and a kernel
+# takes some 0.1 s. With two cores 14 kernels are still faster here (measured), so what counts is kernels times further cores.
 MIN_KERNELS = 8
+MIN_KERNELS_PER_FURTHER_CORE = 24
 MAX_WORKERS = 8  # each takes some 150 MB
 PATIENCE_S = 120.0  # without any answer; the largest kernel takes less than a second
 
@@ -40,7 +41,8 @@ _Answer = tuple[Job, str | None]  # what went wrong, None for nothing
 def num_workers(num_kernels: int) -> int:
     """How many to start; 0: compile here."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if num_kernels < MIN_KERNELS or cpus < 2 or not sys.executable or getattr(sys, "frozen", False):
+    too_few = num_kernels < MIN_KERNELS or num_kernels * (cpus - 1) < MIN_KERNELS_PER_FURTHER_CORE
+    if too_few or not sys.executable or getattr(sys, "frozen", False):
         return 0
     return min(cpus, num_kernels // 2, MAX_WORKERS)
 
