@@ -1,4 +1,4 @@
-"""Long walks: the same bits whether one item walks all segments or several do and one merges; bfloat16 keys and values."""
+"""Long walks: the same bits whether one item walks all segments or several do; bfloat16 keys and values."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def test_same_bits_for_every_tiling_and_cut(dtype: str, options: dict[str, Any])
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize(
-    ("group", "kv", "d", "page_size"), [(1, 5, 64, 16), (2, 4, 128, 32), (3, 3, 16, 64), (5, 2, 80, 16), (7, 2, 256, 128), (8, 2, 96, 48)]
+    ("group", "kv", "d", "page_size"),
+    [(1, 5, 64, 16), (2, 4, 128, 32), (3, 3, 16, 64), (5, 2, 80, 16), (7, 2, 256, 128), (8, 2, 96, 48)],
 )  # fmt: skip
 def test_decode_across_heads_has_the_chunks_bits(
     group: int, kv: int, d: int, page_size: int, dtype: str
@@ -75,8 +76,8 @@ def test_long_contexts_match_float64(options: dict[str, Any], d: int) -> None:
 def test_bf16_is_as_close_as_its_roundings(d: int, options: dict[str, Any]) -> None:
     """Of keys and values as stored: what is left is the rounding of queries and weights, at most 2^-9 of each.
 
-    A score's error is at most 2^-9 sum |q k| / sqrt(d), for N(0, 1) data about 2^-9 * 0.8 of N(0, 1)'s spread; the weights' is
-    2^-9 of themselves, and both average out over the keys. 2^-7 leaves room for the rows with a single key.
+    A score's error is at most 2^-9 sum |q k| / sqrt(d), for N(0, 1) data about 2^-9 * 0.8 of N(0, 1)'s spread; the weights'
+    is 2^-9 of themselves, and both average out over the keys. 2^-7 leaves room for the rows with a single key.
     """
     pages = rounded(make_pages(LENGTHS, 2, d, 16))
     queries = make_queries(COUNTS, 4, d)
