@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from compiler.paged_inputs import bf16, bf16_bits, exact, make_pages, make_queries, run
+from nanoserve import paged_attention, write_kv
 from nanoserve.compiler.target import AVX2, host
 from nanoserve.kernels import attention
+from nanoserve.kernels.library import load_kernels
+from nanoserve.native import KVCachePool, PageTable, ThreadPool
+from nanoserve.native import paged_attention as native_attention
 
 LENGTHS = [700, 256, 257, 1, 513]
 COUNTS = [20, 3, 1, 1, 300]
@@ -159,3 +163,41 @@ def test_refusals(options: dict[str, object], said: str) -> None:
     }
     with pytest.raises(ValueError, match=said):
         attention.attention_spec(**{**good, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("element", ["f32", "bf16"])
+def test_paged_attention_shares_long_walks(element: str) -> None:
+    """Through the native pool and threads: the same bits from one thread and from many, near float64."""
+    rng = np.random.default_rng(3)
+    pool = KVCachePool(num_pages=128, num_layers=2, num_heads=2, head_dim=32, element=element)
+    lengths, counts = [900, 700], [1, 3]
+    tables = [PageTable(pool), PageTable(pool)]
+    q = rng.standard_normal((4, 4, 32)).astype(np.float32)
+    expected = []
+    block_tables = np.full((2, 64), -1, dtype=np.int32)
+    for s, table in enumerate(tables):
+        table.grow_to(lengths[s])
+        block_tables[s, : len(table)] = table.pages
+        k, v = rng.standard_normal((2, lengths[s], 2, 32)).astype(np.float32)
+        write_kv(k, v, pool, 1, table.slots(0, lengths[s]))
+        own = q[:1] if s == 0 else q[1:]
+        expected.append(exact(bf16(k), bf16(v), own) if element == "bf16" else exact(k, v, own))
+    starts = [length - count for length, count in zip(lengths, counts, strict=True)]
+    small, large = attention.tilings(2, 2, 32, element)
+    specs = [
+        attention.attention_spec(4, 2, 32, 16, 128, 128, tiling, dtype=element) for tiling in (small, large)
+    ]
+    addresses = load_kernels(specs)
+    results = []
+    for threads in (1, 2, 7):
+        out = np.zeros_like(q)
+        native_attention(
+            pool, 1, q, out, block_tables, starts, counts, addresses[specs[0]], (small.rows, small.tiles),
+            addresses[specs[1]], (large.rows, large.tiles), ThreadPool(threads),
+        )  # fmt: skip
+        results.append(out.tobytes())
+    assert results == [results[0]] * 3
+    got = paged_attention(q, pool, 1, block_tables, starts, counts)
+    assert got.tobytes() == results[0]
+    tolerance = 2e-5 if element == "f32" else 2**-7
+    np.testing.assert_allclose(got, np.concatenate(expected), atol=tolerance, rtol=tolerance)
