@@ -91,8 +91,8 @@ def run(
 ) -> list[np.ndarray]:
     """Attention of each sequence's last len(queries[s]) tokens, in items of up to `rows` * `tiles` rows.
 
-    Across "heads", `rows` must be the group and every query one token. `segments_each` > 0 gives that many segments to an
-    item, another then merges them. Options are the spec's.
+    Across "heads", `rows` must be the group and every query one token. `segments_each` > 0 gives that many segments to
+    an item, another then merges them. Options are the spec's.
     """
     kv, d = pages.k.shape[1], pages.k.shape[2]
     group, row = heads // kv, heads * d

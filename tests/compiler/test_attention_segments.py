@@ -1,4 +1,4 @@
-"""Long walks: the same bits whether one item walks all segments or several do and one merges; bfloat16 keys and values."""
+"""Long walks: the same bits whether one item walks all segments or several do; bfloat16 keys and values."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from compiler.paged_inputs import bf16, bf16_bits, exact, make_pages, make_queries, run
+from nanoserve import paged_attention, write_kv
 from nanoserve.compiler.target import AVX2, host
 from nanoserve.kernels import attention
+from nanoserve.kernels.library import load_kernels
+from nanoserve.native import KVCachePool, PageTable, ThreadPool
+from nanoserve.native import paged_attention as native_attention
 
 LENGTHS = [700, 256, 257, 1, 513]
 COUNTS = [20, 3, 1, 1, 300]
@@ -42,7 +46,8 @@ def test_same_bits_for_every_tiling_and_cut(dtype: str, options: dict[str, Any])
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize(
-    ("group", "kv", "d", "page_size"), [(1, 5, 64, 16), (2, 4, 128, 32), (3, 3, 16, 64), (5, 2, 80, 16), (7, 2, 256, 128), (8, 2, 96, 48)]
+    ("group", "kv", "d", "page_size"),
+    [(1, 5, 64, 16), (2, 4, 128, 32), (3, 3, 16, 64), (5, 2, 80, 16), (7, 2, 256, 128), (8, 2, 96, 48)],
 )  # fmt: skip
 def test_decode_across_heads_has_the_chunks_bits(
     group: int, kv: int, d: int, page_size: int, dtype: str
@@ -75,8 +80,8 @@ def test_long_contexts_match_float64(options: dict[str, Any], d: int) -> None:
 def test_bf16_is_as_close_as_its_roundings(d: int, options: dict[str, Any]) -> None:
     """Of keys and values as stored: what is left is the rounding of queries and weights, at most 2^-9 of each.
 
-    A score's error is at most 2^-9 sum |q k| / sqrt(d), for N(0, 1) data about 2^-9 * 0.8 of N(0, 1)'s spread; the weights' is
-    2^-9 of themselves, and both average out over the keys. 2^-7 leaves room for the rows with a single key.
+    A score's error is at most 2^-9 sum |q k| / sqrt(d), for N(0, 1) data about 2^-9 * 0.8 of N(0, 1)'s spread; the weights'
+    is 2^-9 of themselves, and both average out over the keys. 2^-7 leaves room for the rows with a single key.
     """
     pages = rounded(make_pages(LENGTHS, 2, d, 16))
     queries = make_queries(COUNTS, 4, d)
@@ -158,3 +163,41 @@ def test_refusals(options: dict[str, object], said: str) -> None:
     }
     with pytest.raises(ValueError, match=said):
         attention.attention_spec(**{**good, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("element", ["f32", "bf16"])
+def test_paged_attention_shares_long_walks(element: str) -> None:
+    """Through the native pool and threads: the same bits from one thread and from many, near float64."""
+    rng = np.random.default_rng(3)
+    pool = KVCachePool(num_pages=128, num_layers=2, num_heads=2, head_dim=32, element=element)
+    lengths, counts = [900, 700], [1, 3]
+    tables = [PageTable(pool), PageTable(pool)]
+    q = rng.standard_normal((4, 4, 32)).astype(np.float32)
+    expected = []
+    block_tables = np.full((2, 64), -1, dtype=np.int32)
+    for s, table in enumerate(tables):
+        table.grow_to(lengths[s])
+        block_tables[s, : len(table)] = table.pages
+        k, v = rng.standard_normal((2, lengths[s], 2, 32)).astype(np.float32)
+        write_kv(k, v, pool, 1, table.slots(0, lengths[s]))
+        own = q[:1] if s == 0 else q[1:]
+        expected.append(exact(bf16(k), bf16(v), own) if element == "bf16" else exact(k, v, own))
+    starts = [length - count for length, count in zip(lengths, counts, strict=True)]
+    small, large = attention.tilings(2, 2, 32, element)
+    specs = [
+        attention.attention_spec(4, 2, 32, 16, 128, 128, tiling, dtype=element) for tiling in (small, large)
+    ]
+    addresses = load_kernels(specs)
+    results = []
+    for threads in (1, 2, 7):
+        out = np.zeros_like(q)
+        native_attention(
+            pool, 1, q, out, block_tables, starts, counts, addresses[specs[0]], (small.rows, small.tiles),
+            addresses[specs[1]], (large.rows, large.tiles), ThreadPool(threads),
+        )  # fmt: skip
+        results.append(out.tobytes())
+    assert results == [results[0]] * 3
+    got = paged_attention(q, pool, 1, block_tables, starts, counts)
+    assert got.tobytes() == results[0]
+    tolerance = 2e-5 if element == "f32" else 2**-7
+    np.testing.assert_allclose(got, np.concatenate(expected), atol=tolerance, rtol=tolerance)

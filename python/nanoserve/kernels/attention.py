@@ -11,26 +11,27 @@
 bfloat16 keys and values lie in pairs, which one instruction multiplies and adds (vdpbf16ps): k [dim / 2][slot][2 dims],
 v [slot / 2][dim][2 slots].
 
-An item is a few rows of one KV head, whose K and V are then loaded once for all of them (GQA), or one token's rows of several
-KV heads, so that a page is read from end to end. Row r of a head is flattened row r0 + r = token * G + g: batch row q0 +
-token, position pos0 + token, query head kv_head * G + g. Rows go by in register tiles of `rows`; blocks of 64 keys are the
-outer loop, so up to `tiles` tiles use the keys while they are in L1.
+An item is a few rows of one KV head, whose K and V are then loaded once for all of them (GQA), or one token's rows of
+several KV heads, so that a page is read from end to end. Row r of a head is flattened row r0 + r = token * G + g:
+batch row q0 + token, position pos0 + token, query head kv_head * G + g. Rows go by in register tiles of `rows`;
+blocks of 64 keys are the outer loop, so up to `tiles` tiles use the keys while they are in L1.
 
-Numerics: the keys of a row go by in blocks of 64 and segments of 256 from token 0, whatever chunk or batch the row is in.
-Within a block, scores are one fused chain over the dims (or pairs of them). Within a segment, the maximum, the sum and the
-weighted values are kept per row (online softmax), values added token by token (or pair by pair). A segment's three results are
-merged into those of the segments before it, in ascending order:
+Numerics: the keys of a row go by in blocks of 64 and segments of 256 from token 0, whatever chunk or batch the row is
+in. Within a block, scores are one fused chain over the dims (or pairs of them). Within a segment, the maximum, the
+sum and the weighted values are kept per row (online softmax), values added token by token (or pair by pair). A
+segment's three results are merged into those of the segments before it, in ascending order:
 
     m' = max(m, m_s)    a = exp(m - m')    b = exp(m_s - m')    l' = l * a + l_s * b    acc' = acc * a + acc_s * b
 
-by the item that walked them all, or by a later one from `parts`: the same operations on the same numbers. A masked token
-contributes an exact zero, a block or a segment wholly masked multiplies by exactly 1, and so does the first merge. So a row's
-bits depend on the tokens up to its own position only, not on tiles, items, splits, the batch, or the chunking. Page memory
-must be finite, because 0 * inf is not 0. Where vdpbf16ps is used, scaled queries and weights are rounded to bfloat16 too (the
-weights' sum is not); elsewhere bfloat16 is widened, exactly.
+by the item that walked them all, or by a later one from `parts`: the same operations on the same numbers. A masked
+token contributes an exact zero, a block or a segment wholly masked multiplies by exactly 1, and so does the first
+merge. So a row's bits depend on the tokens up to its own position only, not on tiles, items, splits, the batch, or
+the chunking. Page memory must be finite, because 0 * inf is not 0. Where vdpbf16ps is used, scaled queries and
+weights are rounded to bfloat16 too (the weights' sum is not); elsewhere bfloat16 is widened, exactly.
 
-With a sliding window the walk begins at the block of the first token that the item's first row sees, and costs the window
-instead of the context. A later row of the item may see nothing of that block; such a block changes nothing either.
+With a sliding window the walk begins at the block of the first token that the item's first row sees, and costs the
+window instead of the context. A later row of the item may see nothing of that block; such a block changes nothing
+either.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ from nanoserve.compiler.target import Target, host
 from nanoserve.kernels.library import KernelSpec
 
 BLOCK = 64  # tokens
-# Tokens whose results are merged as one: 256 of one head are 128 KiB and more to read, some microseconds, well above what an
-# item costs by itself; and 2048 tokens of 8 heads still make 64 items.
+# Tokens whose results are merged as one: 256 of one head are 128 KiB and more to read, some microseconds, well above
+# what an item costs by itself; and 2048 tokens of 8 heads still make 64 items.
 SEGMENT = 256
 KV_BYTES = {"f32": 4, "bf16": 2}  # per element, by dtype
 OUT = ("f32", "bf16")
@@ -61,7 +62,7 @@ _BLOCK_BYTES = (
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a kernel cuts an item: `tiles` register tiles of `rows`, each of another KV head (`across` "heads"), or all of one.
+    """How a kernel cuts an item: `tiles` register tiles of `rows`, each of another KV head (`across` "heads"), or of one.
 
     An item "across" heads has exactly `rows` rows per head; one of "rows" has at most rows * tiles.
     """
@@ -91,7 +92,7 @@ def attention_spec(
     """Args: q[.][ldq], k, v of the layer, table, items, parts, out[.][ldo], begin, end over items.
 
     `scale` multiplies the scores, 1 / sqrt(head_dim) by default. With `window` > 0 a query sees that many keys, its own
-    included. With `softcap` > 0 a scaled score s becomes softcap * tanh(s / softcap). `dtype` is that of keys and values.
+    included. With `softcap` > 0 a scaled score s becomes softcap * tanh(s / softcap). `dtype` is that of K and V.
     """
     if min(heads, kv_heads, head_dim) < 1 or heads % kv_heads or min(ldq, ldo) < heads * head_dim:
         raise ValueError(
@@ -118,7 +119,8 @@ def attention_spec(
     factor = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     return KernelSpec.make(
         "attention", h=heads, kv=kv_heads, d=head_dim, r=tiling.rows, t=tiling.tiles, across=tiling.across,
-        page_size=page_size, ldq=ldq, ldo=ldo, scale=factor, window=window, softcap=float(softcap), dtype=dtype, out=out,
+        page_size=page_size, ldq=ldq, ldo=ldo, scale=factor, window=window, softcap=float(softcap), dtype=dtype,
+        out=out,
     )  # fmt: skip
 
 
@@ -194,7 +196,7 @@ def build(
         score, result, all_result = scratch(most_rows, BLOCK), scratch(most_rows, d), scratch(most_rows, d)
         weights = scratch(most_rows, BLOCK // 2, element="i32") if dotted else score
         position = scratch(most_rows, element="i32")
-        # Per row: a segment's maximum so far, exp(the one before - this), and the sum in 16 lanes; then those of the merge.
+        # Per row: a segment's maximum so far, exp(the one before - this), the sum in 16 lanes; then those of the merge.
         top, scaled, total, sums = (
             scratch(numbers_of_rows), scratch(numbers_of_rows), scratch(most_rows, 16), scratch(numbers_of_rows),
         )  # fmt: skip
@@ -281,8 +283,8 @@ def build(
                     def _() -> None:
                         groups = imin(ceildiv(sees - first, 16), GROUPS)
                         helper(
-                            weights, scaled, k, v, table, result, table_off, head_of(tile), first, groups, tile * r, next_head,
-                            next_first,
+                            weights, scaled, k, v, table, result, table_off, head_of(tile), first, groups, tile * r,
+                            next_head, next_first,
                         )  # fmt: skip
 
                 if by_head:
@@ -363,7 +365,7 @@ def build(
                     batch_row, column = place(row)
                     inverse = 1.0 / all_sum[row]
                     for at, width in columns:
-                        # Adding 0 makes a zero positive: its sign could tell which masked tokens were multiplied with 0.
+                        # Adding 0 makes a zero positive: its sign could tell which masked tokens were multiplied.
                         value = fma(all_result.load(row, at, width=width), inverse, 0.0)
                         out_rows.store(narrow(value, out), batch_row, column + at)
 

@@ -1,4 +1,5 @@
-"""The inner loops of attention, each a function of its own: scores, softmax and values of a block of keys, and the merge.
+"""The inner loops of attention, each a function of its own: scores, softmax and values of a block of keys, and the
+merge.
 
 What they compute, in which order, and what the arrays mean is attention.py's; here is how. Imports MLIR.
 """
@@ -160,8 +161,8 @@ def multipliers(s: BlockShape, buffer: Any, row: Value, at: Value) -> list[Value
 
 def score_helper(s: BlockShape, groups: range, asks: bool) -> Any:
     @helper(
-        f"{s.symbol}_scores{groups.start}{'_ask' if asks else ''}", query=s.queries, k=s.k_type, v=s.v_type, table=s.table_type,
-        score=s.scores_type, table_off="index", kv_head="index", first="index", row0="index",
+        f"{s.symbol}_scores{groups.start}{'_ask' if asks else ''}", query=s.queries, k=s.k_type, v=s.v_type,
+        table=s.table_type, score=s.scores_type, table_off="index", kv_head="index", first="index", row0="index",
     )  # fmt: skip
     def scores(
         query: Any, k: Any, v: Any, table: Any, score: Any, table_off: Value, kv_head: Value, first: Value,
@@ -247,9 +248,9 @@ def softmax_helper(s: BlockShape, masked: bool) -> Any:
 
 def value_helper(s: BlockShape, part: list[tuple[int, int]], asks: bool) -> Any:
     @helper(
-        f"{s.symbol}_values{part[0][0]}{'_ask' if asks else ''}", weights=s.weights_type, scaled=s.per_row, k=s.k_type, v=s.v_type,
-        table=s.table_type, result=s.results, table_off="index", kv_head="index", first="index", groups="index", row0="index",
-        next_head="index", next_first="index",
+        f"{s.symbol}_values{part[0][0]}{'_ask' if asks else ''}", weights=s.weights_type, scaled=s.per_row, k=s.k_type,
+        v=s.v_type, table=s.table_type, result=s.results, table_off="index", kv_head="index", first="index",
+        groups="index", row0="index", next_head="index", next_first="index",
     )  # fmt: skip
     def values(
         weights: Any, scaled: Any, k: Any, v: Any, table: Any, result: Any, table_off: Value, kv_head: Value,
@@ -290,11 +291,12 @@ def value_helper(s: BlockShape, part: list[tuple[int, int]], asks: bool) -> Any:
 
 def merge_helper(s: BlockShape) -> Any:
     @helper(
-        f"{s.symbol}_merge", top=s.per_row, sum_=s.per_row, result=s.results, all_top=s.per_row, all_sum=s.per_row, all_result=s.results,
-        scaled=s.per_row, own=s.per_row, num_rows="index",
+        f"{s.symbol}_merge", top=s.per_row, sum_=s.per_row, result=s.results, all_top=s.per_row, all_sum=s.per_row,
+        all_result=s.results, scaled=s.per_row, own=s.per_row, num_rows="index",
     )  # fmt: skip
     def merge(
-        top: Any, sum_: Any, result: Any, all_top: Any, all_sum: Any, all_result: Any, scaled: Any, own: Any, num_rows: Value
+        top: Any, sum_: Any, result: Any, all_top: Any, all_sum: Any, all_result: Any, scaled: Any, own: Any,
+        num_rows: Value,
     ) -> None:  # fmt: skip
         """One more segment joins those before it."""
         for at in range(0, s.vectors_of_rows, 16):

@@ -1,15 +1,16 @@
-"""Splits a row [q | k | v] of the QKV product: norms q and k, rotates them by position (RoPE), writes k and v to their slot.
+"""Splits a row [q | k | v] of the QKV product: norms q and k, rotates them by position (RoPE), writes k and v to
+their slot.
 
 The pages are attention's: k [dim][slot] transposed, v [slot][dim]; of bfloat16 in pairs, k [dim / 2][slot][2] and v
 [slot / 2][dim][2], rounded to nearest even.
 
-q is normed and rotated in place, and so is k on its way (the row is scratch from then on). The norm is RMSNorm of each head,
-or of all of q and all of k, the numbers that kernels/norm.py gives. Rotation is of the half-split kind: with half = rotary / 2,
-the pair (x[i], x[i + half]) turns by the angle whose cosine and sine stand in columns i and i + half of the position's row of a
-table (models/rope.py makes it); dims from `rotary` on stay.
+q is normed and rotated in place, and so is k on its way (the row is scratch from then on). The norm is RMSNorm of
+each head, or of all of q and all of k, the numbers that kernels/norm.py gives. Rotation is of the half-split kind:
+with half = rotary / 2, the pair (x[i], x[i + half]) turns by the angle whose cosine and sine stand in columns i and i
++ half of the position's row of a table (models/rope.py makes it); dims from `rotary` on stay.
 
-Sixteen rows whose slots are a whole aligned run of a page (a prompt's) are transposed in registers; a lone row's keys are
-single stores.
+Sixteen rows whose slots are a whole aligned run of a page (a prompt's) are transposed in registers; a lone row's keys
+are single stores.
 
 Numerics: two products and one sum per rotated element, not fused, as the models were trained with. Work units are rows.
 """
@@ -33,11 +34,11 @@ def kv_write_spec(
     heads: int, kv_heads: int, head_dim: int, page_size: int, ld: int, rotary: int = 0, *, qk_norm: str | None = None,
     norm_eps: float = 0.0, dtype: str = "f32",
 ) -> KernelSpec:  # fmt: skip
-    """Args: qkv[.][ld], (cos_sin[S][rotary], positions), (q_norm, k_norm), k, v of the layer, slots, begin, end over rows.
+    """Args: qkv[.][ld], (cos_sin[S][rotary], positions), (q_norm, k_norm), k, v of the layer, slots, begin, end.
 
-    `rotary` is how many dims of a head rotate; 0 for learned positions, then cos_sin and positions are not arguments. With
-    `qk_norm` "head" the norms' weights are [head_dim], with "full" [heads * head_dim] and [kv_heads * head_dim]. `dtype` is
-    that of the pages.
+    `rotary` is how many dims of a head rotate; 0 for learned positions, then cos_sin and positions are not arguments.
+    With `qk_norm` "head" the norms' weights are [head_dim], with "full" [heads * head_dim] and [kv_heads * head_dim].
+    `dtype` is that of the pages. Units are rows.
     """
     if min(heads, kv_heads, head_dim, page_size) < 1 or ld < (heads + 2 * kv_heads) * head_dim:
         raise ValueError(f"kv_write: {heads} + 2 * {kv_heads} heads of {head_dim} do not fit in rows of {ld}")
