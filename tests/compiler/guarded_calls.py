@@ -176,7 +176,7 @@ def run_kv_write() -> None:
         for dtype, slots in product(("f32", "bf16"), ((31, 0), tuple(range(16, 32)), tuple(range(13, 32)))):
             if dtype == "bf16" and d % 2:
                 continue
-            spec = kv_write.kv_write_spec(heads, kv, d, 16, row + 3, rotary, qk_norm="full", dtype=dtype)
+            spec = kv_write.kv_write_spec(heads, kv, d, 16, row + 3, rotary, qk_norm="row", dtype=dtype)
             rope = [guarded(Rope(rotary, 1e4).table(9)), ints(*[8] * len(slots))] if rotary else []
             norms = [guarded(np.ones(n * d, dtype=np.float32)) for n in (heads, kv)]
             k, v = keys_and_values(2, kv, d, 16, np.float32 if dtype == "f32" else np.uint16)

@@ -106,7 +106,7 @@ def test_odd_sizes(d: int, page_size: int) -> None:
     check(2, 1, d, page_size, 0, slots)
 
 
-@pytest.mark.parametrize("qk_norm", ["head", "full"])
+@pytest.mark.parametrize("qk_norm", ["head", "row"])
 @pytest.mark.parametrize(("d", "rotary"), [(20, 20), (64, 64), (128, 64), (80, 0)])
 def test_norms_have_the_norm_kernels_bits(qk_norm: str, d: int, rotary: int) -> None:
     check(6, 2, d, 16, rotary, SLOTS["decode rows among chunks"], qk_norm=qk_norm)

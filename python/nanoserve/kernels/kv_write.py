@@ -26,7 +26,7 @@ from nanoserve.kernels.library import KernelSpec
 if TYPE_CHECKING:
     from nanoserve.compiler.builder import Value
 
-QK_NORMS = (None, "head", "full")
+QK_NORMS = (None, "head", "row")
 DTYPES = ("f32", "bf16")
 
 
@@ -37,7 +37,7 @@ def kv_write_spec(
     """Args: qkv[.][ld], (cos_sin[S][rotary], positions), (q_norm, k_norm), k, v of the layer, slots, begin, end.
 
     `rotary` is how many dims of a head rotate; 0 for learned positions, then cos_sin and positions are not arguments.
-    With `qk_norm` "head" the norms' weights are [head_dim], with "full" [heads * head_dim] and [kv_heads * head_dim].
+    With `qk_norm` "head" the norms' weights are [head_dim], with "row" [heads * head_dim] and [kv_heads * head_dim].
     `dtype` is that of the pages. Units are rows.
     """
     if min(heads, kv_heads, head_dim, page_size) < 1 or ld < (heads + 2 * kv_heads) * head_dim:
@@ -112,7 +112,7 @@ def build(
         def norms(row: Value) -> None:
             q_norm, k_norm = rest[-7:-5]
             for weight, first, heads in ((q_norm, 0, h), (k_norm, h * d, kv)):
-                if qk_norm == "full":
+                if qk_norm == "row":
                     norm(row, weight, first, heads * d)
                 else:
                     loop(0, heads)(

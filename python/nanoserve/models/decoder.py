@@ -74,7 +74,7 @@ class Gemm:
 
 @dataclass(frozen=True, slots=True)
 class KvWrite:
-    """Norm q and k of each qkv row ("head": each head by itself, "full": all heads together), rotate them unless `rope` is
+    """Norm q and k of each qkv row ("head": each head by itself, "row": all heads together), rotate them unless `rope` is
     None, and write k, v into the row's page slot."""
 
     qkv: str
