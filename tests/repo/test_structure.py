@@ -32,7 +32,7 @@ RANKS = [
     {"bound_op"},
     {"executor", "memory_plan", "machine_memory"},
     {"nano_engine"},
-    {"outputs", "text_request"},
+    {"outputs", "text_request", "workloads"},
     {"llm"},
     {"cli", "__main__"},
 ]
