@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from nanoserve.workloads import Workload, workload_names
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the engines, too
     engines = read_engines(args.peers)
     if unknown := sorted(set(args.engine or []) - engines.keys()):
         sys.exit(f"--engine: {unknown[0]!r} must be one of {', '.join(engines)}")
@@ -88,8 +90,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument(
-        "--kv-cache", type=lambda text: parse_size("--kv-cache", text), default=4 * 2**30, metavar="SIZE"
-    )
+        "--kv-cache", type=lambda text: parse_size("--kv-cache", text), metavar="SIZE",
+        help="of each engine; default: what the largest workload has in flight, from 1 to 4 GiB",
+    )  # fmt: skip
     parser.add_argument(
         "--limit", type=float, default=600, metavar="SECONDS", help="of one run, then its engine failed"
     )

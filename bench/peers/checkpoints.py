@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,16 @@ def write_checkpoint(folder: Path, shape: dict[str, Any]) -> None:
 
 
 def byte_pairs(vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of exactly this size: bytes, then merges in the order of the alphabet, then the special tokens."""
+    """Byte-level BPE of exactly this size: bytes, then merges of printable ASCII, then the special tokens.
+
+    ASCII, because a server that streams text keeps back what ends inside a character: tokens would seem to come late.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {text: index for index, text in enumerate(alphabet)}
     merges = []
-    for left, right in _pairs(alphabet):
-        if len(vocab) == vocab_size - len(SPECIAL):
-            break
-        if left + right not in vocab:
-            vocab[left + right] = len(vocab)
-            merges.append((left, right))
+    for left, right in islice(_pairs(), vocab_size - len(SPECIAL) - len(vocab)):
+        vocab[left + right] = len(vocab)
+        merges.append((left, right))
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -71,13 +72,12 @@ def byte_pairs(vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _pairs(alphabet: list[str]) -> Iterator[tuple[str, str]]:
-    """All pairs of bytes, then all triples as a pair and a byte."""
-    pairs = [(left, right) for left in alphabet for right in alphabet]
-    yield from pairs
-    for left, right in pairs:
-        for more in alphabet:
-            yield left + right, more
+def _pairs() -> Iterator[tuple[str, str]]:
+    """All pairs of printable characters, then all triples as a pair and a character."""
+    printable = [chr(code) for code in range(0x21, 0x7F)]
+    yield from product(printable, printable)
+    for left, right, more in product(printable, printable, printable):
+        yield left + right, more
 
 
 def write_w8a8(source: Path, target: Path) -> None:

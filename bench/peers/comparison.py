@@ -24,10 +24,11 @@ from bench.peers.roofline import WIDTH_BYTES, ideal_timeline
 from nanoserve.machine_memory import available_memory
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.decoder import num_parameters
-from nanoserve.workloads import Timeline, Workload, WorkloadRequest
+from nanoserve.workloads import Timeline, Workload
 
-WARM_UP_REQUESTS, WARM_UP_TOKENS = 2, 8
 PROCESS_BYTES = 3 * 2**29  # libraries, buffers and compiled code of an engine
+KV_CACHE_BYTES = (2**30, 4 * 2**30)  # least, as engines count in GiB, and most
+BLOCK_TOKENS = 128  # the largest page of any engine
 SETTLE_S = 0.3  # threads that spin for the next step give up within this
 
 
@@ -38,7 +39,7 @@ class Settings:
     rounds: int
     threads: int
     max_num_seqs: int = 64
-    kv_cache_bytes: int = 4 * 2**30
+    kv_cache_bytes: int | None = None  # None: what the largest workload has in flight, within KV_CACHE_BYTES
     answer_s: float = 600.0
 
 
@@ -78,6 +79,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self._config = ModelConfig.from_pretrained(self.checkpoint)
+        self._kv_cache_bytes = kv_cache_bytes(self._config, self.width, self.workloads, self.settings)
         self._processes: dict[str, EngineProcess] = {}
         self._warm: set[tuple[str, str]] = set()
         for workload in self.workloads:
@@ -140,9 +142,7 @@ class Comparison:
 
     def _measure(self, process: EngineProcess, workload: Workload, round_number: int) -> Run:
         if (process.name, workload.name) not in self._warm:
-            begin = workload.draw(self._config.vocab_size, 0)[:WARM_UP_REQUESTS]
-            short = [WorkloadRequest(one.prompt, min(one.output_tokens, WARM_UP_TOKENS)) for one in begin]
-            process.serve(short, workload.max_in_flight)
+            process.serve(workload.warm_up(self._config.vocab_size), workload.max_in_flight)
             self._warm.add((process.name, workload.name))
         requests = workload.draw(self._config.vocab_size, round_number)
         time.sleep(SETTLE_S)
@@ -164,13 +164,32 @@ class Comparison:
     def _process(self, engine: Engine) -> EngineProcess:
         if engine.name not in self._processes:
             begin = time.monotonic()
-            process = start(engine, self.model, self.width, self._config, self.workloads, self.settings)
+            process = self._start(engine)
             self._processes[engine.name] = process
             self.facts[engine.name] = process.facts
             self.say(
                 f"{engine.name} loaded {self.model} in {time.monotonic() - begin:.1f} s: {process.facts}"
             )
         return self._processes[engine.name]
+
+    def _start(self, engine: Engine) -> EngineProcess:
+        longest = max(workload.longest for workload in self.workloads)
+        options = {
+            "model": str(engine.checkpoint(self.model, self.width)),
+            "width": self.width,
+            "threads": self.settings.threads,
+            "max_model_len": min(self._config.max_seq_len, -(-longest // 256) * 256),
+            "max_num_seqs": self.settings.max_num_seqs,
+            "kv_cache_bytes": self._kv_cache_bytes,
+            "kv_cache_tokens": self._kv_cache_bytes // token_bytes(self._config, self.width),
+            **engine.options,
+        }
+        if engine.binary is not None:
+            options["binary"] = str(engine.binary)
+        environment = {"OMP_NUM_THREADS": str(self.settings.threads), **engine.environment}
+        # -P: a file in the folder it runs in must not hide a module.
+        command = [str(engine.python), "-P", "-m", f"bench.peers.drivers.{engine.driver}"]
+        return EngineProcess(engine.name, command, environment, options, answer_s=self.settings.answer_s)
 
     def _stop(self, name: str) -> None:
         process = self._processes.pop(name, None)
@@ -185,37 +204,24 @@ class Comparison:
     def _fits(self) -> bool:
         """Whether all engines can stay loaded: weights as converted and as packed, the cache, and the rest."""
         weights = 2 * WIDTH_BYTES[self.width] * num_parameters(self._config)
-        each = weights + self.settings.kv_cache_bytes + PROCESS_BYTES
+        each = weights + self._kv_cache_bytes + PROCESS_BYTES
         return (len(self.engines) - len(self.left_out)) * each <= available_memory()
 
 
-def start(
-    engine: Engine,
-    model: str,
-    width: str,
-    config: ModelConfig,
-    workloads: Sequence[Workload],
-    settings: Settings,
-) -> EngineProcess:
-    """The engine's driver, loaded.
+def kv_cache_bytes(config: ModelConfig, width: str, workloads: Sequence[Workload], settings: Settings) -> int:
+    """Bytes of KV cache that every engine gets, in whole GiB."""
+    if settings.kv_cache_bytes is not None:
+        return settings.kv_cache_bytes
+    most_tokens = 0
+    for workload in workloads:
+        sizes = sorted((prompt + output for prompt, output in workload.lengths()), reverse=True)
+        each = (workload.shared_prefix_tokens + size for size in sizes[: workload.max_in_flight])
+        most_tokens = max(most_tokens, sum(-(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS for tokens in each))
+    gibibytes = -(-most_tokens * token_bytes(config, width) // 2**30)
+    least, most = KV_CACHE_BYTES
+    return max(least, min(most, gibibytes * 2**30))
 
-    Raises:
-        EngineFailed: it did not come up.
-    """
-    longest = max(workload.longest for workload in workloads)
-    token_bytes = config.kv_bytes_per_token * WIDTH_BYTES[width] // WIDTH_BYTES["float32"]
-    options = {
-        "model": str(engine.checkpoint(model, width)),
-        "width": width,
-        "threads": settings.threads,
-        "max_model_len": min(config.max_seq_len, -(-longest // 256) * 256),
-        "max_num_seqs": settings.max_num_seqs,
-        "kv_cache_bytes": settings.kv_cache_bytes,
-        "kv_cache_tokens": settings.kv_cache_bytes // token_bytes,
-        **engine.options,
-    }
-    if engine.binary is not None:
-        options["binary"] = str(engine.binary)
-    environment = {"OMP_NUM_THREADS": str(settings.threads), **engine.environment}
-    command = [str(engine.python), "-P", "-m", f"bench.peers.drivers.{engine.driver}"]
-    return EngineProcess(engine.name, command, environment, options, answer_s=settings.answer_s)
+
+def token_bytes(config: ModelConfig, width: str) -> int:
+    """Of a token's keys and values; int8 weights go with 16-bit caches."""
+    return config.kv_bytes_per_token // 4 * max(2, WIDTH_BYTES[width])

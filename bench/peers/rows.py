@@ -112,5 +112,6 @@ def _add_agreement(row: dict[str, Any], runs: dict[str, list[Run | None]]) -> No
             for mine, theirs in zip(ours, found, strict=True)
             if mine is not None and theirs is not None
             for a, b in zip(mine.first_tokens, theirs.first_tokens, strict=True)
+            if b >= 0  # some servers do not tell every id
         ]
         row["engines"][name]["same_first_token"] = sum(equal) / len(equal) if equal else None

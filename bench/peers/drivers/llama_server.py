@@ -1,7 +1,6 @@
 """llama.cpp's llama-server over its own HTTP on this machine: token ids in, a stream of tokens out.
 
-One thread reads all streams with a selector, so that the client costs as little as it can: an event is counted when its
-bytes come, and parsed at the end.
+One thread reads all streams with a selector, so that the client costs as little as it can.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ import selectors
 import socket
 import subprocess
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from bench.peers.drivers.channel import run_driver
 
 START_S = 300
+UNTOLD = -1  # an id the server does not tell
 
 
 @dataclass
@@ -25,9 +25,9 @@ class Stream:
     """One request's answer as it comes: server-sent events, in chunks."""
 
     key: int
-    left: int  # tokens still to come
-    raw: bytes = b""
-    tokens: list[int] = field(default_factory=list)
+    output_tokens: int
+    count: int = 0  # tokens that came
+    raw: bytes = b""  # of an event that is not complete
 
     def feed(self, chunk: bytes) -> list[int]:
         """The tokens of the events that are complete now.
@@ -46,9 +46,11 @@ class Stream:
             held = json.loads(text.partition(b"\r\n")[0].partition(b"\n")[0])
             if "error" in held:
                 _refuse(text)
-            came += held.get("tokens", [])
-        came = came[: self.left]
-        self.left -= len(came)
+            # No event comes for a token whose text ends inside a character; the next one counts it.
+            counted = held["tokens_predicted"] - self.count
+            told = held.get("tokens", [])[:counted]
+            came += [UNTOLD] * (counted - len(told)) + told
+            self.count += counted
         return came
 
 
@@ -83,10 +85,10 @@ class LlamaServer:
             tokens = stream.feed(chunk)
             if tokens:
                 came.append((stream.key, tokens))
-            if not chunk or not stream.left:
-                if stream.left:
+            if not chunk or stream.count == stream.output_tokens:
+                if stream.count < stream.output_tokens:
                     raise RuntimeError(
-                        f"request {stream.key}: the stream ended {stream.left} tokens early: {stream.raw!r:.300}"
+                        f"request {stream.key}: the stream ended after {stream.count} tokens: {stream.raw!r:.300}"
                     )
                 self._selector.unregister(connection)
                 connection.close()

@@ -30,6 +30,7 @@ FOLDER = Path(__file__).parent
 GENERATOR = "splitmix64"
 MAX_FILE_BYTES = 2**20
 MAX_REQUESTS, MAX_TOKENS = 100_000, 2**20  # of a workload; of one prompt or output
+WARM_UP_REQUESTS, WARM_UP_TOKENS = 2, 8
 _MASK = 2**64 - 1
 
 Length = tuple[int, int]  # least and most, both included
@@ -161,7 +162,7 @@ class Workload:
         ]
 
     def draw(self, vocab_size: int, round_number: int) -> list[WorkloadRequest]:
-        """The requests of a round, in the order in which they are sent."""
+        """The requests of a round, in the order in which they are sent. Round 0 warms up, the others count."""
         whole_number("vocab_size", vocab_size, 1)
         tokens = SplitMix64(self.seed, 1 + whole_number("round_number", round_number, 0, 2**31 - 1))
         shared = [tokens.below(vocab_size) for _ in range(self.shared_prefix_tokens)]
@@ -169,6 +170,11 @@ class Workload:
             WorkloadRequest(shared + [tokens.below(vocab_size) for _ in range(prompt)], output)
             for prompt, output in self.lengths()
         ]
+
+    def warm_up(self, vocab_size: int) -> list[WorkloadRequest]:
+        """The beginning of a round that is never measured: enough to make an engine touch what it needs."""
+        begin = self.draw(vocab_size, 0)[:WARM_UP_REQUESTS]
+        return [WorkloadRequest(one.prompt, min(one.output_tokens, WARM_UP_TOKENS)) for one in begin]
 
 
 def workload_names() -> list[str]:
