@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,10 @@ if behaviour == "refuses":
     sys.exit(1)
 if behaviour == "dies loading":
     sys.exit("no such library")
-print(json.dumps({"ready": {"version": "1.0", "model": options["model"]}}), flush=True)
+facts = {"version": "1.0", "model": options["model"]}
+if behaviour == "has a child":
+    facts["child"] = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL).pid
+print(json.dumps({"ready": facts}), flush=True)
 for line in sys.stdin:
     message = json.loads(line)
     with Path(os.environ["FAKE_LOG"]).open("a") as log:

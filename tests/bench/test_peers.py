@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,20 @@ def test_an_engine_that_hangs_is_ended(tmp_path: Path) -> None:
         os.kill(process.pid, 0)
 
 
+def test_nothing_an_engine_started_stays(tmp_path: Path) -> None:
+    folder = installed(tmp_path, other="has a child")
+    engine = read_engines(folder)["other"]
+    process = EngineProcess("other", [str(engine.python)], engine.environment, {"model": "m"})
+    child = int(process.facts["child"])
+    os.kill(child, 0)
+    process.stop()
+    status = Path(f"/proc/{child}/stat")
+    deadline = time.monotonic() + 10
+    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "the child still runs"
+        time.sleep(0.01)
+
+
 def test_an_engine_that_is_not_installed_is_left_out(tmp_path: Path) -> None:
     folder = installed(tmp_path, nanoserve="100", other="50")
     engines = json.loads((folder / "engines.json").read_text())
@@ -211,6 +226,7 @@ def test_cache_memory_follows_the_largest_workload() -> None:
     assert kv_cache_bytes(config, "float32", [Workload.load("decode-1")], settings) == 2**30
     assert kv_cache_bytes(config, "float32", [Workload.load("decode-16")], settings) == 4 * 2**30
     assert kv_cache_bytes(config, "bfloat16", [Workload.load("decode-16")], settings) == 2 * 2**30
+    assert kv_cache_bytes(config, "int8", [Workload.load("decode-16")], settings) == 2 * 2**30
     assert kv_cache_bytes(config, "int8", [Workload.load("mixed")], Settings(1, 1, kv_cache_bytes=7)) == 7
 
 
@@ -265,12 +281,18 @@ def test_limits_are_measured_anew_each_time() -> None:
     except RuntimeError as error:
         pytest.skip(str(error))
     with probe:
-        first, second = probe.measure(), probe.measure()
-    assert first != second
-    assert 0.5 < (first["read_gb_per_s"] or 0) < 2000
-    assert 1 < (first["float32_gflop_per_s"] or 0) < 5000, (
-        "a chain the compiler removed is faster than any core"
-    )
+        made = [probe.measure() for _ in range(5)]
+    assert made[0] != made[1]
+    # Two instructions of 16, 32 or 64 lanes per cycle, at 6 GHz: a chain the compiler removed would be faster.
+    limits = {
+        "read_gb_per_s": 2000,
+        "float32_gflop_per_s": 384,
+        "bfloat16_gflop_per_s": 768,
+        "int8_gop_per_s": 1536,
+    }
+    for name, most in limits.items():
+        found = [one[name] or 0 for one in made]
+        assert made[0][name] is None or 0.5 < max(found) < most, name
 
 
 def results(found: dict[str, Any]) -> dict[str, Any]:

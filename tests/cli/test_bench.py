@@ -111,6 +111,10 @@ def test_scale_shrinks_a_workload(run: Run, tmp_path: Path) -> None:
         ),
         (["--workload", "rag"], "--workload: rag: has sequences of 2112 tokens, this engine takes 512"),
         (["--workload", "nowhere.json"], "--workload: nowhere.json: cannot be read"),
+        (
+            ["--workload", "decode-1", "--workload", "decode-1"],
+            "--workload: there are two by the name of decode-1",
+        ),
         (["--rounds", "0"], "--rounds: 0 must be in [1, 1000]"),
         (["--scale", "2"], "--scale: 2.0 must be a number in (0, 1]"),
         (["--json", "no/such/folder.json"], "--json: there is no folder no/such"),
