@@ -63,7 +63,9 @@ def bench(
     if json_file is not None and not json_file.parent.is_dir():  # now, not after minutes of measuring
         raise ValueError(f"--json: there is no folder {json_file.parent}")
     chosen = [_load(name) for name in workload or DEFAULT]
-    if twice := [one.name for at, one in enumerate(chosen) if one.name in {other.name for other in chosen[:at]}]:
+    if twice := [
+        one.name for at, one in enumerate(chosen) if one.name in {other.name for other in chosen[:at]}
+    ]:
         raise ValueError(f"--workload: there are two by the name of {twice[0]}")
     if scale is not None:
         chosen = [one.scaled(scale) for one in chosen]
