@@ -40,12 +40,10 @@ def main(argv: list[str] | None = None) -> None:
         workloads = [workload.scaled(args.scale) for workload in workloads]
     settings = Settings(args.rounds, args.threads, args.max_num_seqs, args.kv_cache, args.limit)
     results = read_results(args.output)
-    about = {"commit": commit(), "date": datetime.date.today().isoformat(), "note": args.note}
-    results |= {
-        "command": f"python -m bench.peers {shlex.join(sys.argv[1:])}",
-        "commit": commit(),
-        "machine": machine(),
-    }
+    about = {
+        "command": command(args), "commit": commit(), "date": datetime.date.today().isoformat(), "note": args.note,
+    }  # fmt: skip
+    results |= {"command": "python -m bench.peers", "commit": commit(), "machine": machine()}
     try:
         probe = LimitsProbe(args.threads)
     except RuntimeError as error:
@@ -107,6 +105,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.threads < 1:
         parser.error(f"--threads: {args.threads} must be at least 1")
     return args
+
+
+def command(args: argparse.Namespace) -> str:
+    """What measures the same rows, without the places of this machine's folders."""
+    words = ["python", "-m", "bench.peers", "--rounds", str(args.rounds), "--threads", str(args.threads)]
+    for name in ("engine", "model", "width", "workload"):
+        for value in getattr(args, name) or []:
+            words += [f"--{name}", Path(value).name]
+    return shlex.join(words)
 
 
 def read_results(file: Path) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Engine:
     """An entry of engines.json with its paths made absolute."""
 
     name: str
+    folder: Path
     driver: str
     python: Path
     checkpoints: dict[str, Path]  # {model} is still in them
@@ -59,13 +60,17 @@ class Engine:
         """
         for path in (self.python, self.binary):
             if path is not None and not path.exists():
-                raise NotInstalled(f"there is no {path}")
+                raise NotInstalled(f"there is no {self._below(path)}")
         if width not in self.checkpoints:
             raise NotInstalled(f"it has no {width} checkpoints")
         path = Path(str(self.checkpoints[width]).replace("{model}", model))
         if not path.exists():
-            raise NotInstalled(f"there is no {path}")
+            raise NotInstalled(f"there is no {self._below(path)}")
         return path
+
+    def _below(self, path: Path) -> Path:
+        """The path as engines.json has it: results are read on other machines."""
+        return path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
 
 
 def read_engines(folder: Path) -> dict[str, Engine]:
@@ -103,6 +108,7 @@ def _engine(place: str, name: str, entry: Any, folder: Path) -> Engine:
         raise ValueError(f"{place}: checkpoints: {unknown[0]!r} must be one of {', '.join(WIDTHS)}")
     return Engine(
         name=name,
+        folder=folder,
         driver=entry["driver"],
         python=folder / entry["python"] if "python" in entry else Path(sys.executable),
         checkpoints={width: folder / str(path) for width, path in entry["checkpoints"].items()},

@@ -14,7 +14,7 @@ from pathlib import Path
 
 behaviour = os.environ["FAKE"]
 print("a banner nobody asked for", file=sys.stderr)
-options = json.loads(sys.stdin.readline())
+json.loads(sys.stdin.readline())  # what to load
 with Path(os.environ["FAKE_LOG"]).open("a") as log:
     log.write(f"{os.environ['FAKE_NAME']} starts\n")
 if behaviour == "refuses":
@@ -22,7 +22,7 @@ if behaviour == "refuses":
     sys.exit(1)
 if behaviour == "dies loading":
     sys.exit("no such library")
-facts = {"version": "1.0", "model": options["model"]}
+facts = {"version": "1.0"}
 if behaviour == "has a child":
     facts["child"] = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL).pid
 print(json.dumps({"ready": facts}), flush=True)
