@@ -33,7 +33,7 @@ RANKS = [
     {"bound_op"},
     {"executor", "memory_plan"},
     {"nano_engine"},
-    {"outputs", "text_request"},
+    {"outputs", "text_request", "workloads"},
     {"llm"},
     {"cli", "__main__"},
 ]
