@@ -232,7 +232,7 @@ def kv_memory() -> dict[str, Any]:
             peak_pages, wasted = stats["kv_used"], stats["kv_internal_fragmentation"]
             peak_requests = stats["num_running"]
     page_bytes = engine.kv_pool.page_bytes
-    contiguous = peak_requests * SMALL.max_seq_len * SMALL.kv_bytes_per_token
+    contiguous = peak_requests * SMALL.max_seq_len * 4 * SMALL.kv_values_per_token
     return {
         "requests": len(lengths),
         "prompt_tokens_median": int(np.median(lengths)),

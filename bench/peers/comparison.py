@@ -224,4 +224,4 @@ def kv_cache_bytes(config: ModelConfig, width: str, workloads: Sequence[Workload
 
 def token_bytes(config: ModelConfig, width: str) -> int:
     """Of a token's keys and values; int8 weights go with 16-bit caches."""
-    return config.kv_bytes_per_token // 4 * max(2, WIDTH_BYTES[width])
+    return config.kv_values_per_token * max(2, WIDTH_BYTES[width])

@@ -14,7 +14,7 @@ import numpy as np
 
 from compiler.gemm_problem import NarrowMatrix, to_bf16
 from compiler.packed_call import call
-from nanoserve.kernels import attention, embedding, gated, gemm, kv_write, norm, panels, peak
+from nanoserve.kernels import attention, convert, embedding, gemm, kv_write, norm, panels, peak
 from nanoserve.models.rope import Rope
 
 _maps: list[mmap.mmap] = []
@@ -139,10 +139,9 @@ def run_norm() -> None:
         call(spec, rows(4, cols + 3, cols), ints(3, 0), weight, rows(2, cols + 5, cols), 0, 2)
         spec = norm.norm_spec("rmsnorm", cols, cols + 3, cols + 5, 1e-5, residual=True)
         call(spec, rows(4, cols + 3, cols), weight, rows(4, cols + 5, cols), 0, 4)
-        used = 2 + 3 * cols
-        spec = norm.norm_spec("rmsnorm", cols, used + 3, used + 3, 1e-5, first=2, groups=3)
-        x = rows(4, used + 3, used)
-        call(spec, x, weight, x, 0, 4)
+        spec = norm.norm_spec("rmsnorm", cols, cols + 3, cols + 5, 1e-5, dtype="u8")
+        quantised = guarded(np.zeros(3 * (cols + 5) + cols, np.uint8))
+        call(spec, rows(4, cols + 3, cols), weight, quantised, guarded(np.zeros(4, np.float32)), 0, 4)
 
 
 def run_embedding() -> None:
@@ -164,10 +163,13 @@ def run_embedding() -> None:
             call(spec, ints(vocab - 1, 0), ints(0, 0), table, rows(2, cols + 3, cols), 0, 2)
 
 
-def run_gated() -> None:
-    for cols in (1, 16, 33, 100):
-        spec = gated.gated_spec(cols, "silu", 2 * cols + 3, cols + 3)
-        call(spec, rows(3, 2 * cols + 3, 2 * cols), rows(3, cols + 3, cols), 0, 3)
+def run_convert() -> None:
+    for cols, (dtype, element) in product((1, 15, 16, 33, 100), (("bf16", np.uint16), ("u8", np.uint8))):
+        out = guarded(np.zeros(3 * (cols + 5) + cols, element))
+        scales = [guarded(np.zeros(4, np.float32))] if dtype == "u8" else []
+        call(
+            convert.convert_spec(cols, cols + 3, cols + 5, dtype), rows(4, cols + 3, cols), out, *scales, 0, 4
+        )
 
 
 def run_kv_write() -> None:
@@ -187,7 +189,11 @@ def run_overrun() -> None:
     """The mutant: a row too many. It must crash, or the others prove nothing."""
     cols = 16
     call(
-        gated.gated_spec(cols, "silu", 2 * cols, cols), rows(3, 2 * cols, 2 * cols), rows(4, cols, cols), 0, 4
+        convert.convert_spec(cols, cols, cols, "bf16"),
+        rows(3, cols, cols),
+        guarded(np.zeros(64, np.uint16)),
+        0,
+        4,
     )
 
 

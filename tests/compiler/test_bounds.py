@@ -24,7 +24,7 @@ def run(kind: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["gemm", "narrow_gemm", "peak", "attention", "norm", "embedding", "gated", "kv_write"]
+    "kind", ["gemm", "narrow_gemm", "peak", "attention", "norm", "embedding", "convert", "kv_write"]
 )
 def test_nothing_beyond_the_arrays_is_touched(kind: str) -> None:
     result = run(kind)

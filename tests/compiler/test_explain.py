@@ -12,7 +12,7 @@ from nanoserve.compiler import jit
 from nanoserve.compiler.explain import explain
 from nanoserve.compiler.lowering import STAGES, lower
 from nanoserve.compiler.target import AVX2, host
-from nanoserve.kernels import attention, embedding, gated, gemm, kv_write, norm
+from nanoserve.kernels import attention, convert, embedding, gemm, kv_write, norm
 
 SPECS = [
     gemm.gemm_spec(20, 70, 20, 128, bias=True, activation="gelu_erf", residual=True),
@@ -20,7 +20,7 @@ SPECS = [
     norm.norm_spec("layernorm", 70, 70, 70, 1e-5, bias=True, gather=True),
     kv_write.kv_write_spec(4, 2, 20, 16, 160, 20),
     embedding.embedding_spec(70, 70, positions=True),
-    gated.gated_spec(70, "silu", 140, 70),
+    convert.convert_spec(70, 80, 128, "u8"),
 ]
 
 
@@ -31,7 +31,7 @@ def test_every_stage_is_shown(spec) -> None:  # type: ignore[no-untyped-def]
     assert names[: len(STAGES) + 1] == ["written", *(stage.name for stage in STAGES)]
     if jit.shutil.which("objdump") and jit.linker():
         assert names[-1] == "assembly"
-        assert "vfmadd" in steps[-1][2] or spec.kind in ("embedding", "kv_write")
+        assert "vfmadd" in steps[-1][2] or spec.kind in ("embedding", "kv_write", "convert")
     for _, purpose, text in steps:
         assert purpose.endswith(".")
         assert text.strip()

@@ -41,9 +41,10 @@ def normed(parts: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """What the norm kernel gives for each head, or for all heads as one, as long as `weight` says."""
     count, heads, d = parts.shape
     groups = heads * d // len(weight)
-    x = np.ascontiguousarray(parts.reshape(count, heads * d))
-    spec = norm.norm_spec("rmsnorm", len(weight), heads * d, heads * d, eps, groups=groups)
-    call(spec, x, weight, x, 0, count)
+    x = np.ascontiguousarray(parts.reshape(count * groups, len(weight)))
+    call(
+        norm.norm_spec("rmsnorm", len(weight), len(weight), len(weight), eps), x, weight, x, 0, count * groups
+    )
     return x.reshape(parts.shape)
 
 

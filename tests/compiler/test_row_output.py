@@ -112,8 +112,7 @@ def test_a_norm_writes_what_converting_its_float32_would(
         (lambda: convert.convert_spec(5, 4, 8, "bf16"), "cols=5"),
         (lambda: convert.convert_spec(5, 8, 8, "f16"), "f16"),
         (lambda: norm.norm_spec("rmsnorm", 5, 5, 5, 1e-5, dtype="i8"), "i8"),
-        (lambda: norm.norm_spec("rmsnorm", 5, 20, 20, 1e-5, groups=2, dtype="u8"), "whole rows"),
-        (lambda: norm.norm_spec("rmsnorm", 5, 20, 20, 1e-5, residual=True, dtype="bf16"), "without a residual"),
+        (lambda: norm.norm_spec("rmsnorm", 5, 20, 20, 1e-5, residual=True, dtype="bf16"), "leave residual out"),
     ],
 )  # fmt: skip
 def test_refusals(make, said: str) -> None:  # type: ignore[no-untyped-def]

@@ -433,7 +433,7 @@ def packed_of(path: Path) -> PackedWeights:
     packed = PackedWeights(
         StepExecutor(pool, THREADS, 16, 16), bind_weights(config, load_weights(path)), 16, 16
     )
-    packed.matrix("layers.0.qkv.weight")
+    packed.matrix("layers.0.qkv.weight", "f32")
     packed.rows("final_norm.weight")
     return packed
 
@@ -442,7 +442,7 @@ def test_a_key_covers_what_the_bytes_depend_on(checkpoint: Path, monkeypatch: py
     key = packed_of(checkpoint).cache_key()
     assert key == packed_of(checkpoint).cache_key()
     more = packed_of(checkpoint)
-    more.matrix("layers.1.qkv.weight")
+    more.matrix("layers.1.qkv.weight", "f32")
     keys = {key, more.cache_key()}
     digest = packed_module._digest
     for source in packed_module._SOURCES:

@@ -58,18 +58,18 @@ class RowOutput:
         self._scales = scales
         self._kept = scratch(cols) if dtype == "u8" else None
 
-    def write(self, row: Operand, value: Callable[[Operand, int], Value], first: Operand = 0) -> None:
-        """out[row, first + at ...] = value(at, width), a float32 vector, for every column `at`; each is asked for once."""
+    def write(self, row: Operand, value: Callable[[Operand, int], Value]) -> None:
+        """out[row, at ...] = value(at, width), a float32 vector, for every column `at`; each is asked for once."""
         if self._kept is None:
 
             @over(self._cols)
             def _(at: Any, width: int) -> None:
-                self._out.store(narrow(value(at, width), self._dtype), row, at + first)
+                self._out.store(narrow(value(at, width), self._dtype), row, at)
 
             return
-        self._quantise(row, value, first)
+        self._quantise(row, value)
 
-    def _quantise(self, row: Operand, value: Callable[[Operand, int], Value], first: Operand) -> None:
+    def _quantise(self, row: Operand, value: Callable[[Operand, int], Value]) -> None:
         kept, scales = self._kept, self._scales
         assert kept is not None
         assert scales is not None
@@ -97,7 +97,7 @@ class RowOutput:
         def _(at: Any, width: int) -> None:
             quotient = Value(math.roundeven((kept.load(at, width=width) * inverse).ir))
             whole = Value(arith.fptosi(vector_of(width, "i32"), quotient.ir)) + 128
-            self._out.store(Value(arith.trunci(vector_of(width, "i8"), whole.ir)), row, at + first)
+            self._out.store(Value(arith.trunci(vector_of(width, "i8"), whole.ir)), row, at)
 
 
 def _larger(a: Value, b: Value) -> Value:

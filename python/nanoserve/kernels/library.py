@@ -78,7 +78,7 @@ def _source_digest(kind: str) -> str:
     kernels = Path(__file__).parent
     digest = hashlib.sha256()
     # A kernel of several files has its kind's name in front of each.
-    own = sorted(kernels.glob(f"{kind}*.py"))
+    own = [kernels / f"{kind}.py", *sorted(kernels.glob(f"{kind}_*.py"))]
     for path in [*own, *(kernels.parent / "compiler" / name for name in _COMPILER_SOURCES)]:
         data = path.read_bytes()
         digest.update(b"%d\0" % len(data) + data)
