@@ -103,7 +103,7 @@ def recompute(engine: NanoServingEngine, prompt: list[int], count: int) -> list[
         request.page_table.grow_to(len(tokens))
         logits = engine.executor.forward(Batch.from_prefill([request]))
         request.page_table.release()
-        tokens.append(int(logits[0].argmax()))
+        tokens.append(int(logits.values[0].argmax()))
     return tokens[len(prompt) :]
 
 
@@ -232,7 +232,7 @@ def kv_memory() -> dict[str, Any]:
             peak_pages, wasted = stats["kv_used"], stats["kv_internal_fragmentation"]
             peak_requests = stats["num_running"]
     page_bytes = engine.kv_pool.page_bytes
-    contiguous = peak_requests * SMALL.max_seq_len * SMALL.kv_bytes_per_token
+    contiguous = peak_requests * SMALL.max_seq_len * 4 * SMALL.kv_values_per_token
     return {
         "requests": len(lengths),
         "prompt_tokens_median": int(np.median(lengths)),

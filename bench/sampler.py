@@ -3,8 +3,9 @@
     python -m bench.sampler [--rounds 7]
 
 Microseconds per row and step, for the vocabularies of Llama 2 (32,000) and Qwen 2 (151,936): one step of `BATCH` requests
-that all ask for the same, divided by their number. The rows are the logits of a peaked distribution, as models make them:
-a few likely tokens over a broad tail. The ways run interleaved; reported is the median of the rounds.
+that all ask for the same (or, `mixed`, for five things in turn), divided by their number. The rows are the logits of a peaked
+distribution, as models make them: a few likely tokens over a broad tail, read with an engine's kernels and threads. The ways
+run interleaved; reported is the median of the rounds, and what a step of `BATCH` requests spends that way in milliseconds.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ import numpy as np
 
 from bench.run import RESULTS, ROOT, commit, interleaved, machine
 from nanoserve import Request, Sampler, SamplingParams
+from nanoserve.kernels import logits as kernels
+from nanoserve.kernels.library import load_kernels
+from nanoserve.logits import Logits
+from nanoserve.native import LogitsReader, StepExecutor, ThreadPool
 from nanoserve.scheduling.scoring import score_tokens
 
-BATCH = 8
+BATCH = 32
 PROMPT, OUTPUT = 512, 256  # tokens each request has
 VOCABULARIES = (32_000, 151_936)
 REPEATS = 4  # steps per timing
@@ -34,8 +39,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "min_p": {"temperature": 0.8, "min_p": 0.05},
     "penalties_greedy": {"temperature": 0.0, "repetition_penalty": 1.1, "frequency_penalty": 0.5},
     "logit_bias_greedy": {"temperature": 0.0, "logit_bias": dict.fromkeys(range(300), 1.0)},
+    "penalties_temperature": {"temperature": 0.8, "repetition_penalty": 1.1, "frequency_penalty": 0.5},
     "logprobs_greedy": {"temperature": 0.0, "logprobs": 5},
 }
+MIXED = ("greedy", "temperature", "top_k", "top_p", "min_p")
 
 
 def rows(vocab: int) -> np.ndarray:
@@ -45,6 +52,21 @@ def rows(vocab: int) -> np.ndarray:
     for row in logits:
         row[rng.choice(vocab, 50, replace=False)] += 14 - 2 * np.log(np.arange(1, 51))
     return logits
+
+
+def as_a_step_leaves_them(values: np.ndarray) -> Logits:
+    """The rows in an executor's layout, with the kernels an engine has for them."""
+    vocab = values.shape[1]
+    stride = StepExecutor.logits_stride(vocab)
+    sums, largest = (
+        kernels.block_sums_spec(vocab, stride),
+        kernels.block_max_spec(vocab, stride, may_forbid=True),
+    )
+    found = load_kernels([sums, largest])
+    reader = LogitsReader(ThreadPool(), found[sums], found[largest], vocab, stride, kernels.BLOCKS_PER_UNIT)
+    memory = np.zeros((len(values), stride), np.float32)
+    memory[:, :vocab] = values
+    return Logits(memory[:, :vocab], Logits.of(values).block_max, reader)
 
 
 def requests(fields: dict[str, Any], vocab: int) -> list[Request]:
@@ -58,9 +80,8 @@ def requests(fields: dict[str, Any], vocab: int) -> list[Request]:
     return made
 
 
-def one_step(fields: dict[str, Any], vocab: int) -> Callable[[], Any]:
-    sampler, logits, batch = Sampler(), rows(vocab), requests(fields, vocab)
-    finite = [True] * BATCH
+def one_step(logits: Logits, batch: list[Request]) -> Callable[[], Any]:
+    sampler, finite = Sampler(), [True] * BATCH
 
     def work() -> None:
         for _ in range(REPEATS):
@@ -76,7 +97,10 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     measured = {}
     for vocab in VOCABULARIES:
-        seconds = interleaved(rounds, {name: one_step(fields, vocab) for name, fields in WAYS.items()})
+        logits = as_a_step_leaves_them(rows(vocab))
+        batches = {name: requests(fields, vocab) for name, fields in WAYS.items()}
+        batches["mixed"] = [batches[MIXED[i % len(MIXED)]][i] for i in range(BATCH)]
+        seconds = interleaved(rounds, {name: one_step(logits, batch) for name, batch in batches.items()})
         measured[str(vocab)] = {
             name: round(1e6 * statistics.median(each) / (REPEATS * BATCH), 1)
             for name, each in seconds.items()
@@ -89,6 +113,10 @@ def main() -> None:
         "prompt_tokens": PROMPT,
         "output_tokens": OUTPUT,
         "us_per_row_per_step": measured,
+        "ms_per_step": {
+            vocab: {name: round(us * BATCH / 1000, 3) for name, us in ways.items()}
+            for vocab, ways in measured.items()
+        },
     }
     print(json.dumps(results, indent=1))
     RESULTS.mkdir(parents=True, exist_ok=True)

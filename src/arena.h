@@ -1,8 +1,9 @@
 // One block of zeroed memory from the operating system.
 //
-// Invariant: the bytes are zero when first read and 64-byte aligned, and they cost nothing until touched.
-// Decision: mmap instead of new[], because a pool of many GiB must not be cleared (and so committed) up
-// front. Price: sizes round up to OS pages, so this is for few large blocks, not for small ones.
+// Invariant: the bytes are zero when first read and 64-byte aligned (a block of a huge page or more begins on
+// one), and they cost nothing until touched. Decision: mmap instead of new[], because a pool of many GiB must
+// not be cleared (and so committed) up front. Price: sizes round up to OS pages, so this is for few large
+// blocks, not for small ones.
 #pragma once
 
 #include <cstddef>
@@ -24,6 +25,8 @@ class Arena {
     [[nodiscard]] std::int64_t num_bytes() const { return num_bytes_; }
 
   private:
+    std::byte* mapped_ = nullptr;  // data_ lies in [mapped_, mapped_ + mapped_bytes_)
+    std::int64_t mapped_bytes_ = 0;
     std::byte* data_ = nullptr;
     std::int64_t num_bytes_ = 0;
 };

@@ -1,6 +1,7 @@
 #include "kv_pool.h"
 
 #include <algorithm>
+#include <bit>
 #include <limits>
 #include <stdexcept>
 
@@ -15,8 +16,8 @@ namespace {
 // Kernels may read one vector past the last element of the last page; those bytes must be mapped.
 constexpr std::int64_t kSlackBytes = 256;
 
-// K's share of the arena in bytes (V's is the same), every dimension checked first.
-std::int64_t half_bytes(const PoolShape& shape) {
+// Every dimension checked first.
+std::int64_t arena_bytes(const PoolShape& shape) {
     require_at_least("num_pages", shape.num_pages, 1);
     require_at_least("page_size", shape.page_size, 1);
     require_at_least("num_layers", shape.num_layers, 1);
@@ -35,7 +36,45 @@ std::int64_t half_bytes(const PoolShape& shape) {
                                                   {"head_dim", shape.head_dim},
                                                   {"page_size", shape.page_size},
                                                   {"element bytes", element_bytes(shape.element)}});
-    return round_up(bytes / 2 + kSlackBytes, 64);
+    if (shape.element == ElementType::bf16) {
+        for (const auto& [name, size] :
+             {Factor{"page_size", shape.page_size}, {"head_dim", shape.head_dim}}) {
+            if (size % 2 != 0) {
+                throw std::invalid_argument(std::string(name) + " is " + std::to_string(size) +
+                                            ", must be even: bf16 keys and values lie in pairs");
+            }
+        }
+    }
+    return round_up(bytes + kSlackBytes, 64);
+}
+
+// Rounded to nearest, ties to even; a NaN stays one.
+std::uint16_t to_bf16(float value) {
+    const auto bits = std::bit_cast<std::uint32_t>(value);
+    const bool is_nan = value != value;
+    return static_cast<std::uint16_t>(is_nan ? bits >> 16 | 0x40U
+                                             : (bits + 0x7fffU + (bits >> 16 & 1U)) >> 16);
+}
+
+// One token's row of one head into the page's keys and values, as kv_pool.h lays them out.
+void store_token(std::byte* keys, std::byte* values, std::int64_t offset, const PoolShape& shape,
+                 const float* k, const float* v) {
+    const std::int64_t dims = shape.head_dim;
+    if (shape.element == ElementType::f32) {
+        auto* const k_page = reinterpret_cast<float*>(keys);
+        auto* const v_page = reinterpret_cast<float*>(values);
+        for (std::int64_t dim = 0; dim < dims; ++dim) {
+            k_page[dim * shape.page_size + offset] = k[dim];
+            v_page[offset * dims + dim] = v[dim];
+        }
+        return;
+    }
+    auto* const k_page = reinterpret_cast<std::uint16_t*>(keys);
+    auto* const v_page = reinterpret_cast<std::uint16_t*>(values);
+    for (std::int64_t dim = 0; dim < dims; ++dim) {
+        k_page[(dim / 2 * shape.page_size + offset) * 2 + dim % 2] = to_bf16(k[dim]);
+        v_page[(offset / 2 * dims + dim) * 2 + offset % 2] = to_bf16(v[dim]);
+    }
 }
 
 }  // namespace
@@ -44,23 +83,38 @@ std::int64_t element_bytes(ElementType type) {
     switch (type) {
         case ElementType::f32:
             return 4;
+        case ElementType::bf16:
+            return 2;
     }
     throw std::invalid_argument("unknown element type");
 }
 
-KVCachePool::KVCachePool(const PoolShape& shape)
-    : shape_(shape),
-      half_bytes_(half_bytes(shape)),
-      arena_("the KV arena",
-             checked_product("the KV arena in bytes", {{"2 (K and V)", 2}, {"half", half_bytes_}})),
-      refs_(shape.num_pages) {}
+const char* element_name(ElementType type) {
+    return type == ElementType::f32 ? "f32" : "bf16";
+}
 
-std::int64_t KVCachePool::page_elements() const {
-    return shape_.num_heads * shape_.head_dim * shape_.page_size;
+ElementType element_from_name(std::string_view name) {
+    for (const ElementType type : {ElementType::f32, ElementType::bf16}) {
+        if (name == element_name(type)) {
+            return type;
+        }
+    }
+    throw std::invalid_argument("element '" + std::string(name) + "' must be f32 or bf16");
+}
+
+KVCachePool::KVCachePool(const PoolShape& shape)
+    : shape_(shape), arena_("the KV arena", arena_bytes(shape)), refs_(shape.num_pages) {}
+
+std::int64_t KVCachePool::head_bytes() const {
+    return shape_.head_dim * shape_.page_size * element_bytes(shape_.element);
+}
+
+std::int64_t KVCachePool::layer_page_bytes() const {
+    return 2 * shape_.num_heads * head_bytes();
 }
 
 std::int64_t KVCachePool::page_bytes() const {
-    return 2 * shape_.num_layers * page_elements() * element_bytes(shape_.element);
+    return shape_.num_layers * layer_page_bytes();
 }
 
 std::int64_t KVCachePool::pages_needed(std::int64_t num_tokens) const {
@@ -80,22 +134,17 @@ std::vector<std::int32_t> KVCachePool::allocate_pages(std::int64_t num_pages) {
     return refs_.allocate(num_pages);
 }
 
-float* KVCachePool::layer_start(std::int64_t layer, std::int64_t base_bytes) const {
+std::byte* KVCachePool::k_layer(std::int64_t layer) const {
     if (layer < 0 || layer >= shape_.num_layers) {
         throw std::out_of_range("layer " + std::to_string(layer) +
                                 " is out of range: the pool has layers 0 to " +
                                 std::to_string(shape_.num_layers - 1));
     }
-    const std::int64_t layer_bytes = shape_.num_pages * page_elements() * element_bytes(shape_.element);
-    return reinterpret_cast<float*>(arena_.data() + base_bytes + layer * layer_bytes);
+    return page_start(layer, 0);
 }
 
-float* KVCachePool::k_layer(std::int64_t layer) const {
-    return layer_start(layer, 0);
-}
-
-float* KVCachePool::v_layer(std::int64_t layer) const {
-    return layer_start(layer, half_bytes_);
+std::byte* KVCachePool::page_start(std::int64_t layer, std::int64_t page) const {
+    return arena_.data() + (layer * shape_.num_pages + page) * layer_page_bytes();
 }
 
 void KVCachePool::store_kv(std::span<const float> k, std::span<const float> v,
@@ -119,18 +168,14 @@ void KVCachePool::store_kv(std::span<const float> k, std::span<const float> v,
                                      " references, must have exactly 1");
         }
     }
-    float* const k_start = k_layer(layer);
-    float* const v_start = v_layer(layer);
+    static_cast<void>(k_layer(layer));  // the layer's check
     for (std::int64_t i = 0; i < std::ssize(slots); ++i) {
-        const std::int64_t page = slots[at(i)] / shape_.page_size;
+        std::byte* const page = page_start(layer, slots[at(i)] / shape_.page_size);
         const std::int64_t offset = slots[at(i)] % shape_.page_size;
         for (std::int64_t head = 0; head < shape_.num_heads; ++head) {
-            const std::int64_t block = page * page_elements() + head * shape_.head_dim * shape_.page_size;
-            const std::int64_t source = i * row + head * shape_.head_dim;
-            for (std::int64_t dim = 0; dim < shape_.head_dim; ++dim) {
-                k_start[block + dim * shape_.page_size + offset] = k[at(source + dim)];
-            }
-            std::copy_n(v.begin() + source, shape_.head_dim, v_start + block + offset * shape_.head_dim);
+            std::byte* const keys = page + 2 * head * head_bytes();
+            const std::size_t source = at(i * row + head * shape_.head_dim);
+            store_token(keys, keys + head_bytes(), offset, shape_, &k[source], &v[source]);
         }
     }
 }
@@ -141,9 +186,7 @@ std::int32_t KVCachePool::copy_page(std::int64_t page) {
     }
     const std::int32_t copy = refs_.allocate(1).front();
     for (std::int64_t layer = 0; layer < shape_.num_layers; ++layer) {
-        for (float* start : {k_layer(layer), v_layer(layer)}) {
-            std::copy_n(start + page * page_elements(), page_elements(), start + copy * page_elements());
-        }
+        std::copy_n(page_start(layer, page), layer_page_bytes(), page_start(layer, copy));
     }
     return copy;
 }
@@ -154,9 +197,7 @@ void KVCachePool::scrub(std::span<const std::int32_t> pages) {
     }
     for (const std::int32_t page : pages) {
         for (std::int64_t layer = 0; layer < shape_.num_layers; ++layer) {
-            for (float* start : {k_layer(layer), v_layer(layer)}) {
-                std::fill_n(start + page * page_elements(), page_elements(), 0.0F);
-            }
+            std::fill_n(page_start(layer, page), layer_page_bytes(), std::byte{0});
         }
     }
 }

@@ -1,8 +1,9 @@
 // The KV cache: one arena of pages, and who holds which page.
 //
 // Layout, chosen so that attention streams it without gathers:
-//   K  [layer][page][head][dim][slot]   transposed inside a page: a run of tokens is one vector of scores
-//   V  [layer][page][head][slot][dim]
+//   [layer][page][head]  K [dim][slot]   transposed inside a page: a run of tokens is one vector of scores
+//                        V [slot][dim]   right behind it, so that a page is one run of memory
+// bfloat16 lies in pairs that kernels multiply and add as one: K [dim / 2][slot][2], V [slot / 2][dim][2].
 // Invariant: every page is free, or held by exactly ref_count(page) holders (page tables, prefix cache); a
 // page with more than one holder is never written. The arena starts as zeros and callers scrub what went
 // non-finite. A slot is page_id * page_size + offset. Not thread-safe: Python's lock (or one thread) guards
@@ -12,6 +13,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "arena.h"
@@ -21,7 +23,9 @@ namespace nanoserve {
 
 class PageTable;
 
-enum class ElementType : std::uint8_t { f32 };
+enum class ElementType : std::uint8_t { f32, bf16 };
+[[nodiscard]] ElementType element_from_name(std::string_view name);
+[[nodiscard]] const char* element_name(ElementType type);
 [[nodiscard]] std::int64_t element_bytes(ElementType type);
 
 struct PoolShape {
@@ -64,15 +68,19 @@ class KVCachePool {
     [[nodiscard]] std::int32_t ref_count(std::int64_t page) const { return refs_.count(page); }
     void check_page(std::int64_t page) const { refs_.check(page); }
 
-    // Writes rows [n][head][dim] of keys and values into slots, which must lie in pages with one holder.
+    // Writes rows [n][head][dim] of keys and values, rounded to the pool's element type, into slots, which
+    // must lie in pages with one holder.
     void store_kv(std::span<const float> k, std::span<const float> v, std::span<const std::int64_t> slots,
                   std::int64_t layer);
     // A new page with the same keys and values in every layer.
     [[nodiscard]] std::int32_t copy_page(std::int64_t page);
     void scrub(std::span<const std::int32_t> pages);
 
-    [[nodiscard]] float* k_layer(std::int64_t layer) const;
-    [[nodiscard]] float* v_layer(std::int64_t layer) const;
+    // The first key, and the first value, of page 0.
+    [[nodiscard]] std::byte* k_layer(std::int64_t layer) const;
+    [[nodiscard]] std::byte* v_layer(std::int64_t layer) const { return k_layer(layer) + head_bytes(); }
+    [[nodiscard]] std::int64_t head_bytes() const;        // of the keys, or values, of one head of a page
+    [[nodiscard]] std::int64_t layer_page_bytes() const;  // of a page in one layer
 
     [[nodiscard]] PoolStats stats() const;
     // `holders`: the page lists held by anything that is not a PageTable (the prefix cache, a plain request).
@@ -81,11 +89,9 @@ class KVCachePool {
   private:
     friend class PageTable;  // registers itself in tables_
 
-    [[nodiscard]] std::int64_t page_elements() const;  // of K, or of V, in one layer
-    [[nodiscard]] float* layer_start(std::int64_t layer, std::int64_t base_bytes) const;
+    [[nodiscard]] std::byte* page_start(std::int64_t layer, std::int64_t page) const;
 
     PoolShape shape_;
-    std::int64_t half_bytes_;  // where V starts
     Arena arena_;
     PageRefs refs_;
     std::vector<const PageTable*> tables_;  // every live table of this pool

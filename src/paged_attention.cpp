@@ -21,8 +21,9 @@ AttentionShape shape_of(const KVCachePool& pool, const AttentionBatch& batch,
     const AttentionShape shape{.group = batch.num_heads / s.num_heads,
                                .kv_heads = s.num_heads,
                                .head_dim = s.head_dim,
-                               .small_rows = kernels.small_rows,
-                               .large_rows = kernels.large_rows};
+                               .small = kernels.small_tiling,
+                               .large = kernels.large_tiling,
+                               .window = kernels.window};
     shape.validate(batch.num_tokens);
     return shape;
 }
@@ -30,7 +31,7 @@ AttentionShape shape_of(const KVCachePool& pool, const AttentionBatch& batch,
 }  // namespace
 
 PagedAttention::PagedAttention(const KVCachePool& pool, std::int64_t layer, const AttentionBatch& batch,
-                               const AttentionKernels& kernels)
+                               const AttentionKernels& kernels, int num_threads)
     : k_(pool.k_layer(layer)),
       v_(pool.v_layer(layer)),
       q_(batch.q),
@@ -41,7 +42,7 @@ PagedAttention::PagedAttention(const KVCachePool& pool, std::int64_t layer, cons
         throw std::invalid_argument("paged attention has no kernel: the address is 0");
     }
     add_sequences(pool, batch);
-    work_.build(sequences_);
+    work_.build(sequences_, num_threads);
 }
 
 void PagedAttention::add_sequences(const KVCachePool& pool, const AttentionBatch& batch) {
@@ -87,7 +88,8 @@ void PagedAttention::add_sequences(const KVCachePool& pool, const AttentionBatch
 void PagedAttention::run(ThreadPool& threads) {
     const std::int32_t* table = table_.data();
     const AttentionItem* items = work_.items().data();
-    const std::array<void*, 6> args = {&q_, &k_, &v_, &table, &items, &out_};
+    float* parts = work_.parts();
+    const std::array<void*, 7> args = {&q_, &k_, &v_, &table, &items, &parts, &out_};
     std::atomic<std::int64_t> next{0};
     threads.run([&](int) { work_.drain(kernels_.small, kernels_.large, args, next); });
 }

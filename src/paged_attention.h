@@ -13,9 +13,10 @@ namespace nanoserve {
 
 struct AttentionKernels {
     Kernel small = nullptr;
-    std::int64_t small_rows = 0;
+    AttentionTiling small_tiling{};
     Kernel large = nullptr;
-    std::int64_t large_rows = 0;
+    AttentionTiling large_tiling{};
+    std::int64_t window = 0;  // that they have built in
 };
 
 // Queries and results are [num_tokens][num_heads][head_dim] without padding.
@@ -35,14 +36,15 @@ struct AttentionBatch {
 class PagedAttention {
   public:
     PagedAttention(const KVCachePool& pool, std::int64_t layer, const AttentionBatch& batch,
-                   const AttentionKernels& kernels);
+                   const AttentionKernels& kernels, int num_threads);
+    // An instance runs on as many threads as it was cut for, or fewer.
     void run(ThreadPool& threads);
 
   private:
     void add_sequences(const KVCachePool& pool, const AttentionBatch& batch);
 
-    const float* k_;
-    const float* v_;
+    const std::byte* k_;
+    const std::byte* v_;
     const float* q_;
     float* out_;
     AttentionKernels kernels_;

@@ -1,6 +1,5 @@
 #include "step_executor.h"
 
-#include <bit>
 #include <chrono>
 #include <stdexcept>
 
@@ -10,17 +9,6 @@ namespace {
 
 // What makes an operation worth another thread: some microseconds of work, well above the cost of a barrier.
 constexpr std::int64_t kMinCostPerThread = 100'000;
-constexpr std::int64_t kCheckChunk = 16 * 1024;  // logits per unit of the finite check
-constexpr std::int64_t kCheckCostPerLogit = 2;   // in multiply-adds
-
-// Branch-free so that it vectorises: adding one to an all-ones exponent carries into the sign bit.
-bool all_finite(std::span<const float> values) {
-    std::uint32_t carry = 0;
-    for (const float value : values) {
-        carry |= (std::bit_cast<std::uint32_t>(value) & 0x7f80'0000U) + 0x0080'0000U;
-    }
-    return (carry & 0x8000'0000U) == 0;
-}
 
 std::int64_t now_ns() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(
@@ -66,18 +54,12 @@ void StepExecutor::size_operations() {
     for (PlannedOp& planned : ops_) {
         planned.next_item.store(0, std::memory_order_relaxed);
         if (planned.attention != nullptr) {
-            const AttentionWork& work = planned.attention->work;
-            planned.num_units = std::ssize(work.items());
-            planned.num_threads =
-                threads_for(planned.num_units, std::max<std::int64_t>(1, work.cost() / planned.num_units));
+            planned.num_threads = planned.attention->work.num_threads();
         } else {
             planned.num_units = planned.op.num_units(batch_.num_rows(), batch_.num_samples());
             planned.num_threads = threads_for(planned.num_units, planned.op.cost_per_unit);
         }
     }
-    const std::int64_t num_chunks = writes_logits_ ? batch_.num_samples() * ceil_div(vocab_, kCheckChunk) : 0;
-    chunk_finite_.assign(at(num_chunks), 0);
-    check_threads_ = threads_for(num_chunks, std::min(vocab_, kCheckChunk) * kCheckCostPerLogit);
 }
 
 int StepExecutor::threads_for(std::int64_t num_units, std::int64_t cost_per_unit) const {
@@ -93,30 +75,32 @@ StepExecutor::Step StepExecutor::prepare(const StepInputs& inputs) {
     Step step(busy_);
     batch_.prepare(*pool_, inputs);
     for (Work& shared : works_) {
-        shared.work.build(batch_.sequences());
+        shared.work.build(batch_.sequences(), threads_->num_threads(), kMinCostPerThread);
         shared.items = shared.work.items().data();
+        shared.parts = shared.work.parts();
     }
-    vocab_ = inputs.vocab;
     values_ = {.ids = batch_.ids().data(),
                .positions = batch_.positions().data(),
                .slots = batch_.slots().data(),
                .table = batch_.table().data(),
                .sample_rows = batch_.sample_rows().data(),
                .logits = nullptr,
+               .block_max = nullptr,
                .num_rows = batch_.num_rows(),
                .num_samples = batch_.num_samples()};
     size_operations();
     return step;
 }
 
-void StepExecutor::run(const Step&, float* logits, std::span<bool> finite) {
-    if (writes_logits_ &&
-        (std::ssize(finite) != batch_.num_samples() || (logits == nullptr && !finite.empty()))) {
+void StepExecutor::run(const Step&, float* logits, float* block_max) {
+    if (batch_.num_samples() > 0 &&
+        ((writes_logits_ && logits == nullptr) || (writes_block_max_ && block_max == nullptr))) {
         throw std::invalid_argument("a step of " + std::to_string(batch_.num_samples()) +
-                                    " samples needs logits and a finite flag for each");
+                                    " samples needs memory for what its plan writes");
     }
     values_.logits = logits;
-    int team = check_threads_;
+    values_.block_max = block_max;
+    int team = 1;
     for (const PlannedOp& planned : ops_) {
         team = std::max(team, planned.num_threads);
     }
@@ -130,7 +114,6 @@ void StepExecutor::run(const Step&, float* logits, std::span<bool> finite) {
             }
         });
     }
-    reduce_finite(finite);
 }
 
 void StepExecutor::walk(int thread_id, Barrier* barrier) {
@@ -139,7 +122,7 @@ void StepExecutor::walk(int thread_id, Barrier* barrier) {
     for (std::size_t i = 0; i < ops_.size(); ++i) {
         PlannedOp& planned = ops_[i];
         do_share(planned, thread_id);
-        const int next_threads = i + 1 < ops_.size() ? ops_[i + 1].num_threads : check_threads_;
+        const int next_threads = i + 1 < ops_.size() ? ops_[i + 1].num_threads : 1;
         if (std::max(planned.num_threads, next_threads) > 1) {
             barrier->arrive_and_wait();
         }
@@ -149,7 +132,6 @@ void StepExecutor::walk(int thread_id, Barrier* barrier) {
             ++planned.calls;
         }
     }
-    check_finite_share(thread_id);
 }
 
 void StepExecutor::do_share(PlannedOp& planned, int thread_id) {
@@ -160,35 +142,9 @@ void StepExecutor::do_share(PlannedOp& planned, int thread_id) {
         const Share share = share_of(planned.num_units, thread_id, planned.num_threads);
         KernelCall call(planned.args);
         call(planned.op.kernel, share.begin, share.end);
-    } else if (planned.num_threads == 1) {
-        planned.attention->work.run_alone(planned.op.kernel, planned.op.large_kernel, planned.args);
     } else {
         planned.attention->work.drain(planned.op.kernel, planned.op.large_kernel, planned.args,
                                       planned.next_item);
-    }
-}
-
-void StepExecutor::check_finite_share(int thread_id) {
-    if (thread_id >= check_threads_) {
-        return;
-    }
-    const std::int64_t chunks_per_row = ceil_div(vocab_, kCheckChunk);
-    const Share share = share_of(std::ssize(chunk_finite_), thread_id, check_threads_);
-    for (std::int64_t chunk = share.begin; chunk < share.end; ++chunk) {
-        const float* row = values_.logits + chunk / chunks_per_row * logits_stride(vocab_);
-        const std::int64_t first = chunk % chunks_per_row * kCheckChunk;
-        const std::int64_t count = std::min(kCheckChunk, vocab_ - first);
-        chunk_finite_[at(chunk)] = all_finite({row + first, at(count)}) ? 1 : 0;
-    }
-}
-
-void StepExecutor::reduce_finite(std::span<bool> finite) const {
-    const std::size_t chunks_per_row = at(ceil_div(vocab_, kCheckChunk));
-    for (std::size_t row = 0; row < finite.size(); ++row) {
-        finite[row] = true;
-        for (std::size_t i = 0; writes_logits_ && i < chunks_per_row; ++i) {
-            finite[row] = finite[row] && chunk_finite_[row * chunks_per_row + i] != 0;
-        }
     }
 }
 

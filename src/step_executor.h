@@ -61,14 +61,14 @@ class StepExecutor {
     std::int64_t row_scales();  // a buffer of one float per row, without a gap: the scales of quantised rows
     std::int64_t weight(const void* data);
     void op(Op op);
-    void attention(Op op, std::int64_t group, std::int64_t kv_heads, std::int64_t small_rows,
-                   std::int64_t large_rows, std::int64_t window = 0);
+    void attention(Op op, std::int64_t group, std::int64_t kv_heads, const AttentionTiling& small,
+                   const AttentionTiling& large, std::int64_t window = 0);
 
     // One step: prepare under Python's lock, run without it.
     [[nodiscard]] Step prepare(const StepInputs& inputs);
-    // logits: num_samples rows of logits_stride(vocab); finite[i] says whether all of row i is. Both are
-    // ignored by a plan without logits.
-    void run(const Step& step, float* logits, std::span<bool> finite);
+    // logits: num_samples rows of logits_stride(vocab); block_max: as many of num_logits_blocks(vocab).
+    // Either may be null where the plan does not write it or nothing is sampled.
+    void run(const Step& step, float* logits, float* block_max);
 
     void profile(bool enable);  // counts from zero when enabled
     [[nodiscard]] std::vector<OpTiming> timings() const;
@@ -76,6 +76,7 @@ class StepExecutor {
     [[nodiscard]] const std::shared_ptr<KVCachePool>& pool() const { return pool_; }
     [[nodiscard]] std::int64_t max_tokens() const { return limits_.max_tokens; }
     [[nodiscard]] bool writes_logits() const { return writes_logits_; }
+    [[nodiscard]] bool writes_block_max() const { return writes_block_max_; }
     struct BufferView {
         std::byte* data;
         std::int64_t row_stride, item_bytes;
@@ -91,6 +92,7 @@ class StepExecutor {
     struct Work {  // shared by all attention operations of one shape
         AttentionWork work;
         const AttentionItem* items = nullptr;
+        float* parts = nullptr;
     };
     struct PlannedOp {
         Op op;
@@ -104,7 +106,7 @@ class StepExecutor {
     };
     struct Values {  // what the sources of a plan point at
         const std::int32_t *ids, *positions, *slots, *table, *sample_rows;
-        float* logits;
+        float *logits, *block_max;
         std::int64_t num_rows, num_samples;
     };
 
@@ -118,8 +120,6 @@ class StepExecutor {
     void size_operations();
     void walk(int thread_id, Barrier* barrier);
     static void do_share(PlannedOp& planned, int thread_id);
-    void check_finite_share(int thread_id);
-    void reduce_finite(std::span<bool> finite) const;
 
     const std::shared_ptr<KVCachePool> pool_;
     const std::shared_ptr<ThreadPool> threads_;
@@ -127,6 +127,7 @@ class StepExecutor {
     std::atomic<bool> busy_{false};
     bool profiling_ = false;
     bool writes_logits_ = false;
+    bool writes_block_max_ = false;
 
     // The plan. Deques: addresses in args point into them.
     std::vector<Buffer> buffers_;
@@ -138,9 +139,6 @@ class StepExecutor {
     // The step.
     StepBatch batch_;
     Values values_{};
-    std::int64_t vocab_ = 0;
-    int check_threads_ = 1;
-    std::vector<std::uint8_t> chunk_finite_;  // per row and chunk of kCheckChunk logits
 };
 
 }  // namespace nanoserve

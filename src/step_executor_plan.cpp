@@ -77,8 +77,8 @@ void StepExecutor::op(Op op) {
     add(std::move(op), nullptr);
 }
 
-void StepExecutor::attention(Op op, std::int64_t group, std::int64_t kv_heads, std::int64_t small_rows,
-                             std::int64_t large_rows, std::int64_t window) {
+void StepExecutor::attention(Op op, std::int64_t group, std::int64_t kv_heads, const AttentionTiling& small,
+                             const AttentionTiling& large, std::int64_t window) {
     op.domain = Domain::attention;
     if (kv_heads != pool_->shape().num_heads) {
         throw std::invalid_argument("operation '" + op.name + "' has " + std::to_string(kv_heads) +
@@ -87,8 +87,8 @@ void StepExecutor::attention(Op op, std::int64_t group, std::int64_t kv_heads, s
     const AttentionShape shape{.group = group,
                                .kv_heads = kv_heads,
                                .head_dim = pool_->shape().head_dim,
-                               .small_rows = small_rows,
-                               .large_rows = large_rows,
+                               .small = small,
+                               .large = large,
                                .window = window};
     shape.validate(limits_.max_tokens);
     op.validate();
@@ -112,6 +112,7 @@ void StepExecutor::add(Op op, Work* work) {
     }
     for (const Arg& arg : op.args) {
         writes_logits_ = writes_logits_ || arg.source == Source::logits;
+        writes_block_max_ = writes_block_max_ || arg.source == Source::block_max;
     }
     PlannedOp& planned = ops_.emplace_back();
     planned.op = std::move(op);
@@ -148,10 +149,14 @@ void* StepExecutor::address_of(const Arg& arg, Work* work) {
             return &values_.table;
         case Source::items:
             return &work->items;
+        case Source::parts:
+            return &work->parts;
         case Source::sample_rows:
             return &values_.sample_rows;
         case Source::logits:
             return &values_.logits;
+        case Source::block_max:
+            return &values_.block_max;
         case Source::num_rows:
             return &values_.num_rows;
         case Source::num_samples:

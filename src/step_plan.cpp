@@ -21,8 +21,10 @@ constexpr std::array kSources = {
     Names{"slots", Source::slots},
     Names{"table", Source::table},
     Names{"items", Source::items},
+    Names{"parts", Source::parts},
     Names{"sample_rows", Source::sample_rows},
     Names{"logits", Source::logits},
+    Names{"block_max", Source::block_max},
     Names{"num_rows", Source::num_rows},
     Names{"num_samples", Source::num_samples},
 };
@@ -74,7 +76,7 @@ void Op::validate() const {
                                     "': panels, row_block and over are for the domain tiles");
     }
     for (const Arg& arg : args) {
-        if (arg.source == Source::items && domain != Domain::attention) {
+        if ((arg.source == Source::items || arg.source == Source::parts) && domain != Domain::attention) {
             throw std::invalid_argument("operation '" + name + "' asks for items, which only attention has");
         }
     }

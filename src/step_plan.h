@@ -24,8 +24,10 @@ enum class Source : std::uint8_t {
     slots,        // int32 per row: where its keys and values go
     table,        // the flat block table
     items,        // the attention items of this operation
+    parts,        // where these leave the results of segments for each other
     sample_rows,  // int32 per sample: its row
     logits,       // the output of the step
+    block_max,    // and the largest of each block of logits, [samples][num_logits_blocks(vocab)]
     num_rows,     // int64
     num_samples,  // int64
 };

@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+LOGITS_BLOCK: int
+
 class PoolExhausted(RuntimeError): ...
 
 class KVCachePool:
     def __init__(
-        self, num_pages: int, page_size: int = 16, num_layers: int = 1, num_heads: int = 1, head_dim: int = 16
-    ) -> None: ...
+        self, num_pages: int, page_size: int = 16, num_layers: int = 1, num_heads: int = 1, head_dim: int = 16,
+        element: str = "f32",
+    ) -> None: ...  # fmt: skip
     @property
     def num_pages(self) -> int: ...
     @property
@@ -22,6 +25,8 @@ class KVCachePool:
     def num_heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def element(self) -> str: ...
     @property
     def num_free_pages(self) -> int: ...
     @property
@@ -41,7 +46,7 @@ class KVCachePool:
     def store_kv(
         self, k: NDArray[np.float32], v: NDArray[np.float32], slots: Sequence[int] | NDArray[Any], layer: int
     ) -> None: ...
-    def get_layer_cache(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+    def get_layer_cache(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]: ...
     def copy_page(self, page: int) -> int: ...
     def scrub(self, pages: Sequence[int]) -> None: ...
     def stats(self) -> dict[str, Any]: ...
@@ -69,6 +74,47 @@ class ThreadPool:
     def __init__(self, num_threads: int | None = None) -> None: ...
     @property
     def num_threads(self) -> int: ...
+
+class LogitsReader:
+    def __init__(
+        self,
+        threads: ThreadPool | None = None,
+        block_sums: int = 0,
+        block_max: int = 0,
+        vocab: int = 0,
+        row_stride: int = 0,
+        blocks_per_unit: int = 0,
+    ) -> None: ...
+    def block_max(self, values: NDArray[np.float32], may_forbid: bool = False) -> NDArray[np.float32]: ...
+    def sample(
+        self,
+        values: NDArray[np.float32],
+        block_max: NDArray[np.float32],
+        rows: Sequence[int],
+        temperature: Sequence[float],
+        top_k: Sequence[int],
+        top_p: Sequence[float],
+        min_p: Sequence[float],
+        uniform: Sequence[float],
+    ) -> list[int]: ...
+    def kept(
+        self,
+        values: NDArray[np.float32],
+        block_max: NDArray[np.float32],
+        row: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+    ) -> list[int]: ...
+    def score(
+        self,
+        values: NDArray[np.float32],
+        block_max: NDArray[np.float32],
+        rows: Sequence[int],
+        tokens: Sequence[int],
+        num_top: Sequence[int],
+    ) -> list[tuple[float, int, list[tuple[int, float]]]]: ...
 
 class StepExecutor:
     def __init__(
@@ -99,9 +145,9 @@ class StepExecutor:
         self,
         name: str,
         small_address: int,
-        small_rows: int,
+        small_tiling: tuple[int, int],
         large_address: int,
-        large_rows: int,
+        large_tiling: tuple[int, int],
         args: Sequence[tuple[Any, ...]],
         group: int,
         kv_heads: int,
@@ -116,10 +162,18 @@ class StepExecutor:
         sample_rows: NDArray[np.int32] | Sequence[int],
         vocab: int,
         position_offsets: NDArray[np.int32] | Sequence[int] | None = None,
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]: ...
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
     def profile(self, enable: bool) -> None: ...
     def timings(self) -> list[tuple[str, int, int]]: ...
 
+class WeightArena:
+    def __init__(self, num_bytes: int) -> None: ...
+    @property
+    def num_bytes(self) -> int: ...
+    def view(self, begin: int, num_bytes: int) -> NDArray[np.uint8]: ...
+    def read(self, file: int, offset: int, begin: int, num_bytes: int, threads: ThreadPool) -> int: ...
+
+def checksum(bytes: NDArray[np.uint8], threads: ThreadPool) -> int: ...
 def paged_attention(
     pool: KVCachePool,
     layer: int,
@@ -129,8 +183,9 @@ def paged_attention(
     starts: NDArray[np.int32] | Sequence[int],
     counts: NDArray[np.int32] | Sequence[int],
     small_address: int,
-    small_rows: int,
+    small_tiling: tuple[int, int],
     large_address: int,
-    large_rows: int,
+    large_tiling: tuple[int, int],
     threads: ThreadPool,
+    window: int = 0,
 ) -> None: ...

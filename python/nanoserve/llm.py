@@ -15,14 +15,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from nanoserve.checks import shown
 from nanoserve.errors import CheckpointError, RequestRefused
 from nanoserve.memory_plan import plan_memory
 from nanoserve.models.checkpoint import checkpoint_directory, load_weights
 from nanoserve.models.config import ModelConfig
-from nanoserve.models.weights import loaded_bytes
+from nanoserve.models.weights import loaded_bytes, stored_dtype
 from nanoserve.nano_engine import NanoServingEngine, as_list, params_per_prompt
 from nanoserve.outputs import RequestOutput, TextDelta
+from nanoserve.precision import choose_precision
 from nanoserve.sampling import SamplingParams
 from nanoserve.text.chat_template import ChatTemplate
 from nanoserve.text.generation_config import GenerationConfig
@@ -31,7 +31,9 @@ from nanoserve.text_request import AnyTokenizer, Prompt, TextRequest
 
 OnProgress = Callable[[int, int, str], None]
 Message = Mapping[str, Any]
-_ENGINE_OPTIONS = frozenset("page_size max_chunk_size policy enable_prefix_cache num_threads seed".split())
+_ENGINE_OPTIONS = frozenset(
+    "page_size max_chunk_size policy enable_prefix_cache num_threads seed weight_cache".split()
+)
 
 
 class LLM:
@@ -39,7 +41,10 @@ class LLM:
 
     Args:
         model: checkpoint directory (config.json and safetensors), or a repository id of the Hugging Face hub.
-        dtype: "float32", the only one yet.
+        dtype: "float32", "bfloat16", or "auto": bfloat16 for a checkpoint stored so on a CPU that multiplies it, else float32
+            (precision.py says what each means).
+        quantization: None, or "int8": weights per output channel, GEMM inputs per token.
+        kv_cache_dtype: "float32", "bfloat16", or "auto": float32 where the arithmetic is.
         kv_cache_bytes: memory for the KV pool; None takes what plan_memory finds sensible for this machine.
         max_num_seqs, max_num_batched_tokens: as NanoServingEngine's max_batch_size and max_num_batched_tokens.
         max_model_len: longest prompt + output; None takes the model's, or what fits the pool.
@@ -47,10 +52,11 @@ class LLM:
         eos_token_id: token(s) that end a request; None takes the checkpoint's.
         on_load: called as (bytes done, bytes in total, weight name) while weights are packed.
         on_progress: called as (done, total, kernel name) while kernels compile.
-        engine_options: of NanoServingEngine: page_size, max_chunk_size, policy, enable_prefix_cache, num_threads, seed.
+        engine_options: of NanoServingEngine: page_size, max_chunk_size, policy, enable_prefix_cache, num_threads, seed,
+            weight_cache.
 
     Attributes:
-        directory: where it was loaded from. config: its ModelConfig.
+        directory: where it was loaded from. config: its ModelConfig. precision: the number formats it computes in.
         tokenizer: None when the checkpoint has none. chat_template: likewise.
         generation: the checkpoint's GenerationConfig. sampling_defaults: what it asks for, by SamplingParams field;
             default_params: as SamplingParams.
@@ -62,20 +68,21 @@ class LLM:
     def __init__(
         self,
         model: str | Path,
-        dtype: str = "float32",
+        dtype: str = "auto",
         kv_cache_bytes: int | None = None,
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 2048,
         max_model_len: int | None = None,
         *,
+        quantization: str | None = None,
+        kv_cache_dtype: str = "auto",
         revision: str | None = None,
         eos_token_id: int | Iterable[int] | None = None,
         on_load: OnProgress | None = None,
         on_progress: OnProgress | None = None,
         **engine_options: Any,
     ) -> None:
-        if dtype != "float32":
-            raise ValueError(f"dtype: {shown(dtype)} is not supported, only 'float32'")
+        choose_precision(dtype, quantization, kv_cache_dtype, "f32", 2)  # refuse before anything is read
         if unknown := sorted(set(engine_options) - _ENGINE_OPTIONS):
             known = ", ".join(sorted(_ENGINE_OPTIONS))
             raise TypeError(f"{unknown[0]}: LLM has no such option; of the engine's it takes {known}")
@@ -87,10 +94,15 @@ class LLM:
         self.generation = GenerationConfig.load(directory, self.config.vocab_size)
         self.sampling_defaults, self.default_params = self._sampling_defaults()
         tensors = load_weights(directory)
+        stored = stored_dtype(self.config, tensors)
+        self.precision = choose_precision(
+            dtype, quantization, kv_cache_dtype, stored, self.config.dim_per_head
+        )
         plan = plan_memory(
-            self.config, weight_bytes=loaded_bytes(self.config, tensors), kv_cache_bytes=kv_cache_bytes,
-            max_num_seqs=max_num_seqs, max_model_len=max_model_len,
+            self.config, weight_bytes=loaded_bytes(self.config, tensors, self.precision),
+            kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
             page_size=engine_options.get("page_size", 16), max_num_batched_tokens=max_num_batched_tokens,
+            precision=self.precision,
         )  # fmt: skip
         self.engine = NanoServingEngine(
             self.config,
@@ -99,6 +111,7 @@ class LLM:
             max_batch_size=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
+            precision=self.precision,
             eos_token_id=self._eos_token_ids() if eos_token_id is None else eos_token_id,
             on_load=on_load,
             on_progress=on_progress,

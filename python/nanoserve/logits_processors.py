@@ -1,8 +1,8 @@
 """What a request does to its logits before a token is chosen: bias, bad words, min_tokens, penalties, in this order.
 
 Everything is computed from the request's parameters and tokens, nothing is carried from step to step: a preempted or
-replayed request sees the same logits. A step costs what the request's own tokens and lists are long, in NumPy; the
-vocabulary is walked by one copy of the row and nothing else. Requests that ask for none of it have no processor.
+replayed request sees the same logits. A step costs what the request's own tokens and lists are long, in NumPy; nothing here
+walks the vocabulary. Requests that ask for none of it have no processor.
 
 Meanings, where engines differ (vLLM's): repetition_penalty looks at prompt and output, the other penalties at the output;
 a bad word is completed by tokens of the output only, so a prompt that ends inside one forbids nothing. A bias of -100 is
@@ -58,13 +58,12 @@ class LogitsProcessor:
         """Some logit of the request's next token may change."""
         return not self._stops_only or len(request.output_tokens) < self._params.min_tokens
 
-    def apply(self, logits: Float32Array, request: Request, eos_token_ids: Collection[int]) -> Float32Array:
-        """A changed copy of float32[V]; rows that are not finite may get any values.
+    def apply(self, row: Float32Array, request: Request, eos_token_ids: Collection[int]) -> None:
+        """Changes float32[V] in place; a row that is not finite may get any values.
 
         Raises:
-            ValueError: no token is left to choose, or an id is not in the vocabulary.
+            ValueError: an id is not in the vocabulary.
         """
-        row = logits.copy()
         self._add_bias(row)
         self._forbid("bad_words", row, self._completing(request))
         if len(request.output_tokens) < self._params.min_tokens:
@@ -72,14 +71,6 @@ class LogitsProcessor:
             row[[token for token in ends if token < len(row)]] = -np.inf
         if self._params.has_penalties:
             self._penalize(row, request)
-        best = row.max()
-        if not np.isfinite(best) and np.isfinite(logits).all():
-            raise ValueError(
-                "sample: bias and penalties made a logit infinite"
-                if best > 0
-                else "sample: bad_words, min_tokens and logit_bias leave no token of the vocabulary to choose"
-            )
-        return row
 
     def _add_bias(self, row: Float32Array) -> None:
         if len(self._biased):

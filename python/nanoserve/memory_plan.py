@@ -2,8 +2,8 @@
 
     memory = weights + activations + KV pool
 
-Weights are as packed (the zeros that fill a matrix's last panel are not counted, under a percent): bfloat16 and float16 stay
-what they are in memory, where the caller knows the files; without them all is taken for float32. Activations are
+Weights are as packed (the zeros that fill a matrix's last panel are not counted, under a percent), in the precision's types;
+where the caller does not know the files, they are taken for float32. Activations are
 the executor's buffers, rotary tables and a step's logits. The pool gets what is left, within three limits: no more than
 `max_num_seqs` sequences of `max_model_len` can ever use; without a budget of the user's, no more than a quarter of what is
 available, for a default must not eat the machine; and slots are int32.
@@ -23,7 +23,9 @@ from nanoserve.logprobs import MAX_PROMPT_LOGPROB_ROWS
 from nanoserve.machine_memory import available_memory
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.decoder import buffers, num_parameters
+from nanoserve.models.weights import expected_bytes
 from nanoserve.native import StepExecutor
+from nanoserve.precision import ELEMENT_BYTES, Precision
 
 DEFAULT_SHARE = 4  # the pool's part of an unlimited machine: one in this many bytes
 _MAX_SLOTS = 2**31 - 1
@@ -43,6 +45,7 @@ class MemoryPlan:
         max_model_len: longest prompt + output that model and pool allow.
         max_num_seqs: most sequences that run at once.
         memory_bytes: what the plan was made for; None when only kv_cache_bytes was given.
+        precision: the number formats it was made for.
     """
 
     num_parameters: int
@@ -56,6 +59,7 @@ class MemoryPlan:
     max_model_len: int
     max_num_seqs: int
     memory_bytes: int | None
+    precision: Precision
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -91,6 +95,7 @@ def plan_memory(
     weight_bytes: int | None = None,
     stored_bytes: int | None = None,
     max_num_batched_tokens: int = 2048,
+    precision: Precision | None = None,
 ) -> MemoryPlan:
     """Divide memory between weights, activations and the KV pool.
 
@@ -101,6 +106,7 @@ def plan_memory(
         max_num_seqs, page_size, max_num_batched_tokens: as the engine's max_batch_size and the like.
         weight_bytes: what the checkpoint's weights take in memory (`loaded_bytes`); None: float32, all of them.
         stored_bytes: size of the checkpoint's files, passed on.
+        precision: number formats; None: float32, all of them.
 
     Raises:
         ValueError: sizes that contradict each other or do not fit, with the numbers.
@@ -115,12 +121,14 @@ def plan_memory(
     if whole_number("page_size", page_size, 1, 2**16) % 16:
         raise ValueError(f"page_size: {page_size} must be a multiple of 16, the width of a vector of scores")
     longest = config.max_seq_len if max_model_len is None else max_model_len
+    precision = Precision() if precision is None else precision
     parameters = num_parameters(config)
-    weights = (
-        parameters * _FLOAT_BYTES if weight_bytes is None else whole_number("weight_bytes", weight_bytes, 1)
-    )
-    activations = _activation_bytes(config, max_num_batched_tokens, max_num_seqs, longest)
-    per_token = config.kv_bytes_per_token
+    if weight_bytes is None:
+        weight_bytes = expected_bytes(config, "f32", precision)
+    weights = whole_number("weight_bytes", weight_bytes, 1)
+    activations = _activation_bytes(config, precision, max_num_batched_tokens, max_num_seqs, longest)
+    item = ELEMENT_BYTES[precision.kv_element]
+    per_token = config.kv_values_per_token * item
     page = per_token * page_size
     per_sequence = -(-longest // page_size)
     most_pages = _MAX_SLOTS // page_size
@@ -131,7 +139,7 @@ def plan_memory(
                 f"kv_cache_bytes: {kv_cache_bytes} + {weights} of weights + {activations} of activations is {needed}, "
                 f"more than memory_bytes={memory_bytes}"
             )
-        pages = _pages(config, kv_cache_bytes, page_size)
+        pages = _pages(config, kv_cache_bytes, page_size, item)
         if pages > most_pages:
             raise ValueError(
                 f"kv_cache_bytes: {kv_cache_bytes} is {pages} pages of {page} bytes, the pool's limit is {most_pages}"
@@ -161,22 +169,30 @@ def plan_memory(
         num_parameters=parameters, weight_bytes=weights, stored_bytes=stored_bytes,
         activation_bytes=activations, kv_bytes_per_token=per_token, page_bytes=page, page_size=page_size, num_pages=pages,
         max_model_len=min(longest, pages * page_size), max_num_seqs=max_num_seqs, memory_bytes=memory_bytes,
+        precision=precision,
     )  # fmt: skip
 
 
-def _pages(config: ModelConfig, budget_bytes: int, page_size: int) -> int:
+def _pages(config: ModelConfig, budget_bytes: int, page_size: int, itemsize: int) -> int:
     return pages_for_budget(
         budget_bytes, num_layers=config.n_layer, num_heads=config.kv_heads, head_dim=config.dim_per_head,
-        page_size=page_size,
+        page_size=page_size, itemsize=itemsize,
     )  # fmt: skip
 
 
-def _activation_bytes(config: ModelConfig, rows: int, samples: int, positions: int) -> int:
+def _activation_bytes(
+    config: ModelConfig, precision: Precision, rows: int, samples: int, positions: int
+) -> int:
     """What ModelExecutor holds besides weights and pool while it runs the largest step."""
-    columns = sum(StepExecutor.stride(cols) for cols in buffers(config).values())
+    per_row = 0
+    for buffer in buffers(config, precision.gemm_input).values():
+        item = ELEMENT_BYTES[buffer.element]
+        per_row += StepExecutor.stride(buffer.cols, item) * item + (
+            _FLOAT_BYTES if buffer.element == "u8" else 0
+        )
     logits = StepExecutor.logits_stride(config.vocab_size)
     ropes = {config.layer_rope(layer) for layer in range(config.n_layer)} - {None}
     halves = 1 if config.switch_len is None or config.switch_len >= positions else 2
     rotary = sum(halves * positions * rope.dims for rope in ropes if rope is not None)
     sampled = min(samples + MAX_PROMPT_LOGPROB_ROWS, rows)
-    return _FLOAT_BYTES * (rows * columns + sampled * logits + rotary)
+    return rows * per_row + _FLOAT_BYTES * (sampled * logits + rotary)

@@ -19,6 +19,7 @@ from nanoserve.errors import RequestRefused
 from nanoserve.executor import ModelExecutor
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.weights import Tensors
+from nanoserve.precision import Precision
 from nanoserve.request import Request, Watcher
 from nanoserve.sampling import SamplingParams
 from nanoserve.scheduling.audit import audit
@@ -41,11 +42,12 @@ class NanoServingEngine:
         page_size: tokens per page, a multiple of 16.
         policy: order of the waiting queue: fcfs, sjf, ljf, priority or lpm.
         max_model_len: longest prompt + output; None takes the config's max_seq_len, or what the pool holds if that is less.
+        precision: number formats of the forward pass and the KV pool; None: float32, both.
         enable_prefix_cache: keep finished prefixes in the radix tree for later requests.
         num_threads: threads of a forward pass; None takes the machine's cores.
         seed: source of the seeds of requests that bring none.
         on_progress: called as (done, total, kernel name) while kernels compile.
-        on_load: called as (bytes done, bytes in total, weight name) while weights are packed.
+        on_load, weight_cache: as ModelExecutor's.
 
     Raises:
         ValueError: naming the field, its value and its limit.
@@ -65,11 +67,13 @@ class NanoServingEngine:
         page_size: int = 16,
         policy: str = "fcfs",
         max_model_len: int | None = None,
+        precision: Precision | None = None,
         enable_prefix_cache: bool = True,
         num_threads: int | None = None,
         seed: int = 0,
         on_progress: Callable[[int, int, str], None] | None = None,
         on_load: Callable[[int, int, str], None] | None = None,
+        weight_cache: bool = True,
     ) -> None:
         for name, value in (
             ("kv_cache_pages", kv_cache_pages),
@@ -90,20 +94,29 @@ class NanoServingEngine:
         if num_threads is not None:
             whole_number("num_threads", num_threads, 1, 4096)
         truth("enable_prefix_cache", enable_prefix_cache)
+        truth("weight_cache", weight_cache)
         self.config = config
         self.eos_token_ids = _eos_ids(config, eos_token_id)
+        precision = Precision() if precision is None else precision
         self.kv_pool = KVCachePool(
-            kv_cache_pages, page_size, config.n_layer, config.kv_heads, config.dim_per_head
+            kv_cache_pages,
+            page_size,
+            config.n_layer,
+            config.kv_heads,
+            config.dim_per_head,
+            precision.kv_element,
         )
         self.executor = ModelExecutor(
             config,
             weights,
             self.kv_pool,
+            precision=precision,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             num_threads=num_threads,
             on_progress=on_progress,
             on_load=on_load,
+            weight_cache=weight_cache,
         )
         self.radix_mgr = RadixCacheManager(self.kv_pool, enabled=enable_prefix_cache)
         self.batcher = ContinuousBatcher(

@@ -56,20 +56,39 @@ def _load() -> ModuleType:
 
 if TYPE_CHECKING:
     from nanoserve._ch16 import (
+        LOGITS_BLOCK,
         KVCachePool,
+        LogitsReader,
         PageTable,
         PoolExhausted,
         StepExecutor,
         ThreadPool,
+        WeightArena,
+        checksum,
         paged_attention,
     )
 else:
     _module = _load()
+    LOGITS_BLOCK = _module.LOGITS_BLOCK
     KVCachePool = _module.KVCachePool
+    LogitsReader = _module.LogitsReader
     PageTable = _module.PageTable
     PoolExhausted = _module.PoolExhausted
     StepExecutor = _module.StepExecutor
     ThreadPool = _module.ThreadPool
+    WeightArena = _module.WeightArena
+    checksum = _module.checksum
     paged_attention = _module.paged_attention
 
-__all__ = ["KVCachePool", "PageTable", "PoolExhausted", "StepExecutor", "ThreadPool", "paged_attention"]
+__all__ = [
+    "LOGITS_BLOCK",
+    "KVCachePool",
+    "LogitsReader",
+    "PageTable",
+    "PoolExhausted",
+    "StepExecutor",
+    "ThreadPool",
+    "WeightArena",
+    "checksum",
+    "paged_attention",
+]

@@ -73,7 +73,7 @@ def paged_attention(
     factor = 1.0 / math.sqrt(head_dim) if scale is None else scale
     if not math.isfinite(factor):
         raise ValueError(f"scale: {scale!r} must be finite")
-    small, large = attention.row_tiles(heads // pool.num_heads)
+    small, large = attention.tilings(heads // pool.num_heads, pool.num_heads, head_dim, pool.element)
     row = heads * head_dim
     specs = [
         attention.attention_spec(
@@ -83,12 +83,13 @@ def paged_attention(
             pool.page_size,
             row,
             row,
-            rows,
+            tiling,
             scale=factor,
             window=window,
             softcap=softcap,
+            dtype=pool.element,
         )
-        for rows in (small, large)
+        for tiling in (small, large)
     ]
     addresses = load_kernels(specs)
     if _threads is None:
@@ -97,7 +98,7 @@ def paged_attention(
     _native_attention(
         pool, layer, queries, out, _indices("block_tables", block_tables),
         _indices("starts", starts), _indices("counts", counts),
-        addresses[specs[0]], small, addresses[specs[1]], large, _threads,
+        addresses[specs[0]], (small.rows, small.tiles), addresses[specs[1]], (large.rows, large.tiles), _threads, window,
     )  # fmt: skip
     torch = sys.modules.get("torch")
     return torch.from_numpy(out) if torch is not None and isinstance(q, torch.Tensor) else out

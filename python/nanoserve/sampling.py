@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanoserve.checks import shown, truth, whole_number
 from nanoserve.random_stream import child_seed, derive_seed, mix64, random_bits, uniform
-from nanoserve.sampler import Sampler
+
+if TYPE_CHECKING:
+    from nanoserve.sampler import Sampler
 
 __all__ = ["Sampler", "SamplingParams", "child_seed", "derive_seed", "mix64", "random_bits", "uniform"]
 
@@ -181,3 +183,12 @@ def _real(name: str, value: Any, low: float, high: float, above: bool = False) -
     if not low <= value <= high or (above and value == low):  # a NaN fails the first
         raise ValueError(f"{name}: {shown(value)} must be in {limit}")
     return float(value)
+
+
+def __getattr__(name: str) -> Any:
+    """`Sampler`, when it is asked for: it needs the native module, the parameters do not."""
+    if name != "Sampler":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nanoserve.sampler import Sampler
+
+    return Sampler

@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention_work.h"
 #include "checked.h"
 
 namespace nanoserve::bind {
@@ -28,6 +29,8 @@ void populate_table(py::module_& m);
 void populate_threads(py::module_& m);
 void populate_executor(py::module_& m);
 void populate_attention(py::module_& m);
+void populate_weights(py::module_& m);
+void populate_logits(py::module_& m);
 
 using FloatArray = py::array_t<float, py::array::c_style>;
 using Int32Array = py::array_t<std::int32_t, py::array::c_style>;
@@ -42,6 +45,11 @@ using Int32Array = py::array_t<std::int32_t, py::array::c_style>;
 
 // A float32 array with this many dimensions; made contiguous if it is not. Other dtypes are refused by name.
 [[nodiscard]] FloatArray float_array(const char* name, const py::handle& value, int ndim);
+
+using Tiling = std::pair<std::int64_t, std::int64_t>;  // rows, tiles
+[[nodiscard]] inline AttentionTiling tiling_of(const Tiling& tiling) {
+    return {.rows = tiling.first, .tiles = tiling.second};
+}
 
 [[nodiscard]] std::string shape_text(const py::array& array);
 

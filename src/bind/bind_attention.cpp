@@ -7,8 +7,8 @@ namespace {
 
 void paged_attention(const KVCachePool& pool, std::int64_t layer, const py::array& q, const py::array& out,
                      const py::array& block_tables, const py::object& starts, const py::object& counts,
-                     std::uintptr_t small_address, std::int64_t small_rows, std::uintptr_t large_address,
-                     std::int64_t large_rows, ThreadPool& threads) {
+                     std::uintptr_t small_address, const Tiling& small_tiling, std::uintptr_t large_address,
+                     const Tiling& large_tiling, ThreadPool& threads, std::int64_t window) {
     const std::int64_t dim = pool.shape().head_dim;
     for (const auto& [name, array] : {std::pair{"q", &q}, std::pair{"out", &out}}) {
         if (!py::isinstance<FloatArray>(*array)) {
@@ -43,9 +43,11 @@ void paged_attention(const KVCachePool& pool, std::int64_t layer, const py::arra
          .starts = start_list,
          .counts = count_list},
         {.small = reinterpret_cast<Kernel>(small_address),
-         .small_rows = small_rows,
+         .small_tiling = tiling_of(small_tiling),
          .large = reinterpret_cast<Kernel>(large_address),
-         .large_rows = large_rows});
+         .large_tiling = tiling_of(large_tiling),
+         .window = window},
+        threads.num_threads());
     const py::gil_scoped_release unlocked;
     attention.run(threads);
 }
@@ -56,7 +58,8 @@ void populate_attention(py::module_& m) {
     m.def(
         "paged_attention", &paged_attention, py::arg("pool"), py::arg("layer"), py::arg("q"), py::arg("out"),
         py::arg("block_tables"), py::arg("starts"), py::arg("counts"), py::arg("small_address"),
-        py::arg("small_rows"), py::arg("large_address"), py::arg("large_rows"), py::arg("threads"),
+        py::arg("small_tiling"), py::arg("large_address"), py::arg("large_tiling"), py::arg("threads"),
+        py::arg("window") = 0,
         "Causal attention of q [tokens, heads, head_dim] over the pool's pages, written to out. Runs without "
         "Python's lock.");
 }

@@ -1,4 +1,5 @@
 #include "bind/bind.h"
+#include "logits_row.h"
 #include "step_executor.h"
 
 namespace nanoserve::bind {
@@ -57,14 +58,14 @@ void add_op(StepExecutor& executor, const std::string& name, std::uintptr_t addr
 }
 
 void add_attention(StepExecutor& executor, const std::string& name, std::uintptr_t small_address,
-                   std::int64_t small_rows, std::uintptr_t large_address, std::int64_t large_rows,
+                   const Tiling& small_tiling, std::uintptr_t large_address, const Tiling& large_tiling,
                    const std::vector<py::tuple>& args, std::int64_t group, std::int64_t kv_heads,
                    std::int64_t window) {
     executor.attention({.name = name,
                         .kernel = kernel_at(small_address),
                         .large_kernel = kernel_at(large_address),
                         .args = parse_args(args)},
-                       group, kv_heads, small_rows, large_rows, window);
+                       group, kv_heads, tiling_of(small_tiling), tiling_of(large_tiling), window);
 }
 
 std::int64_t add_weight(StepExecutor& executor, const py::array& array) {
@@ -114,17 +115,21 @@ py::tuple forward(StepExecutor& executor, const py::object& input_ids, const py:
                                                       .position_offsets = offset_list});
     const std::int64_t row_stride = StepExecutor::logits_stride(vocab);
     py::array_t<float> logits = new_logits(std::ssize(sample_list), vocab, row_stride);
-    py::array_t<bool> finite(std::ssize(sample_list));
+    const std::int64_t num_blocks = num_logits_blocks(vocab);
+    py::array_t<float> block_max(std::vector<py::ssize_t>{std::ssize(sample_list), num_blocks});
     float* const data = logits.mutable_data();
+    float* const block_data = block_max.mutable_data();
     if (!executor.writes_logits()) {
         std::fill_n(data, std::ssize(sample_list) * row_stride, 0.0F);
     }
-    const std::span<bool> flags(finite.mutable_data(), sample_list.size());
+    if (!executor.writes_block_max()) {
+        std::fill_n(block_data, block_max.size(), 0.0F);
+    }
     {
         const py::gil_scoped_release unlocked;
-        executor.run(step, data, flags);
+        executor.run(step, data, block_data);
     }
-    return py::make_tuple(std::move(logits), std::move(finite));
+    return py::make_tuple(std::move(logits), std::move(block_max));
 }
 
 py::array buffer_view(const py::object& self, std::int64_t id) {
@@ -176,15 +181,19 @@ void populate_executor(py::module_& m) {
         .def("op", &add_op, py::arg("name"), py::arg("address"), py::arg("args"), py::arg("domain"),
              py::arg("panels") = 0, py::arg("row_block") = 0, py::arg("over") = "rows",
              py::arg("cost_per_unit") = 0)
-        .def("attention", &add_attention, py::arg("name"), py::arg("small_address"), py::arg("small_rows"),
-             py::arg("large_address"), py::arg("large_rows"), py::arg("args"), py::arg("group"),
+        .def("attention", &add_attention, py::arg("name"), py::arg("small_address"), py::arg("small_tiling"),
+             py::arg("large_address"), py::arg("large_tiling"), py::arg("args"), py::arg("group"),
              py::arg("kv_heads"), py::arg("window") = 0,
-             "window: keys a row sees, its own included, 0 for all; the kernels must agree.")
-        .def("forward", &forward, py::arg("input_ids"), py::arg("tables"), py::arg("starts"),
-             py::arg("counts"), py::arg("sample_rows"), py::arg("vocab"),
-             py::arg("position_offsets") = py::none(),
-             "(logits [samples, vocab], finite [samples]). Runs without Python's lock. position_offsets: per "
-             "sequence, added to what the source `positions` gives.")
+             "Tilings are (rows, tiles). window: keys a row sees, its own included, 0 for all; the kernels "
+             "must agree.")
+        .def(
+            "forward", &forward, py::arg("input_ids"), py::arg("tables"), py::arg("starts"),
+            py::arg("counts"), py::arg("sample_rows"), py::arg("vocab"),
+            py::arg("position_offsets") = py::none(),
+            "(logits [samples, vocab], block_max [samples, blocks of LOGITS_BLOCK]), each zero where no "
+            "operation "
+            "writes it. Runs without Python's lock. position_offsets: per sequence, added to what the source "
+            "`positions` gives.")
         .def("profile", &StepExecutor::profile, py::arg("enable"))
         .def("timings", &timing_list,
              "[(operation, nanoseconds, calls)] since profile(True), as thread 0 saw it.");

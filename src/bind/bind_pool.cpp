@@ -7,20 +7,32 @@ namespace {
 
 using PageList = std::vector<std::int64_t>;
 
-// K and V of one layer as [num_pages, page_size, num_heads, head_dim] over the pool's own memory. The strides
-// undo the layout (K is transposed inside a page), and the pool lives for as long as any view does.
+// K and V of one layer over the pool's own memory; the pool lives for as long as any view does. The strides
+// undo the layout: [num_pages, page_size, num_heads, head_dim] float32. bfloat16's pairs are axes of their
+// own, K [num_pages, page_size, num_heads, head_dim / 2, 2] and V [num_pages, page_size / 2, 2, num_heads,
+// head_dim], uint16.
 py::tuple layer_views(const py::object& self, std::int64_t layer) {
+    using Sizes = std::vector<py::ssize_t>;
     const auto& pool = self.cast<const KVCachePool&>();
     const PoolShape& s = pool.shape();
     const py::ssize_t item = element_bytes(s.element);
-    const py::ssize_t head = s.head_dim * s.page_size * item;
-    const py::ssize_t page = s.num_heads * head;
-    const std::vector<py::ssize_t> shape = {s.num_pages, s.page_size, s.num_heads, s.head_dim};
-    py::array_t<float> k(shape, std::vector<py::ssize_t>{page, item, head, s.page_size * item},
-                         pool.k_layer(layer), self);
-    py::array_t<float> v(shape, std::vector<py::ssize_t>{page, s.head_dim * item, head, item},
-                         pool.v_layer(layer), self);
-    return py::make_tuple(std::move(k), std::move(v));
+    const py::ssize_t head = 2 * pool.head_bytes();
+    const py::ssize_t page = pool.layer_page_bytes();
+    std::byte* const k = pool.k_layer(layer);
+    std::byte* const v = pool.v_layer(layer);
+    if (s.element == ElementType::f32) {
+        const Sizes shape = {s.num_pages, s.page_size, s.num_heads, s.head_dim};
+        return py::make_tuple(
+            py::array(py::dtype::of<float>(), shape, Sizes{page, item, head, s.page_size * item}, k, self),
+            py::array(py::dtype::of<float>(), shape, Sizes{page, s.head_dim * item, head, item}, v, self));
+    }
+    const py::ssize_t pair = 2 * item;
+    return py::make_tuple(py::array(py::dtype::of<std::uint16_t>(),
+                                    Sizes{s.num_pages, s.page_size, s.num_heads, s.head_dim / 2, 2},
+                                    Sizes{page, pair, head, s.page_size * pair, item}, k, self),
+                          py::array(py::dtype::of<std::uint16_t>(),
+                                    Sizes{s.num_pages, s.page_size / 2, 2, s.num_heads, s.head_dim},
+                                    Sizes{page, s.head_dim * pair, item, head, pair}, v, self));
 }
 
 void store_kv(KVCachePool& pool, const py::object& k, const py::object& v, const py::object& slots,
@@ -72,15 +84,19 @@ void populate_pool(py::module_& m) {
     py::class_<KVCachePool, std::shared_ptr<KVCachePool>>(m, "KVCachePool",
                                                           "Pages of keys and values, and who holds which.")
         .def(py::init([](std::int64_t num_pages, std::int64_t page_size, std::int64_t num_layers,
-                         std::int64_t num_heads, std::int64_t head_dim) {
+                         std::int64_t num_heads, std::int64_t head_dim, const std::string& element) {
                  return std::make_shared<KVCachePool>(PoolShape{.num_pages = num_pages,
                                                                 .page_size = page_size,
                                                                 .num_layers = num_layers,
                                                                 .num_heads = num_heads,
-                                                                .head_dim = head_dim});
+                                                                .head_dim = head_dim,
+                                                                .element = element_from_name(element)});
              }),
              py::arg("num_pages"), py::arg("page_size") = 16, py::arg("num_layers") = 1,
-             py::arg("num_heads") = 1, py::arg("head_dim") = 16)
+             py::arg("num_heads") = 1, py::arg("head_dim") = 16, py::arg("element") = "f32",
+             "element: what keys and values are kept as, f32 or bf16.")
+        .def_property_readonly("element",
+                               [](const KVCachePool& p) { return element_name(p.shape().element); })
         .def_property_readonly("num_pages", [](const KVCachePool& p) { return p.shape().num_pages; })
         .def_property_readonly("page_size", [](const KVCachePool& p) { return p.shape().page_size; })
         .def_property_readonly("num_layers", [](const KVCachePool& p) { return p.shape().num_layers; })
@@ -108,7 +124,11 @@ void populate_pool(py::module_& m) {
         .def("store_kv", &store_kv, py::arg("k"), py::arg("v"), py::arg("slots"), py::arg("layer"),
              "Writes k and v [n, num_heads, head_dim] into slots (page_id * page_size + offset).")
         .def("get_layer_cache", &layer_views, py::arg("layer"),
-             "(k, v), both [num_pages, page_size, num_heads, head_dim]: writable views, no copy.")
+             "(k, v), both [num_pages, page_size, num_heads, head_dim]: writable views, no copy. Of bf16, "
+             "uint16: "
+             "k [num_pages, page_size, num_heads, head_dim / 2, 2], v [num_pages, page_size / 2, 2, "
+             "num_heads, "
+             "head_dim].")
         .def("copy_page", &KVCachePool::copy_page, py::arg("page"),
              "A new page with the same content in all layers.")
         .def(

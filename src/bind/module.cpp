@@ -111,4 +111,6 @@ PYBIND11_MODULE(_ch16, m) {
     nanoserve::bind::populate_threads(m);
     nanoserve::bind::populate_executor(m);
     nanoserve::bind::populate_attention(m);
+    nanoserve::bind::populate_logits(m);
+    nanoserve::bind::populate_weights(m);
 }

@@ -16,12 +16,12 @@ Run = Callable[..., Any]
 
 
 def test_all_stages_in_order(run: Run) -> None:
-    text = run("explain", "gated").stdout
+    text = run("explain", "convert").stdout
     headings = [line.split()[2].rstrip(":") for line in text.splitlines() if line.startswith("// ----")]
     named = ["written", *(stage.name for stage in STAGES)]
     assert headings[: len(named)] == named
     assert headings[len(named) :] in ([], ["assembly"])
-    assert text.startswith("// gated: SwiGLU")
+    assert text.startswith("// convert: rows")
 
 
 def test_one_stage_is_its_text_alone(run: Run) -> None:

@@ -149,7 +149,7 @@ def test_a_checkpoint_that_asks_for_many_tokens_gets_them(run: Run, tmp_path: Pa
         (["-p", "x", "--stop-token-id", "256"], ""),
         (["-p", "x", "--max-model-len", "513"], "max_model_len: 513 must be in [1, the model's 512]"),
         (["-p", "x", "--kv-cache", "1kB"], "kv_cache_bytes: 1000 is less than one page"),
-        (["-p", "x", "--dtype", "int4"], "dtype: 'int4' is not supported, only 'float32'"),
+        (["-p", "x", "--dtype", "int4"], "dtype: 'int4' must be one of auto, float32, bfloat16"),
         (["-p", "x", "--threads", "0"], "num_threads: 0 must be in [1, 4096]"),
         (["-p", "x", "--revision", "main"], "revision: 'main' is for the hub"),
     ],

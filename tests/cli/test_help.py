@@ -17,7 +17,7 @@ import nanoserve
 from nanoserve.cli.options import ENGINE, SAMPLING
 from nanoserve.sampling import SamplingParams
 
-COMMANDS = ("generate", "chat", "plan", "doctor", "explain")
+COMMANDS = ("generate", "chat", "bench", "plan", "doctor", "explain")
 Run = Callable[..., Any]
 
 

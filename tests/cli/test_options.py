@@ -93,6 +93,8 @@ def test_engine_options_become_keywords_of_llm(run: Run, seen: dict[str, Any]) -
         "kv_cache_bytes": 512 * 2**20, "max_model_len": 64, "max_num_seqs": 4, "num_threads": 2, "dtype": "float32",
         "revision": "main",
     }  # fmt: skip
+    run("generate", "model", "-p", "x", "--no-weight-cache")
+    assert seen["engine"] == {"weight_cache": False}
     run("generate", "model", "-p", "x")
     assert seen["engine"] == {}, "LLM's own defaults hold"
 

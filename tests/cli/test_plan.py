@@ -32,7 +32,7 @@ def test_the_table_has_what_a_user_must_know(run: Run) -> None:
     assert "1,927,296" in lines["parameters"]
     assert "4 layers, width 192, 6 heads, 6 of KV" in lines["parameters"]
     assert "3.68 MiB" in lines["weights on disk"]
-    assert "3.88 MiB  float32, or the file" in lines["weights in memory"]
+    assert "3.88 MiB  as stored: 16 bits" in lines["weights in memory"]
     assert "96.00 MiB" in lines["KV cache"]
     assert "1,024 pages of 16 tokens, 96.00 KiB each" in lines["KV cache"]
     assert "6.00 KiB" in lines["KV per token"]
@@ -105,7 +105,9 @@ def test_a_config_alone_is_enough(run: Run, tmp_path: Path) -> None:
             "max_model_len: 512 tokens need 32 KV pages of 98304 bytes",
         ),
         (["--memory", "much"], "--memory: 'much' must be a size"),
-        (["--dtype", "bfloat16"], "--dtype: 'bfloat16' is not supported"),
+        (["--dtype", "float16"], "dtype: 'float16' must be one of auto, float32, bfloat16"),
+        (["--quantization", "int4"], "quantization: 'int4' must be one of None, int8"),
+        (["--kv-cache-dtype", "int8"], "kv_cache_dtype: 'int8' must be one of auto, float32, bfloat16"),
         (["--threads", "2"], "--threads: changes nothing about memory"),
     ],
 )
@@ -124,7 +126,7 @@ def test_a_damaged_header_is_an_error_not_a_guess(run: Run, tmp_path: Path) -> N
     assert "model.safetensors" in result.stderr
 
 
-@pytest.mark.parametrize(("dtype", "bytes_each"), [("bfloat16", 2), ("float32", 4), (None, 4)])
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("bfloat16", 2), ("float32", 4), (None, 4)])  # of matrices
 def test_without_weight_files_config_json_says_how_large_they_are(
     run: Run, tmp_path: Path, dtype: str | None, bytes_each: int
 ) -> None:
@@ -133,5 +135,6 @@ def test_without_weight_files_config_json_says_how_large_they_are(
     config.pop("torch_dtype", None)
     (tmp_path / "config.json").write_text(json.dumps(config if dtype is None else {**config, "dtype": dtype}))
     told = json.loads(run("plan", str(tmp_path), "--json", "--memory", "1GB").stdout)
-    assert told["weight_bytes"] == bytes_each * 1_927_296
+    vectors = 4 * ((512 + 4 * (9 + 4) + 2) * 192)  # positions; norms and biases of 4 layers; the last norm
+    assert told["weight_bytes"] == bytes_each * (1_927_296 - vectors // 4) + vectors
     assert told["stored_bytes"] is None

@@ -45,6 +45,36 @@ def make_pages(lengths: list[int], kv: int, d: int, page_size: int, seed: int = 
     return Pages(k, v, pages, keys, values, page_size)
 
 
+def kv_memory(pages: Pages, dtype: str = "f32") -> tuple[np.ndarray, np.ndarray]:
+    """(k, v) as the kernels take them: one array [page][head][keys | values], and the same from its first values on."""
+    n, kv, d, slots = pages.k.shape
+    if dtype == "f32":
+        memory = np.empty((n, kv, 2, d * slots), dtype=np.float32)
+        memory[:, :, 0] = pages.k.reshape(n, kv, -1)
+        memory[:, :, 1] = pages.v.reshape(n, kv, -1)
+    else:
+        memory = np.empty((n, kv, 2, d * slots), dtype=np.uint16)
+        memory[:, :, 0] = (
+            bf16_bits(pages.k).reshape(n, kv, d // 2, 2, slots).swapaxes(3, 4).reshape(n, kv, -1)
+        )
+        memory[:, :, 1] = (
+            bf16_bits(pages.v).reshape(n, kv, slots // 2, 2, d).swapaxes(3, 4).reshape(n, kv, -1)
+        )
+    flat = memory.reshape(-1)
+    return flat, flat[d * slots :]
+
+
+def bf16_bits(x: np.ndarray) -> np.ndarray:
+    """The upper halves of float32 numbers, rounded to nearest even; not for NaN."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    """float32 numbers rounded to bfloat16."""
+    return (bf16_bits(x).astype(np.uint32) << 16).view(np.float32)
+
+
 def run(
     pages: Pages,
     queries: list[np.ndarray],
@@ -52,36 +82,84 @@ def run(
     rows: int,
     splits: int = 1,
     target: Target | None = None,
+    *,
+    tiles: int = 1,
+    across: str = "rows",
+    segments_each: int = 0,
+    out: str = "f32",
     **options: Any,
 ) -> list[np.ndarray]:
-    """Attention of each sequence's last len(queries[s]) tokens; items of up to `rows` rows. Options are the spec's."""
+    """Attention of each sequence's last len(queries[s]) tokens, in items of up to `rows` * `tiles` rows.
+
+    Across "heads", `rows` must be the group and every query one token. `segments_each` > 0 gives that many segments to
+    an item, another then merges them. Options are the spec's.
+    """
     kv, d = pages.k.shape[1], pages.k.shape[2]
     group, row = heads // kv, heads * d
+    tiling = attention.Tiling(rows, tiles, across)
+    by_head = across == "heads"
+    window = options.get("window", 0)
     table: list[int] = []
-    items = []
-    q0 = 0
+    items: list[dict[str, int]] = []
+    merges: list[dict[str, int]] = []
+    q0 = part = 0
     for own, keys, q in zip(pages.pages, pages.keys, queries, strict=True):
         tokens = (-(-len(keys) // 64) + 1) * 64
         entries = -(-tokens // pages.page_size)
-        for head in range(kv):
-            for r0 in range(0, len(q) * group, rows):
-                items.append(
-                    [len(table), head, q0, r0, min(rows, len(q) * group - r0), len(keys) - len(q), 0, 0]
+        each = rows if by_head else rows * tiles
+        assert not by_head or (len(q) == 1 and rows == group)
+        for head in range(0, kv, tiles if by_head else 1):
+            for r0 in range(0, len(q) * group, each):
+                num_rows, num_heads = min(each, len(q) * group - r0), min(tiles, kv - head) if by_head else 1
+                pos0 = len(keys) - len(q)
+                first = (
+                    max(0, pos0 + r0 // group - window + 1) // 64 * 64 // attention.SEGMENT if window else 0
                 )
+                end = (pos0 + (r0 + num_rows - 1) // group) // attention.SEGMENT + 1
+                item = {
+                    "table_off": len(table), "kv_head": head, "num_heads": num_heads, "q0": q0, "r0": r0,
+                    "num_rows": num_rows, "pos0": pos0, "first_segment": first, "end_segment": end, "part": -1,
+                }  # fmt: skip
+                if not segments_each or end - first <= segments_each:
+                    items.append(item)
+                    continue
+                used = num_heads * rows if by_head else num_rows
+                stride = attention.part_floats(d, tiling, used) // 16
+                cuts = [*range(first, end, segments_each), end]
+                items += [
+                    {**item, "first_segment": a, "end_segment": b, "part": part + (a - first) * stride, "part_stride": stride}
+                    for a, b in pairwise(cuts)
+                ]  # fmt: skip
+                merges.append(
+                    {
+                        **item,
+                        "end_segment": first,
+                        "part": part,
+                        "part_stride": stride,
+                        "num_parts": end - first,
+                    }
+                )
+                part += (end - first) * stride
         table += own + [own[-1]] * (entries - len(own))
         q0 += len(q)
     ldq, ldo = row + 5, row + 3
     q_rows = np.zeros((q0, ldq), dtype=np.float32)
     q_rows[:, :row] = np.concatenate([q.reshape(len(q), row) for q in queries])
-    out = np.full((q0, ldo), 7, dtype=np.float32)
-    spec = attention.attention_spec(heads, kv, d, pages.page_size, ldq, ldo, rows, **options)
-    flat_table, flat_items = np.array(table, dtype=np.int32), np.array(items, dtype=np.int32)
-    edges = np.linspace(0, len(items), splits + 1).astype(int).tolist()
-    for begin, end in pairwise(edges):
-        call(spec, q_rows, pages.k, pages.v, flat_table, flat_items, out, begin, end, target=target)
-    assert (out[:, row:] == 7).all(), "padding columns were written"
-    result = np.split(out[:, :row].reshape(q0, heads, d), np.cumsum([len(q) for q in queries])[:-1])
-    return [part.copy() for part in result]
+    result = np.full((q0, ldo), 7, dtype=np.float32 if out == "f32" else np.uint16)
+    parts = np.full(part * 16 + 1, np.nan, dtype=np.float32)
+    spec = attention.attention_spec(heads, kv, d, pages.page_size, ldq, ldo, tiling, out=out, **options)
+    flat_table = np.array(table, dtype=np.int32)
+    k, v = kv_memory(pages, options.get("dtype", "f32"))
+    for some in (items[::-1] if segments_each else items, merges):
+        flat_items = np.zeros((len(some), 16), dtype=np.int32)
+        for i, item in enumerate(some):
+            flat_items[i, : len(attention.Item)] = [item.get(name, 0) for name in attention.Item]
+        edges = np.linspace(0, len(some), splits + 1).astype(int).tolist()
+        for begin, end in pairwise(edges):
+            call(spec, q_rows, k, v, flat_table, flat_items, parts, result, begin, end, target=target)
+    assert (result[:, row:] == 7).all(), "padding columns were written"
+    by_sequence = np.split(result[:, :row].reshape(q0, heads, d), np.cumsum([len(q) for q in queries])[:-1])
+    return [one.copy() for one in by_sequence]
 
 
 def exact(

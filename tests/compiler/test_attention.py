@@ -47,7 +47,7 @@ def test_the_smaller_instruction_set_gives_the_same_bits() -> None:
     pages = make_pages([130, 1, 77], kv, d, 16)
     queries = make_queries([130, 1, 30], heads, d)
     reference = run(pages, queries, heads, 8)
-    for rows in attention.row_tiles(heads // kv, AVX2):
+    for rows in (tiling.rows for tiling in attention.tilings(heads // kv, kv, d, target=AVX2)):
         for one, other in zip(reference, run(pages, queries, heads, rows, target=AVX2), strict=True):
             assert one.tobytes() == other.tobytes(), f"rows={rows}"
 
@@ -65,7 +65,7 @@ def test_same_bits_for_every_chunking_and_company(
 ) -> None:
     """A prompt whole and alone, against its chunks each in a batch with others, in other pages, among other junk."""
     heads, kv, d = 4, 2, 12
-    small, large = attention.row_tiles(heads // kv)
+    small, large = (tiling.rows for tiling in attention.tilings(heads // kv, kv, d))
     alone = make_pages([length], kv, d, 16)
     q = make_queries([length], heads, d)[0]
     (reference,) = run(alone, [q], heads, large, window=window)
@@ -152,7 +152,7 @@ def test_nan_comes_out(where: str) -> None:
     ("options", "said"),
     [
         ({"page_size": 24}, "page_size=24 must be a multiple of 16"),
-        ({"rows": 17}, r"rows=17 must be in \[1, 16\]"),
+        ({"tiling": attention.Tiling(17)}, r"rows=17 must be in \[1, 16\]"),
         ({"kv_heads": 3}, "4 heads over 3 of 16"),
         ({"ldq": 63}, "rows of 63"),
         ({"window": -1}, r"window=-1 must be in \[0, 2"),
@@ -163,6 +163,14 @@ def test_nan_comes_out(where: str) -> None:
     ],
 )
 def test_refusals(options: dict[str, object], said: str) -> None:
-    good = {"heads": 4, "kv_heads": 2, "head_dim": 16, "page_size": 16, "ldq": 64, "ldo": 64, "rows": 2}
+    good = {
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "page_size": 16,
+        "ldq": 64,
+        "ldo": 64,
+        "tiling": attention.Tiling(2),
+    }
     with pytest.raises(ValueError, match=said):
         attention.attention_spec(**{**good, **options})  # type: ignore[arg-type]

@@ -23,7 +23,9 @@ def run(kind: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["gemm", "attention", "norm", "embedding", "gated", "kv_write"])
+@pytest.mark.parametrize(
+    "kind", ["gemm", "narrow_gemm", "peak", "attention", "norm", "embedding", "convert", "kv_write"]
+)
 def test_nothing_beyond_the_arrays_is_touched(kind: str) -> None:
     result = run(kind)
     assert result.returncode == 0, f"status {result.returncode}: {result.stderr}"

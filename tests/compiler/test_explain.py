@@ -12,15 +12,15 @@ from nanoserve.compiler import jit
 from nanoserve.compiler.explain import explain
 from nanoserve.compiler.lowering import STAGES, lower
 from nanoserve.compiler.target import AVX2, host
-from nanoserve.kernels import attention, embedding, gated, gemm, kv_write, norm
+from nanoserve.kernels import attention, convert, embedding, gemm, kv_write, norm
 
 SPECS = [
     gemm.gemm_spec(20, 70, 20, 128, bias=True, activation="gelu_erf", residual=True),
-    attention.attention_spec(4, 2, 20, 16, 80, 80, 2),
+    attention.attention_spec(4, 2, 20, 16, 80, 80, attention.Tiling(2)),
     norm.norm_spec("layernorm", 70, 70, 70, 1e-5, bias=True, gather=True),
     kv_write.kv_write_spec(4, 2, 20, 16, 160, 20),
     embedding.embedding_spec(70, 70, positions=True),
-    gated.gated_spec(70, "silu", 140, 70),
+    convert.convert_spec(70, 80, 128, "u8"),
 ]
 
 
@@ -31,7 +31,7 @@ def test_every_stage_is_shown(spec) -> None:  # type: ignore[no-untyped-def]
     assert names[: len(STAGES) + 1] == ["written", *(stage.name for stage in STAGES)]
     if jit.shutil.which("objdump") and jit.linker():
         assert names[-1] == "assembly"
-        assert "vfmadd" in steps[-1][2] or spec.kind in ("embedding", "kv_write")
+        assert "vfmadd" in steps[-1][2] or spec.kind in ("embedding", "kv_write", "convert")
     for _, purpose, text in steps:
         assert purpose.endswith(".")
         assert text.strip()
@@ -89,7 +89,8 @@ def test_hot_loops_keep_their_accumulators_in_registers(rows: int, tmp_path: Pat
     if objdump is None or jit.linker() is None or host().name != "avx512":
         pytest.skip("needs objdump, a linker and AVX-512")
     for spec in (
-        attention.attention_spec(8, 4, 128, 16, 1040, 1040, rows),
+        attention.attention_spec(8, 4, 128, 16, 1040, 1040, attention.Tiling(rows, 4)),
+        attention.attention_spec(8, 4, 128, 16, 1040, 1040, attention.Tiling(rows), dtype="bf16"),
         gemm.gemm_spec(256, 384, 272, 400),
     ):
         engine = jit.compile_kernel(lambda spec=spec: spec.build(host()), host())
@@ -97,7 +98,11 @@ def test_hot_loops_keep_their_accumulators_in_registers(rows: int, tmp_path: Pat
         path.write_bytes(jit.shared_object(engine, spec.symbol))
         command = [objdump, "--disassemble", "--no-show-raw-insn", path]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        hot = [body for body in inner_loops(code) if sum("vfmadd" in line for line in body) >= 2 * rows]
+        hot = [
+            body
+            for body in inner_loops(code)
+            if sum("vfmadd" in line or "vdpbf16ps" in line for line in body) >= 2 * rows
+        ]
         assert len(hot) >= 2, "the loops were not recognised"
         for body in hot:
             assert not [line for line in body if re.search(r"zmm\d+,.*\(%r[sb]p", line)]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from compiler.packed_call import act64, call, call_address, padded
 from nanoserve.compiler.target import AVX2, Target, host
-from nanoserve.kernels import gemm
+from nanoserve.kernels import gemm, panels
 from nanoserve.kernels.library import load_kernels
 
 SHAPES = [(1, 1), (3, 31), (70, 100), (64, 64), (128, 384), (96, 48), (33, 193), (20, 16), (60, 33)]
@@ -39,9 +39,9 @@ class Problem:
         spec = gemm.gemm_spec(self.k, self.n, padded(self.k), padded(self.n), **self.options)  # type: ignore[arg-type]
         address = load_kernels([spec], target=self.target)[spec]
         y = self.y0.copy()
-        args = [self.x, gemm.pack(self.weight, self.target)]
+        args = [self.x, panels.pack(self.weight, self.target)]
         if self.options.get("bias"):
-            args.append(gemm.pack_bias(self.bias, self.target))
+            args.append(panels.pack_bias(self.bias, self.target))
         bounds = edges or (0, self.units)
         for begin, end in pairwise(bounds):
             call_address(address, *args, y, self.m, begin, end)
@@ -153,16 +153,18 @@ def test_panels_fit_their_rows_and_share_the_work(n: int) -> None:
         width = gemm.panel_width(n, target)
         assert -(-n // width) * width <= -(-n // 64) * 64
         assert n < 32 or -(-n // width) >= 2
-        assert (max(gemm.row_tiles(width, target)) + 1) * (width // 16) + 1 <= target.budget
+        tiles = gemm.row_tiles(width, target)
+        assert (max(*tiles.single, tiles.large) + 1) * (width // 16) + 1 <= target.budget
+        assert tiles.single[0] >= tiles.large > tiles.small >= tiles.single[-1] == 1
 
 
 def test_pack_puts_every_weight_where_the_kernel_looks() -> None:
     weight = np.arange(100 * 7, dtype=np.float32).reshape(100, 7) + 1
-    packed, width = gemm.pack(weight), gemm.panel_width(100)
+    packed, width = panels.pack(weight), gemm.panel_width(100)
     for n in range(100):
         assert (packed[n // width, :, n % width] == weight[n]).all()
     assert np.count_nonzero(packed) == weight.size
-    assert gemm.pack_bias(weight[:, 0]).shape == (packed.shape[0] * width,)
+    assert panels.pack_bias(weight[:, 0]).shape == (packed.shape[0] * width,)
 
 
 class Stored:
@@ -181,10 +183,10 @@ class Stored:
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_pack_reads_blocks_of_whole_panels(n: int, dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row once, a block at a time, and nothing uninitialised behind the last row."""
-    monkeypatch.setattr(gemm, "_PACK_BLOCK_BYTES", 300 * 7 * 4)
+    monkeypatch.setattr(panels, "_BLOCK_BYTES", 300 * 7 * 4)
     monkeypatch.setattr(np, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
     weight = Stored(np.random.default_rng(1).standard_normal((n, 7)).astype(dtype))
-    packed, width = gemm.pack(weight), gemm.panel_width(n)
+    packed, width = panels.pack(weight), gemm.panel_width(n)
     assert packed.dtype == np.float32
     flat = packed.transpose(0, 2, 1).reshape(-1, 7)
     assert flat[:n].tobytes() == weight.rows.astype(np.float32).tobytes()
@@ -201,9 +203,9 @@ def test_pack_passes_a_reading_error_on() -> None:
             raise OSError("the file is gone")
 
     with pytest.raises(OSError, match="the file is gone"):
-        gemm.pack(Broken(np.ones((20, 3))))
+        panels.pack(Broken(np.ones((20, 3))))
     with pytest.raises(ValueError, match=r"shape \(3,\) must have 2 dimensions"):
-        gemm.pack(np.ones(3))
+        panels.pack(np.ones(3))
 
 
 def test_nan_stays_in_its_row() -> None:
@@ -237,5 +239,5 @@ def test_units_beyond_the_range_are_left_alone() -> None:
     assert y[64:70, : problem.width].tobytes() != problem.y0[64:70, : problem.width].tobytes()
     spec = gemm.gemm_spec(20, 100, padded(20), padded(100))
     before = y.copy()
-    call(spec, problem.x, gemm.pack(problem.weight), y, 70, 2, 2)
+    call(spec, problem.x, panels.pack(problem.weight), y, 70, 2, 2)
     assert y.tobytes() == before.tobytes()

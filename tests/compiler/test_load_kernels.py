@@ -267,6 +267,7 @@ def test_every_compiler_file_is_in_the_key_or_cannot_change_code() -> None:
         *library._COMPILER_SOURCES,
         "__init__.py",
         "bindings.py",
+        "cache_directory.py",
         "explain.py",
         "object_cache.py",
     }

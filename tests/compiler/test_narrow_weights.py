@@ -11,7 +11,7 @@ import torch
 from compiler.packed_call import call, padded
 from nanoserve import ModelConfig, NanoServingEngine, load_weights
 from nanoserve.compiler.target import AVX2, Target, host
-from nanoserve.kernels import embedding, gemm
+from nanoserve.kernels import embedding, gemm, panels
 from nanoserve.models.weights import bind_weights, loaded_bytes
 from support.oracle import make_checkpoint
 from support.recording import greedy, record
@@ -47,18 +47,18 @@ class Narrow:
 def test_gemm_has_the_bits_of_widened_weights(k: int, n: int, dtype: str, target: Target) -> None:
     weight, rng = Narrow(n, k, dtype), np.random.default_rng(1)
     options = {"bias": True, "activation": "silu", "residual": True}
-    bias = gemm.pack_bias(rng.standard_normal(n).astype(np.float32), target)
-    packed = {name: gemm.pack(weight, target, name) for name in ("f32", dtype)}
-    assert packed[dtype].nbytes * 2 == packed["f32"].nbytes
+    bias = panels.pack_bias(rng.standard_normal(n).astype(np.float32), target)
+    packed = {name: panels.pack(weight, target, name) for name in ("f32", dtype)}
+    assert packed[dtype].nbytes * 2 * k == packed["f32"].nbytes * (k + k % 2 if dtype == "bf16" else k)
     for m in (1, 2, 5, 8, 13, 70):
         x = rng.standard_normal((m, padded(k))).astype(np.float32)
         start = rng.standard_normal((m, padded(n))).astype(np.float32)
         units = -(-n // gemm.panel_width(n, target)) * -(-m // gemm.ROW_BLOCK)
         got = {}
-        for name, panels in packed.items():
+        for name, weights in packed.items():
             spec = gemm.gemm_spec(k, n, padded(k), padded(n), dtype=name, **options)  # type: ignore[arg-type]
             got[name] = start.copy()
-            call(spec, x, panels, bias, got[name], m, 0, units, target=target)
+            call(spec, x, weights, bias, got[name], m, 0, units, target=target)
         assert got["f32"].tobytes() == got[dtype].tobytes(), m
 
 
@@ -71,7 +71,7 @@ def test_embedding_has_the_bits_of_a_widened_table(cols: int, packed: bool, dtyp
     panel = gemm.panel_width(vocab) if packed else 0
     x = np.zeros((5, padded(cols)), np.float32)
     spec = embedding.embedding_spec(cols, padded(cols), scale=3.0, panel=panel, dtype=dtype)
-    operand = gemm.pack(table, dtype=dtype) if packed else table.bits
+    operand = panels.pack(table, dtype=dtype) if packed else table.bits
     call(spec, ids, np.zeros(5, np.int32), operand, x, 0, 5)
     np.testing.assert_array_equal(x[:, :cols], table.wide[ids] * np.float32(3.0))
 

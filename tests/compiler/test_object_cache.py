@@ -225,3 +225,69 @@ def test_readers_see_whole_entries_while_writers_race(cache: ObjectCache) -> Non
     assert found > 10
     assert cache.damaged == 0
     assert not list(cache.directory.glob(".new-*"))
+
+
+def age(cache: ObjectCache, key: str, seconds: int) -> None:
+    """An entry that was used that long ago."""
+    path = cache.directory / f"{key}.json"
+    os.utime(path, (time.time() - seconds, time.time() - seconds))
+
+
+def test_trimming_keeps_what_was_used_last(cache: ObjectCache) -> None:
+    keys = [letter * 64 for letter in "abcd"]
+    for at, key in enumerate(keys):
+        cache.store(key, "f", "compiler 1", bytes([at]) * 100)
+        age(cache, key, 100_000 - at)
+    assert cache.find(keys[0]) is not None  # of use today
+    assert cache.trim(400) == 0
+    assert cache.trim(250) == 2
+    assert [cache.find(key) is not None for key in keys] == [True, False, False, True]
+    assert cache.damaged == 0
+    assert len(list(cache.directory.glob("*.so"))) == 2
+
+
+def test_trimming_spares_an_object_that_another_entry_uses(cache: ObjectCache) -> None:
+    """And removes one that none does."""
+    for at, key in enumerate("abc"):
+        cache.store(key * 64, "f", "compiler 1", b"same" * 25 if at != 1 else b"else" * 25)
+        age(cache, key * 64, 100_000 - at)
+    (cache.directory / f"{'0' * 64}.so").write_bytes(b"orphan" * 100)
+    assert cache.trim(150) == 1
+    assert [cache.find(key * 64) is not None for key in "abc"] == [True, False, True]
+    assert cache.damaged == 0
+    assert [path.read_bytes() for path in cache.directory.glob("*.so")] == [b"same" * 25]
+
+
+def test_trimming_removes_damaged_manifests(cache: ObjectCache) -> None:
+    cache.store(KEY, "f", "compiler 1", b"code" * 100)
+    (cache.directory / f"{KEY}.json").write_text("[]")
+    cache.trim(100)
+    assert entry_files(cache) == set()
+
+
+def test_an_entry_trimmed_before_it_is_mapped_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another process's trimming does between `find` and dlopen."""
+    from nanoserve.compiler import bindings, jit
+    from nanoserve.compiler.target import host
+    from nanoserve.kernels import library, norm
+
+    monkeypatch.setenv("NANOSERVE_CACHE_DIR", str(tmp_path))
+    spec = norm.norm_spec("rmsnorm", 12, 12, 12, 1e-5)
+    toolchain = bindings.toolchain() or ""
+    engine = jit.compile_kernel(lambda: spec.build(host()), host())
+    cache = ObjectCache()
+    cache.store(spec.key(host(), toolchain), spec.symbol, toolchain, jit.shared_object(engine, spec.symbol))
+    find = ObjectCache.find
+
+    def trimmed(self: ObjectCache, key: str) -> Path | None:
+        path = find(self, key)
+        assert path is not None
+        path.unlink()
+        return path
+
+    monkeypatch.setattr(ObjectCache, "find", trimmed)
+    compiled = library.stats().compiled
+    assert library.load_kernels([spec])[spec] > 0
+    assert library.stats().compiled == compiled + 1

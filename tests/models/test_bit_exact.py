@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from nanoserve import ModelConfig, NanoServingEngine, SamplingParams, load_weights, random_weights
 from nanoserve.batch import Batch
+from nanoserve.logits import Logits
+from nanoserve.precision import choose_precision
 from support.families import CASES
 from support.oracle import make_checkpoint
 from support.recording import RecordingExecutor, greedy, record
@@ -31,9 +33,12 @@ RANDOM = {
 FAMILIES = ("llama-odd", "llama-dynamic", "mistral-odd", "mistral-window-1", "qwen2-window", "qwen3-window",
             "smollm3-window", "phi3-longrope", "phi3-partial", "olmo2-linear", "granite", "gemma2", "gemma3")  # fmt: skip
 NAMES = (*RANDOM, *FAMILIES)
+# The other precisions: a case's name, a slash, the arithmetic.
+NARROW = tuple(f"{name}/{arithmetic}" for arithmetic in ("bfloat16", "int8") for name in (*RANDOM, *FAMILIES))
+ALL = (*NAMES, *NARROW)
 CHUNKS = (1, 7, 16, 64, 256)
 COMPANY = [(name, chunk, threads) for name in RANDOM for chunk in CHUNKS for threads in (1, 2)] + [
-    (name, chunk, threads) for name in FAMILIES for chunk, threads in ((1, 2), (7, 1), (64, 2))
+    (name, chunk, threads) for name in (*FAMILIES, *NARROW) for chunk, threads in ((1, 2), (7, 1), (64, 2))
 ]
 Rows = dict[int, np.ndarray]
 
@@ -51,12 +56,18 @@ def model(name: str) -> tuple[ModelConfig, Any]:
 
 
 def make_engine(name: str, **options: Any) -> tuple[NanoServingEngine, RecordingExecutor]:
-    engine = NanoServingEngine(*model(name), **{"kv_cache_pages": 400, **options})
+    case, _, arithmetic = name.partition("/")
+    config, weights = model(case)
+    if arithmetic:
+        choice = {"bfloat16": ("bfloat16", None), "int8": ("auto", "int8")}[arithmetic]
+        options["precision"] = choose_precision(*choice, "auto", "f32", config.dim_per_head)
+    engine = NanoServingEngine(config, weights, **{"kv_cache_pages": 400, **options})
     return engine, record(engine)
 
 
 def prompt_of(name: str, length: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, model(name)[0].vocab_size, length).tolist()
+    vocab_size = model(name.partition("/")[0])[0].vocab_size
+    return np.random.default_rng(seed).integers(0, vocab_size, length).tolist()
 
 
 @cache
@@ -88,8 +99,11 @@ def test_company_chunks_and_threads(name: str, chunk: int, threads: int) -> None
         )
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("length", [15, 16, 17, 64, 100, 128])
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [(name, length) for name in NAMES for length in (15, 16, 17, 64, 100, 128)]
+    + [(name, length) for name in NARROW for length in (16, 100)],
+)
 def test_cache_miss_hit_and_full_hit(name: str, length: int) -> None:
     """The same prompt three times, and a longer one that shares its beginning."""
     engine, recorder = make_engine(name)
@@ -104,7 +118,7 @@ def test_cache_miss_hit_and_full_hit(name: str, length: int) -> None:
         engine.audit()
     assert hits[0] == 0
     switches = (
-        name in CASES and CASES[name].original is not None
+        name.partition("/")[0] in CASES and CASES[name.partition("/")[0]].original is not None
     )  # its pages serve sequences of one kind only
     if length >= 16 and not switches:
         assert hits[1] == min(length - 1, length // 16 * 16)
@@ -117,8 +131,10 @@ def test_cache_miss_hit_and_full_hit(name: str, length: int) -> None:
     assert_same_bits(expected, warm.output_tokens, recorder.rows[warm.req_id], "partial hit")
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("prefix_cache", [False, True])
+@pytest.mark.parametrize(
+    ("name", "prefix_cache"),
+    [(name, cached) for name in NAMES for cached in (False, True)] + [(name, True) for name in NARROW],
+)
 def test_preemption(name: str, prefix_cache: bool) -> None:
     """A pool too small for everyone: requests lose their pages, start over, and give the same bits."""
     engine, recorder = make_engine(
@@ -142,7 +158,7 @@ def test_preemption(name: str, prefix_cache: bool) -> None:
 @given(data=st.data())
 def test_any_schedule(data: st.DataObject) -> None:
     """Random company, chunk size, budget, pool, page size, policy, threads, cache: never a different bit."""
-    name = data.draw(st.sampled_from(NAMES))
+    name = data.draw(st.sampled_from(ALL))
     options = {
         "max_chunk_size": data.draw(st.sampled_from(CHUNKS)),
         "max_batch_size": data.draw(st.integers(1, 32)),
@@ -178,10 +194,10 @@ def test_sampled_tokens_do_not_depend_on_company() -> None:
 class BatchDependentExecutor(RecordingExecutor):
     """The mutant: rounds differently when a batch has company, as a kernel with a size-dependent reduction would."""
 
-    def forward(self, batch: Batch) -> np.ndarray:
+    def forward(self, batch: Batch) -> Logits:
         logits = self.inner.forward(batch)
         if batch.size > 1:
-            logits[:] = np.nextafter(logits, np.float32(np.inf))
+            return Logits.of(np.nextafter(logits.values, np.float32(np.inf)))
         return logits
 
 

@@ -73,9 +73,13 @@ def test_each_part_of_a_joined_weight_has_its_own_shape(
 def test_tied_head_must_equal_the_embedding() -> None:
     """A separate lm_head that contradicts tie_word_embeddings would silently be dropped; it is refused instead."""
     tensors = random_weights(CONFIG)
-    assert "head.weight" not in bind_weights(CONFIG, {**tensors, "lm_head.weight": tensors["wte.weight"]})
+    bound = bind_weights(CONFIG, {**tensors, "lm_head.weight": tensors["wte.weight"]})
+    assert "head.weight" not in bound
+    bound["embed.weight"].check_twin()
     with pytest.raises(CheckpointError, match="differs from the embedding"):
-        bind_weights(CONFIG, {**tensors, "lm_head.weight": tensors["wte.weight"] + 1})
+        bind_weights(CONFIG, {**tensors, "lm_head.weight": tensors["wte.weight"] + 1})[
+            "embed.weight"
+        ].check_twin()
 
 
 def test_prefix_twice_is_refused() -> None:
@@ -158,7 +162,7 @@ def test_config_json_that_is_not_json(tmp_path: Path) -> None:
 
 
 def test_planning_reads_no_weight() -> None:
-    """A tied head that is stored, too, is compared when weights are loaded, once, and not to count their bytes."""
+    """A tied head that is stored, too, is compared when weights are packed, and not to count their bytes."""
 
     class Unreadable:
         dtype, shape = np.dtype(np.float32), (11, 8)
@@ -168,5 +172,6 @@ def test_planning_reads_no_weight() -> None:
 
     tensors = {**random_weights(CONFIG), "lm_head.weight": Unreadable()}
     assert loaded_bytes(CONFIG, tensors) == loaded_bytes(CONFIG, random_weights(CONFIG)) > 0
+    embedding = bind_weights(CONFIG, tensors)["embed.weight"]
     with pytest.raises(AssertionError, match="a weight was read"):
-        bind_weights(CONFIG, tensors)
+        embedding.check_twin()

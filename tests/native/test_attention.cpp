@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.h"
+#include "checked.h"
 #include "page_table.h"
 #include "paged_attention.h"
 #include "test_kernels.h"
@@ -32,55 +33,156 @@ TEST(block_tables_are_padded_with_the_last_page) {
     CHECK_EQ(std::ssize(table), 26);
 }
 
-TEST(items_cover_every_row_and_head_once) {
+namespace {
+
+std::vector<SequenceSpan> spans(const std::vector<std::pair<std::int64_t, std::int64_t>>& starts_and_counts) {
+    std::vector<SequenceSpan> out;
+    std::int64_t row = 0;
+    for (const auto& [start, count] : starts_and_counts) {
+        out.push_back({.first_row = row, .start = start, .count = count, .table_off = 8 * std::ssize(out)});
+        row += count;
+    }
+    return out;
+}
+
+}  // namespace
+
+// Every row, head and segment of it in exactly one item, for any number of threads; every cut walk in one
+// merge, with a place for each segment that nothing else has.
+TEST(items_cover_every_segment_once) {
     std::mt19937 random(7);
+    const auto below = [&](std::uint32_t n) { return static_cast<std::int64_t>(random() % n); };
     for (int round = 0; round < 200; ++round) {
-        const AttentionShape shape{.group = 1 + static_cast<std::int64_t>(random() % 5),
-                                   .kv_heads = 1 + static_cast<std::int64_t>(random() % 3),
-                                   .head_dim = 8,
-                                   .small_rows = 1 + static_cast<std::int64_t>(random() % 6),
-                                   .large_rows = 1 + static_cast<std::int64_t>(random() % 14)};
-        std::vector<SequenceSpan> sequences;
-        std::int64_t rows = 0, offset = 0;
-        for (int s = 0; s < 5; ++s) {
-            const std::int64_t count = random() % 2 == 0 ? 1 : 1 + static_cast<std::int64_t>(random() % 40);
-            sequences.push_back({rows, static_cast<std::int64_t>(random() % 100), count, offset});
-            rows += count;
-            offset += 8;
+        const std::int64_t group = 1 + below(5);
+        const AttentionShape shape{.group = group,
+                                   .kv_heads = 1 + below(6),
+                                   .head_dim = 8 + below(3),
+                                   .small = {std::min<std::int64_t>(group, 4), 1 + below(4)},
+                                   .large = {1 + below(8), 1 + below(4)},
+                                   .window = below(3) == 0 ? 1 + below(700) : 0};
+        std::vector<std::pair<std::int64_t, std::int64_t>> sizes;
+        for (std::int64_t s = 1 + below(5); s > 0; --s) {
+            sizes.emplace_back(below(2) == 0 ? below(100) : below(3000), below(2) == 0 ? 1 : 1 + below(40));
         }
+        const std::vector<SequenceSpan> sequences = spans(sizes);
         AttentionWork work(shape);
-        work.build(sequences);
-        std::map<std::tuple<std::int64_t, std::int64_t>, std::int64_t>
-            seen;  // (batch row, query head) -> position
+        work.build(sequences, static_cast<int>(1 + below(64)));
+        using Key = std::tuple<std::int64_t, std::int64_t, std::int64_t>;  // batch row, query head, segment
+        std::map<Key, std::int64_t> seen;                                  // -> position
+        std::map<std::int64_t, std::int64_t>
+            part_of;  // where a segment's results go -> the merge that reads it
         std::int64_t wrong = 0;
-        for (std::int64_t i = 0; i < std::ssize(work.items()); ++i) {
-            const AttentionItem& item = work.items()[static_cast<std::size_t>(i)];
-            wrong += item.num_rows <= (i < work.num_large() ? shape.large_rows : shape.small_rows) ? 0 : 1;
-            wrong += i < work.num_large() && item.num_rows <= shape.small_rows ? 1 : 0;
-            for (std::int64_t r = 0; r < item.num_rows; ++r) {
-                const std::int64_t token = (item.r0 + r) / shape.group;
-                const std::int64_t head = item.kv_head * shape.group + (item.r0 + r) % shape.group;
-                wrong += seen.insert({{item.q0 + token, head}, item.pos0 + token}).second ? 0 : 1;
-                const SequenceSpan& owner = sequences[static_cast<std::size_t>(item.table_off / 8)];
-                wrong +=
-                    item.q0 == owner.first_row && token < owner.count && item.pos0 == owner.start ? 0 : 1;
+        const auto check = [&](bool holds) { wrong += holds ? 0 : 1; };
+        for (std::int64_t i = 0; i < work.num_taken(); ++i) {
+            const AttentionItem& item = work.items()[at(i)];
+            const bool small = item.num_rows == group && group <= shape.small.rows;
+            check(item.num_heads <= (small ? shape.small.tiles : 1));
+            check(item.num_rows <= (small ? shape.small.rows : shape.large.rows * shape.large.tiles));
+            const SequenceSpan& owner = sequences[at(item.table_off / 8)];
+            check(item.q0 == owner.first_row && item.pos0 == owner.start);
+            check(item.first_segment < item.end_segment && item.num_parts == 0);
+            for (std::int64_t segment = item.first_segment; segment < item.end_segment; ++segment) {
+                if (item.part >= 0) {
+                    const std::int64_t part = item.part + (segment - item.first_segment) * item.part_stride;
+                    check(part_of.insert({part, item.merge}).second);
+                }
+                for (std::int64_t r = 0; r < item.num_rows * item.num_heads; ++r) {
+                    const std::int64_t flat = item.r0 + r % item.num_rows;
+                    const std::int64_t head = (item.kv_head + r / item.num_rows) * group + flat % group;
+                    const Key key{item.q0 + flat / group, head, segment};
+                    check(seen.insert({key, item.pos0 + flat / group}).second);
+                }
+            }
+        }
+        std::int64_t merged = 0, last_end = 0;
+        for (std::int64_t i = work.num_taken(); i < std::ssize(work.items()); ++i) {
+            const AttentionItem& merge = work.items()[at(i)];
+            check(merge.first_segment == merge.end_segment && merge.part >= last_end);
+            check(merge.part_stride * 16 >=
+                  2 * round_up(merge.num_rows, 16) + merge.num_rows * merge.num_heads * shape.head_dim);
+            for (std::int64_t part = 0; part < merge.num_parts; ++part, ++merged) {
+                const auto found = part_of.find(merge.part + part * merge.part_stride);
+                check(found != part_of.end() && found->second == i);
+            }
+            last_end = merge.part + std::int64_t{merge.num_parts} * merge.part_stride;
+        }
+        check(merged == std::ssize(part_of));
+        std::int64_t expected = 0;
+        for (const SequenceSpan& sequence : sequences) {
+            for (std::int64_t t = 0; t < sequence.count; ++t) {
+                const std::int64_t position = sequence.start + t;
+                const std::int64_t first =
+                    shape.window > 0 ? std::max<std::int64_t>(0, position - shape.window + 1) : 0;
+                for (std::int64_t h = 0; h < shape.kv_heads * group; ++h) {
+                    for (std::int64_t s = first / kSegmentTokens; s <= position / kSegmentTokens; ++s) {
+                        ++expected;
+                        const auto found = seen.find({sequence.first_row + t, h, s});
+                        check(found != seen.end() && found->second == position);
+                    }
+                }
             }
         }
         CHECK_EQ(wrong, 0);
-        CHECK_EQ(std::ssize(seen), rows * shape.kv_heads * shape.group);
+        // An item walks what any of its rows sees: a few segments more than each row does by itself.
+        CHECK(std::ssize(seen) >= expected);
     }
 }
 
-TEST(long_contexts_come_first) {
-    AttentionWork work({.group = 1, .kv_heads = 1, .head_dim = 8, .small_rows = 1, .large_rows = 4});
-    work.build(std::vector<SequenceSpan>{{0, 0, 1, 0}, {1, 0, 9, 8}, {10, 500, 1, 16}});
-    CHECK_EQ(work.num_large(),
-             2);  // of the chunk of 9: two tiles of 4, and a single row for the small kernel
-    CHECK_EQ(std::ssize(work.items()), 5);
-    CHECK_EQ(work.items()[0].r0, 4);
-    CHECK_EQ(work.items()[1].r0, 0);
-    CHECK_EQ(work.items()[2].q0, 10);
-    CHECK_EQ(work.items()[3].r0, 8);
+// Threads that take items in order end at about the same time, unless there is less to share than one segment
+// of one head for each.
+TEST(shares_are_even_for_any_number_of_threads) {
+    const std::vector<std::pair<const char*, std::vector<std::pair<std::int64_t, std::int64_t>>>> batches = {
+        {"one long decode", {{8191, 1}}},
+        {"one decode", {{2047, 1}}},
+        {"three decodes", {{5000, 1}, {4100, 1}, {300, 1}}},
+        {"many decodes", std::vector<std::pair<std::int64_t, std::int64_t>>(32, {1000, 1})},
+        {"a prompt", {{0, 512}}},
+        {"a chunk of a long prompt", {{6000, 256}}},
+        {"a few rows of a long prompt", {{9000, 5}}},
+        {"decodes and a chunk", {{2047, 1}, {900, 1}, {3333, 1}, {70, 1}, {512, 256}}},
+        {"one long among short", {{30'000, 1}, {100, 1}, {200, 1}, {150, 1}}},
+    };
+    for (const AttentionShape& shape :
+         {AttentionShape{.group = 2, .kv_heads = 8, .head_dim = 128, .small = {2, 4}, .large = {8, 4}},
+          AttentionShape{.group = 1, .kv_heads = 12, .head_dim = 64, .small = {1, 12}, .large = {8, 4}},
+          AttentionShape{.group = 8, .kv_heads = 1, .head_dim = 256, .small = {8, 1}, .large = {8, 2}}}) {
+        for (const auto& [name, sizes] : batches) {
+            for (int threads = 1; threads <= 64; ++threads) {
+                AttentionWork work(shape);
+                work.build(spans(sizes), threads);
+                const double mean = static_cast<double>(work.cost()) / threads;
+                const double segment = static_cast<double>(kSegmentTokens * 2 * shape.head_dim) *
+                                       static_cast<double>(shape.large.rows * shape.large.tiles);
+                const double most = std::max(1.15, 1.0 + segment / mean);
+                const bool even = work.imbalance(threads) <= most;
+                CHECK(even);
+                if (!even) {
+                    std::cerr << name << " on " << threads << " threads: " << work.imbalance(threads)
+                              << " of the mean, at most " << most << "\n";
+                }
+            }
+        }
+    }
+}
+
+TEST(what_comes_out_even_is_not_cut) {
+    AttentionWork work({.group = 2, .kv_heads = 8, .head_dim = 128, .small = {2, 4}, .large = {8, 4}});
+    work.build(spans({{2047, 1}}), 2);
+    CHECK_EQ(std::ssize(work.items()), 2);
+    work.build(spans({{2047, 1}}), 1);
+    CHECK_EQ(std::ssize(work.items()), 2);
+    work.build(spans({{2047, 1}}), 4);
+    CHECK_EQ(work.num_taken(), 4);
+    CHECK_EQ(std::ssize(work.items()), 6);  // two walks of 8 segments in two pieces each, and their merges
+    work.build(spans({{2047, 1}}), 64, work.cost() / 2);
+    CHECK_EQ(work.num_threads(), 2);
+}
+
+TEST(costly_walks_come_first) {
+    AttentionWork work({.group = 1, .kv_heads = 1, .head_dim = 8, .small = {1, 1}, .large = {4, 1}});
+    work.build(spans({{0, 1}, {0, 9}, {500, 1}}), 1);
+    CHECK_EQ(std::ssize(work.items()), 5);  // of the chunk of 9: two tiles of 4, and a single row
+    CHECK_EQ(work.items()[0].q0, 10);
     CHECK_EQ(work.items()[4].q0, 0);
     CHECK(work.cost() > 500 * 8);
 }
@@ -89,27 +191,27 @@ TEST(long_contexts_come_first) {
 TEST(a_window_bounds_the_cost) {
     const auto cost = [](std::int64_t window, std::int64_t start, std::int64_t count) {
         AttentionWork work(
-            {.group = 2, .kv_heads = 3, .head_dim = 8, .small_rows = 2, .large_rows = 8, .window = window});
-        work.build(std::vector<SequenceSpan>{{0, start, count, 0}});
+            {.group = 2, .kv_heads = 3, .head_dim = 8, .small = {2, 1}, .large = {8, 4}, .window = window});
+        work.build(spans({{start, count}}), 1);
         return work.cost();
     };
-    CHECK_EQ(cost(0, 999, 1), 3 * 2 * 1000 * 8 * 2);          // 3 KV heads, 2 rows, 1000 keys
-    CHECK_EQ(cost(100, 999, 1), 3 * 2 * (100 + 2) * 8 * 2);   // the window, and what its rows add
-    CHECK_EQ(cost(100, 99'999, 1), cost(100, 999, 1));        // whatever came before
-    CHECK_EQ(cost(5000, 999, 1), cost(0, 999, 1));            // never more than there is
-    CHECK_EQ(cost(100, 1000, 4), 3 * 8 * (100 + 8) * 8 * 2);  // one tile of 8 rows
+    CHECK_EQ(cost(0, 999, 1), 3 * 16 * 1000 * 8 * 2);                    // 3 KV heads, few rows, 1000 keys
+    CHECK_EQ(cost(100, 999, 1), 3 * 16 * (1000 - 896) * 8 * 2);          // from the window's first block on
+    CHECK_EQ(cost(100, 64'999, 1), 3 * 16 * (65'000 - 64'896) * 8 * 2);  // whatever came before
+    CHECK_EQ(cost(5000, 999, 1), cost(0, 999, 1));                       // never more than there is
+    CHECK_EQ(cost(0, 999, 16), 3 * 32 * 1015 * 8 * 2);                   // 32 rows
     CHECK_EQ(cost(2'147'483'647, 99, 1), cost(0, 99, 1));
 }
 
 TEST(attention_shapes_are_checked) {
     const auto shape = [](std::int64_t group, std::int64_t small, std::int64_t large) {
         return AttentionShape{
-            .group = group, .kv_heads = 1, .head_dim = 8, .small_rows = small, .large_rows = large};
+            .group = group, .kv_heads = 1, .head_dim = 8, .small = {small, 1}, .large = {large, 1}};
     };
     shape(4, 4, 8).validate(1024);
     CHECK_THROWS(std::invalid_argument, "group is 0", shape(0, 4, 8).validate(1024));
-    CHECK_THROWS(std::invalid_argument, "small_rows is 0", shape(4, 0, 8).validate(1024));
-    CHECK_THROWS(std::invalid_argument, "large_rows is -1", shape(4, 4, -1).validate(1024));
+    CHECK_THROWS(std::invalid_argument, "small rows is 0", shape(4, 0, 8).validate(1024));
+    CHECK_THROWS(std::invalid_argument, "large rows is -1", shape(4, 4, -1).validate(1024));
     CHECK_THROWS(std::invalid_argument, "max_tokens * group", shape(1 << 20, 4, 8).validate(1 << 20));
     for (const std::int64_t window : {std::int64_t{-1}, std::int64_t{1} << 31}) {
         AttentionShape wrong = shape(4, 4, 8);
@@ -122,12 +224,12 @@ namespace {
 
 constexpr int kGroup = 2, kHeads = 2, kDim = 4, kPage = 5;
 constexpr int kRow = kGroup * kHeads * kDim;
-constexpr Kernel kSmall = test::attention<kGroup, kHeads, kDim, kPage, kRow, kRow, 1, 2>;
-constexpr Kernel kLarge = test::attention<kGroup, kHeads, kDim, kPage, kRow, kRow, 3, 5>;
+constexpr Kernel kSmall = test::attention<{kGroup, kHeads, kDim, kPage, kRow, kRow, 2, 2}>;
+constexpr Kernel kLarge = test::attention<{kGroup, kHeads, kDim, kPage, kRow, kRow, 1, 10}>;
 
 struct Layer {  // random keys and values in scattered pages, and the same without pages
     std::shared_ptr<KVCachePool> pool = std::make_shared<KVCachePool>(PoolShape{
-        .num_pages = 64, .page_size = kPage, .num_layers = 2, .num_heads = kHeads, .head_dim = kDim});
+        .num_pages = 512, .page_size = kPage, .num_layers = 2, .num_heads = kHeads, .head_dim = kDim});
     std::mt19937 random{3};
 
     float next() { return std::uniform_real_distribution<float>(-1.0F, 1.0F)(random); }
@@ -172,8 +274,8 @@ std::vector<double> expected_row(const float* q, const std::vector<float>& k, co
 
 TEST(paged_attention_matches_the_definition) {
     Layer layer;
-    const std::vector<std::int32_t> starts = {0, 12, 3}, counts = {7, 1, 15};
-    constexpr std::int64_t kMaxPages = 6;
+    const std::vector<std::int32_t> starts = {0, 1200, 3}, counts = {7, 1, 15};
+    constexpr std::int64_t kMaxPages = 241;
     std::vector<std::int32_t> block_tables(3 * kMaxPages,
                                            -1);  // what is past a sequence's end is not looked at
     std::vector<std::vector<float>> keys, values;
@@ -197,17 +299,21 @@ TEST(paged_attention_matches_the_definition) {
     for (const int threads : {1, 2, 5}) {
         std::vector<float> out(23 * kRow, 0.0F);
         ThreadPool pool(threads);
-        PagedAttention attention(*layer.pool, 1,
-                                 {.q = q.data(),
-                                  .out = out.data(),
-                                  .num_tokens = 23,
-                                  .num_heads = kGroup * kHeads,
-                                  .block_tables = block_tables,
-                                  .max_pages = kMaxPages,
-                                  .starts = starts,
-                                  .counts = counts},
-                                 {.small = kSmall, .small_rows = 2, .large = kLarge, .large_rows = 5});
-        attention.run(pool);
+        PagedAttention attention(
+            *layer.pool, 1,
+            {.q = q.data(),
+             .out = out.data(),
+             .num_tokens = 23,
+             .num_heads = kGroup * kHeads,
+             .block_tables = block_tables,
+             .max_pages = kMaxPages,
+             .starts = starts,
+             .counts = counts},
+            {.small = kSmall, .small_tiling = {2, 2}, .large = kLarge, .large_tiling = {5, 2}}, threads);
+        for (int repeat = 0; repeat < 2; ++repeat) {  // what counts the pieces of a walk starts anew
+            std::fill(out.begin(), out.end(), 0.0F);
+            attention.run(pool);
+        }
         double worst = 0.0;
         std::size_t row = 0;
         for (std::size_t s = 0; s < 3; ++s) {
@@ -234,13 +340,14 @@ TEST(paged_attention_checks_its_input) {
                          .max_pages = 2,
                          .starts = starts,
                          .counts = counts};
-    const AttentionKernels kernels{.small = kSmall, .small_rows = 2, .large = kLarge, .large_rows = 4};
+    const AttentionKernels kernels{
+        .small = kSmall, .small_tiling = {2, 2}, .large = kLarge, .large_tiling = {4, 1}};
     const auto make = [&](const AttentionBatch& b, std::int64_t layer_id = 0) {
-        PagedAttention attention(*layer.pool, layer_id, b, kernels);
+        PagedAttention attention(*layer.pool, layer_id, b, kernels, 2);
     };
     make(batch);
     CHECK_THROWS(std::out_of_range, "layer 2", make(batch, 2));
-    for (const auto& [sequence, page] : {std::pair{1, -1}, std::pair{1, 64}}) {
+    for (const auto& [sequence, page] : {std::pair{1, -1}, std::pair{1, 512}}) {
         const std::int32_t kept = std::exchange(tables[static_cast<std::size_t>(sequence * 2)], page);
         CHECK_THROWS(std::invalid_argument, "a page of sequence 1 is " + std::to_string(page), make(batch));
         tables[static_cast<std::size_t>(sequence * 2)] = kept;
@@ -264,5 +371,6 @@ TEST(paged_attention_checks_its_input) {
     CHECK_THROWS(std::invalid_argument, "one row for each sequence", make(batch));
     batch.max_pages = 2;
     CHECK_THROWS(std::invalid_argument, "address is 0",
-                 PagedAttention(*layer.pool, 0, batch, {.small = kSmall, .small_rows = 1, .large_rows = 1}));
+                 PagedAttention(*layer.pool, 0, batch,
+                                {.small = kSmall, .small_tiling = {1, 1}, .large_tiling = {1, 1}}, 2));
 }

@@ -128,13 +128,11 @@ struct Fixture {
                                  .position_offsets = position_offsets});
     }
 
-    std::vector<int> forward() {
+    void forward() {
         const auto step = prepare();
         logits.assign(sample_rows.size() * static_cast<std::size_t>(StepExecutor::logits_stride(vocab)),
                       0.0F);
-        const auto finite = std::make_unique<bool[]>(sample_rows.size());
-        executor.run(step, logits.data(), {finite.get(), sample_rows.size()});
-        return {finite.get(), finite.get() + sample_rows.size()};
+        executor.run(step, logits.data(), nullptr);
     }
 };
 
@@ -179,7 +177,7 @@ TEST(rows_samples_and_batch_arrays) {
                               {{Source::ids}, {Source::positions}, {Source::slots}, {Source::buffer, x}}));
         f.executor.op(make_op("head", head, {{Source::buffer, x}, {Source::sample_rows}, {Source::logits}},
                               Domain::samples));
-        CHECK_EQ(f.forward(), std::vector<int>(4, 1));
+        f.forward();
         std::size_t row = 0;
         for (std::size_t s = 0; s < 3; ++s) {
             for (std::int32_t i = 0; i < f.counts[s]; ++i, ++row) {
@@ -325,8 +323,8 @@ TEST(operations_wait_for_each_other) {
 TEST(attention_runs_over_pages) {
     constexpr int kRow = 2 * 2 * 4;
     constexpr int kLd = 64 + 16;
-    constexpr Kernel small = test::attention<2, 2, 4, 4, kLd, kLd, 1, 2>;
-    constexpr Kernel large = test::attention<2, 2, 4, 4, kLd, kLd, 3, 6>;
+    constexpr Kernel small = test::attention<{2, 2, 4, 4, kLd, kLd, 2, 2}>;
+    constexpr Kernel large = test::attention<{2, 2, 4, 4, kLd, kLd, 1, 12}>;
     for (const std::int32_t context : {0, 400}) {
         std::vector<float> want;
         for (const int threads : {1, 2, 5}) {
@@ -338,9 +336,10 @@ TEST(attention_runs_over_pages) {
             for (std::size_t i = 0; i < 44 * kLd; ++i) {
                 f.floats(q)[i] = static_cast<float>(i % 13) / 13.0F - 0.5F;
             }
-            for (std::int64_t i = 0; i < f.pool->num_slots() * 2 * 4; ++i) {
-                f.pool->k_layer(1)[i] = static_cast<float>(i % 17) / 17.0F - 0.5F;
-                f.pool->v_layer(1)[i] = static_cast<float>(i % 19) / 19.0F - 0.5F;
+            auto* const keys = reinterpret_cast<float*>(f.pool->k_layer(1));
+            const auto* const values = reinterpret_cast<const float*>(f.pool->v_layer(1));
+            for (std::int64_t i = 0; i < f.pool->num_slots() * 2 * 2 * 4; ++i) {  // keys and values
+                keys[i] = static_cast<float>(i % 17) / 17.0F - 0.5F;
             }
             Op op = make_op("attention", small,
                             {{Source::buffer, q},
@@ -348,9 +347,10 @@ TEST(attention_runs_over_pages) {
                              {Source::v, 1},
                              {Source::table},
                              {Source::items},
+                             {Source::parts},
                              {Source::buffer, out}});
             op.large_kernel = large;
-            f.executor.attention(op, 2, 2, 2, 6);
+            f.executor.attention(op, 2, 2, {2, 2}, {6, 2});
             const auto data = f.floats(out);
             for (int repeat = 0; repeat < 2; ++repeat) {
                 std::fill(data.begin(), data.end(), 0.0F);
@@ -363,14 +363,14 @@ TEST(attention_runs_over_pages) {
             // number 2.
             double total = 0.0, sum = 0.0;
             for (int p = 0; p <= 17; ++p) {
-                const std::int64_t start = (f.tables[1]->page(p / 4) * 2 + 1) * 16;
+                const std::int64_t start = (f.tables[1]->page(p / 4) * 2 + 1) * 2 * 16;
                 double score = 0.0;
                 for (int d = 0; d < 4; ++d) {
                     score += double{f.floats(q)[static_cast<std::size_t>(40 * kLd + 12 + d)]} *
-                             double{f.pool->k_layer(1)[start + d * 4 + p % 4]};
+                             double{keys[start + d * 4 + p % 4]};
                 }
                 total += std::exp(score);
-                sum += std::exp(score) * double{f.pool->v_layer(1)[start + p % 4 * 4 + 2]};
+                sum += std::exp(score) * double{values[start + p % 4 * 4 + 2]};
             }
             CHECK(std::abs(double{data[40 * kLd + 12 + 2]} - sum / total) < 1e-6);
         }
@@ -384,15 +384,15 @@ TEST(attention_needs_two_kernels_and_the_pools_heads) {
         made.large_kernel = count_units;
         return made;
     };
-    f.executor.attention(op(), 2, 2, 2, 6);
+    f.executor.attention(op(), 2, 2, {2, 2}, {6, 1});
     CHECK_THROWS(std::invalid_argument, "has 3 KV heads, the pool has 2",
-                 f.executor.attention(op(), 2, 3, 2, 6));
-    CHECK_THROWS(std::invalid_argument, "small_rows is 0", f.executor.attention(op(), 2, 2, 0, 6));
-    f.executor.attention(op(), 2, 2, 2, 6, 128);
-    CHECK_THROWS(std::invalid_argument, "window is -1", f.executor.attention(op(), 2, 2, 2, 6, -1));
+                 f.executor.attention(op(), 2, 3, {2, 2}, {6, 1}));
+    CHECK_THROWS(std::invalid_argument, "small rows is 0", f.executor.attention(op(), 2, 2, {0, 1}, {6, 1}));
+    f.executor.attention(op(), 2, 2, {2, 2}, {6, 1}, 128);
+    CHECK_THROWS(std::invalid_argument, "window is -1", f.executor.attention(op(), 2, 2, {2, 2}, {6, 1}, -1));
     Op half = op();
     half.large_kernel = nullptr;
-    CHECK_THROWS(std::invalid_argument, "has no kernel", f.executor.attention(half, 2, 2, 2, 6));
+    CHECK_THROWS(std::invalid_argument, "has no kernel", f.executor.attention(half, 2, 2, {2, 2}, {6, 1}));
     CHECK_THROWS(std::invalid_argument, "asks for items",
                  f.executor.op(make_op("x", count_units, {{Source::items}})));
     CHECK_THROWS(std::invalid_argument, "added by attention()",
@@ -494,41 +494,20 @@ TEST(steps_are_checked) {
                  many.forward());
 }
 
-TEST(non_finite_logits_are_found) {
-    // A plan whose only operation mentions the logits, so that they are checked but stay what the test put
-    // there.
-    for (const int threads : {1, 3}) {
-        for (const std::int64_t vocab : {std::int64_t{1}, std::int64_t{100}, std::int64_t{40'000}}) {
-            Fixture f(threads);
-            f.vocab = vocab;
-            f.sequence(0, 6);
-            std::fill(f.ids.begin(), f.ids.end(), 0);
-            f.sample_rows = {0, 1, 2, 3, 4, 5};
-            f.executor.op(make_op("nothing", [](void**) {}, {{Source::logits}}, Domain::samples));
-            CHECK(f.executor.writes_logits());
-            const std::size_t ld = static_cast<std::size_t>(StepExecutor::logits_stride(vocab));
-            const std::size_t last = static_cast<std::size_t>(vocab - 1);
-            std::vector<float> logits(6 * ld, std::numeric_limits<float>::max());
-            logits[1 * ld] = std::numeric_limits<float>::quiet_NaN();
-            logits[2 * ld + last] = std::numeric_limits<float>::infinity();
-            logits[3 * ld + last / 2] = -std::numeric_limits<float>::infinity();
-            logits[4 * ld + last] = -std::numeric_limits<float>::max();
-            logits[5 * ld] = std::numeric_limits<float>::denorm_min();
-            for (std::size_t row = 0; row < 6; ++row) {
-                for (std::size_t j = last + 1; j < ld; ++j) {
-                    logits[row * ld + j] =
-                        std::numeric_limits<float>::quiet_NaN();  // padding is nobody's logit
-                }
-            }
-            bool finite[6] = {};
-            const auto step = f.prepare();
-            f.executor.run(step, logits.data(), finite);
-            CHECK_EQ(std::vector<int>(finite, finite + 6), (std::vector<int>{1, 0, 0, 0, 1, 1}));
-            CHECK_THROWS(std::invalid_argument, "6 samples", f.executor.run(step, nullptr, finite));
-            CHECK_THROWS(std::invalid_argument, "6 samples",
-                         f.executor.run(step, logits.data(), {finite, 5}));
-        }
-    }
+TEST(what_a_plan_writes_needs_memory) {
+    Fixture f(1);
+    f.sequence(0, 6);
+    f.sample_rows = {0, 5};
+    f.executor.op(make_op("logits", [](void**) {}, {{Source::logits}}, Domain::samples));
+    CHECK(f.executor.writes_logits());
+    CHECK(!f.executor.writes_block_max());
+    f.executor.op(make_op("block_max", [](void**) {}, {{Source::block_max}}, Domain::samples));
+    CHECK(f.executor.writes_block_max());
+    std::vector<float> memory(2 * static_cast<std::size_t>(StepExecutor::logits_stride(f.vocab)));
+    const auto step = f.prepare();
+    f.executor.run(step, memory.data(), memory.data());
+    CHECK_THROWS(std::invalid_argument, "2 samples", f.executor.run(step, nullptr, memory.data()));
+    CHECK_THROWS(std::invalid_argument, "2 samples", f.executor.run(step, memory.data(), nullptr));
 }
 
 TEST(a_chunk_may_sample_nothing) {
@@ -537,9 +516,10 @@ TEST(a_chunk_may_sample_nothing) {
     const std::int64_t x = f.executor.buffer(3);
     f.executor.op(make_op("head", head, {{Source::buffer, x}, {Source::sample_rows}, {Source::logits}},
                           Domain::samples));
-    CHECK_EQ(f.forward(), std::vector<int>{});
+    f.forward();
+    CHECK_EQ(f.logits.size(), std::size_t{0});
     const auto step = f.prepare();
-    f.executor.run(step, nullptr, {});
+    f.executor.run(step, nullptr, nullptr);
 }
 
 TEST(one_step_at_a_time) {

@@ -7,13 +7,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nanoserve.native import KVCachePool, PageTable, StepExecutor, ThreadPool, paged_attention
+from nanoserve.native import LOGITS_BLOCK, KVCachePool, PageTable, StepExecutor, ThreadPool, paged_attention
 from native.kernels_ctypes import Args, PythonKernel
 
 VOCAB = 70
@@ -77,7 +78,7 @@ def test_a_small_model(threads: int) -> None:
 
     tables = [sequence(pool, 6), sequence(pool, 11)]
     ids = np.arange(9, dtype=np.int32) * 5
-    logits, finite = executor.forward(ids, tables, [0, 8], [6, 3], np.array([8, 0, 5], np.int32), VOCAB)
+    logits, block_max = executor.forward(ids, tables, [0, 8], [6, 3], np.array([8, 0, 5], np.int32), VOCAB)
     assert [kernel.errors for kernel in kernels] == [[], []]
     assert sorted(kernels[0].ranges)[0][0] == 0
     assert sum(end - begin for begin, end in kernels[0].ranges) == 9
@@ -85,8 +86,8 @@ def test_a_small_model(threads: int) -> None:
     assert logits.shape == (3, VOCAB)
     assert logits.strides == (512, 4)
     assert logits.ctypes.data % 64 == 0
-    assert finite.dtype == np.bool_
-    assert finite.tolist() == [True] * 3
+    assert block_max.dtype == np.float32
+    assert block_max.tolist() == [[0.0]] * 3  # this plan computes none
     np.testing.assert_array_equal(logits, [table_weight @ table_weight[ids[row]] for row in (8, 0, 5)])
     view = executor.buffer_view(buffer)
     assert view.shape == (MAX_TOKENS, stride)
@@ -97,32 +98,33 @@ def test_a_small_model(threads: int) -> None:
     np.testing.assert_array_equal(again, logits)
 
 
-def test_non_finite_rows_are_named() -> None:
+def test_a_plan_may_write_the_largest_of_each_block() -> None:
+    """One number for each started block of the vocabulary, in an array of its own."""
     pool, executor = make()
+    vocab = 2 * LOGITS_BLOCK + 1
 
-    def spoil(args: Args) -> None:
-        logits = args.array(0, (3, 128))
-        logits[args.begin : args.end] = 1
-        if args.begin <= 1 < args.end:
-            logits[1, VOCAB - 1] = np.inf
-        logits[args.begin : args.end, VOCAB:] = np.nan
+    def largest(args: Args) -> None:
+        args.array(0, (3, 3))[args.begin : args.end] = (
+            np.arange(3) + 10 * np.arange(args.begin, args.end)[:, None]
+        )
 
-    kernel = PythonKernel(spoil, 1)
-    executor.op("spoil", kernel.address, [("logits",)], "samples")
-    _, finite = executor.forward([1, 2, 3], [sequence(pool, 3)], [0], [3], [0, 1, 2], VOCAB)
+    kernel = PythonKernel(largest, 1)
+    executor.op("block_max", kernel.address, [("block_max",)], "samples")
+    logits, block_max = executor.forward([1, 2, 3], [sequence(pool, 3)], [0], [3], [0, 1, 2], vocab)
     assert kernel.errors == []
-    assert finite.tolist() == [True, False, True]
+    assert block_max.tolist() == [[0, 1, 2], [10, 11, 12], [20, 21, 22]]
+    assert not logits.any()
 
 
 def test_a_plan_without_logits_gives_zeros() -> None:
     pool, executor = make()
-    logits, finite = executor.forward([1, 2], [sequence(pool, 2)], [0], [2], [1], VOCAB)
+    logits, block_max = executor.forward([1, 2], [sequence(pool, 2)], [0], [2], [1], VOCAB)
     assert logits.shape == (1, VOCAB)
     assert not logits.any()
-    assert finite.tolist() == [True]
-    logits, finite = executor.forward([1, 2], [sequence(pool, 2)], [0], [2], [], VOCAB)
+    assert block_max.tolist() == [[0.0]]
+    logits, block_max = executor.forward([1, 2], [sequence(pool, 2)], [0], [2], [], VOCAB)
     assert logits.shape == (0, VOCAB)
-    assert finite.shape == (0,)
+    assert block_max.shape == (0, 1)
 
 
 def forward_cases() -> list[tuple[str, dict[str, object], type[Exception], str]]:
@@ -254,9 +256,9 @@ def test_plans_are_checked() -> None:
     with pytest.raises(ValueError, match="'op' has no kernel"):
         executor.op("op", 0, [], "rows")
     with pytest.raises(ValueError, match="5 KV heads, the pool has 2"):
-        executor.attention("attention", kernel.address, 2, kernel.address, 4, [], 2, 5)
+        executor.attention("attention", kernel.address, (2, 1), kernel.address, (4, 1), [], 2, 5)
     with pytest.raises(ValueError, match="window is -3"):
-        executor.attention("attention", kernel.address, 2, kernel.address, 4, [], 2, 2, window=-3)
+        executor.attention("attention", kernel.address, (2, 1), kernel.address, (4, 1), [], 2, 2, window=-3)
     with pytest.raises(ValueError, match="C-contiguous"):
         executor.weight(np.zeros((4, 4), np.float32)[:, ::2])
     with pytest.raises(ValueError, match="is empty"):
@@ -339,15 +341,19 @@ def attention_kernel(
     """Attention over items as plan.md defines them."""
 
     def body(args: Args) -> None:
-        pages = 32 * KV_HEADS * DIM * PAGE
-        q, out = args.array(0, (num_tokens, q_stride)), args.array(5, (num_tokens, q_stride))
-        keys = args.array(1, (pages,)).reshape(32, KV_HEADS, DIM, PAGE)
-        values = args.array(2, (pages,)).reshape(32, KV_HEADS, PAGE, DIM)
+        layer = args.array(1, (32, KV_HEADS, 2, DIM * PAGE))
+        keys = layer[:, :, 0].reshape(32, KV_HEADS, DIM, PAGE)
+        values = layer[:, :, 1].reshape(32, KV_HEADS, PAGE, DIM)
+        assert args.array(2, (1,)).ctypes.data == layer[:, :, 1].ctypes.data
+        q, out = args.array(0, (num_tokens, q_stride)), args.array(6, (num_tokens, q_stride))
         table = args.array(3, (table_len,), np.int32)
-        items = args.array(4, (num_items, 8), np.int32)
+        items = args.array(4, (num_items, 16), np.int32)
         for item in range(args.begin, args.end):
-            table_off, kv_head, q0, r0, num_rows, pos0, *_ = (int(x) for x in items[item])
-            for r in range(r0, r0 + num_rows):
+            table_off, first_head, num_heads, q0, r0, num_rows, pos0, first, end, part, *_ = (
+                int(x) for x in items[item]
+            )
+            assert (first, end, part) == (0, 1, -1)  # all of these are short
+            for kv_head, r in product(range(first_head, first_head + num_heads), range(r0, r0 + num_rows)):
                 row, position, head = q0 + r // GROUP, pos0 + r // GROUP, kv_head * GROUP + r % GROUP
                 own = table[table_off : table_off + position // PAGE + 1]
                 k = keys[own, kv_head].transpose(0, 2, 1).reshape(-1, DIM)[: position + 1]
@@ -355,7 +361,7 @@ def attention_kernel(
                 scores = np.exp(k @ q[row, head * DIM : (head + 1) * DIM])
                 out[row, head * DIM : (head + 1) * DIM] += (scores / scores.sum()) @ v
 
-    return PythonKernel(body, 6)
+    return PythonKernel(body, 7)
 
 
 def dense_attention(
@@ -396,8 +402,18 @@ def test_attention_matches_the_definition(threads: int, through: str) -> None:
         kernels = [attention_kernel(MAX_TOKENS, stride), attention_kernel(MAX_TOKENS, stride)]
         q_buffer, out_buffer = executor.buffer(HEADS * DIM), executor.buffer(HEADS * DIM)
         executor.buffer_view(q_buffer)[:14, : HEADS * DIM] = q.reshape(14, -1)
-        args = [("buffer", q_buffer), ("k", 1), ("v", 1), ("table",), ("items",), ("buffer", out_buffer)]
-        executor.attention("attention", kernels[0].address, 3, kernels[1].address, 8, args, GROUP, KV_HEADS)
+        args = [
+            ("buffer", q_buffer),
+            ("k", 1),
+            ("v", 1),
+            ("table",),
+            ("items",),
+            ("parts",),
+            ("buffer", out_buffer),
+        ]
+        executor.attention(
+            "attention", kernels[0].address, (3, 2), kernels[1].address, (8, 1), args, GROUP, KV_HEADS
+        )
         for _ in range(2):  # the second step must start from the first item again
             executor.buffer_view(out_buffer)[:] = 0
             executor.forward(np.ones(14, np.int32), tables, starts, counts, [], VOCAB)
@@ -417,9 +433,9 @@ def test_attention_matches_the_definition(threads: int, through: str) -> None:
             starts,
             counts,
             kernels[0].address,
-            3,
+            (3, 2),
             kernels[1].address,
-            8,
+            (8, 1),
             ThreadPool(threads),
         )
     assert [kernel.errors for kernel in kernels] == [[], []]
@@ -454,7 +470,7 @@ def attention_cases() -> list[tuple[str, dict[str, object], type[Exception], str
         ("counts", {"counts": [2, 2]}, ValueError, "add up to 4 tokens, q has 3"),
         ("start", {"starts": [7, 0]}, ValueError, "which needs 3 pages: block_tables has 2"),
         ("layer", {"layer": 9}, IndexError, "layer 9"),
-        ("rows", {"small_rows": 0}, ValueError, "small_rows is 0"),
+        ("rows", {"small_tiling": (0, 1)}, ValueError, "small rows is 0"),
         ("address", {"large_address": 0}, ValueError, "address is 0"),
     ]
 
@@ -466,7 +482,7 @@ def test_paged_attention_checks_everything(
     change: dict[str, object], error: type[Exception], text: str
 ) -> None:
     pool, _ = make()
-    kernel = PythonKernel(nothing, 6)
+    kernel = PythonKernel(nothing, 7)
     good = {
         "pool": pool,
         "layer": 0,
@@ -476,9 +492,9 @@ def test_paged_attention_checks_everything(
         "starts": [3, 0],
         "counts": [2, 1],
         "small_address": kernel.address,
-        "small_rows": 3,
+        "small_tiling": (3, 2),
         "large_address": kernel.address,
-        "large_rows": 6,
+        "large_tiling": (6, 1),
         "threads": ThreadPool(1),
     }
     paged_attention(**good)
@@ -499,12 +515,10 @@ def test_the_stub_names_what_the_module_has() -> None:
 
     stub = Path(__file__).resolve().parents[2] / "python" / "nanoserve" / "_ch16.pyi"
     module = native._module
-    declared = {
-        node.name: node
-        for node in ast.parse(stub.read_text()).body
-        if isinstance(node, ast.ClassDef | ast.FunctionDef)
-    }
-    assert set(declared) == {name for name in vars(module) if not name.startswith("_")}
+    body = ast.parse(stub.read_text()).body
+    declared = {node.name: node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    constants = {ast.unparse(node.target) for node in body if isinstance(node, ast.AnnAssign)}
+    assert set(declared) | constants == {name for name in vars(module) if not name.startswith("_")}
     for name, node in declared.items():
         if not isinstance(node, ast.ClassDef) or name == "PoolExhausted":
             continue

@@ -19,26 +19,26 @@ PoolShape small_shape(std::int64_t num_pages = 8) {
     return {.num_pages = num_pages, .page_size = 4, .num_layers = 2, .num_heads = 2, .head_dim = 3};
 }
 
+float* floats(std::byte* memory) {
+    return reinterpret_cast<float*>(memory);
+}
+
 // Fills every element of a page, all layers, with values that name the element.
 void fill_page(const KVCachePool& pool, std::int64_t page, float base) {
-    const PoolShape& s = pool.shape();
-    const std::int64_t elements = s.num_heads * s.head_dim * s.page_size;
-    for (std::int64_t layer = 0; layer < s.num_layers; ++layer) {
+    const std::int64_t elements = pool.layer_page_bytes() / 4;
+    for (std::int64_t layer = 0; layer < pool.shape().num_layers; ++layer) {
         for (std::int64_t i = 0; i < elements; ++i) {
-            pool.k_layer(layer)[page * elements + i] = base + static_cast<float>(layer * 1000 + i);
-            pool.v_layer(layer)[page * elements + i] = -base - static_cast<float>(layer * 1000 + i);
+            floats(pool.k_layer(layer))[page * elements + i] = base + static_cast<float>(layer * 1000 + i);
         }
     }
 }
 
 bool same_page(const KVCachePool& pool, std::int64_t a, std::int64_t b) {
-    const PoolShape& s = pool.shape();
-    const std::int64_t elements = s.num_heads * s.head_dim * s.page_size;
-    for (std::int64_t layer = 0; layer < s.num_layers; ++layer) {
-        for (const float* start : {pool.k_layer(layer), pool.v_layer(layer)}) {
-            if (!std::equal(start + a * elements, start + (a + 1) * elements, start + b * elements)) {
-                return false;
-            }
+    const std::int64_t bytes = pool.layer_page_bytes();
+    for (std::int64_t layer = 0; layer < pool.shape().num_layers; ++layer) {
+        const std::byte* start = pool.k_layer(layer);
+        if (!std::equal(start + a * bytes, start + (a + 1) * bytes, start + b * bytes)) {
+            return false;
         }
     }
     return true;
@@ -122,20 +122,54 @@ TEST(pool_layout_is_as_documented) {
                 const std::int64_t page = token + 1;
                 const std::int64_t offset = token == 0 ? 3 : 0;
                 const float want = static_cast<float>(1 + token * 6 + head * 3 + dim);
-                CHECK_EQ(pool.k_layer(1)[((page * 2 + head) * 3 + dim) * 4 + offset], want);
-                CHECK_EQ(pool.v_layer(1)[((page * 2 + head) * 4 + offset) * 3 + dim], want + 100.0F);
+                const std::int64_t start = (page * 2 + head) * 2 * 12;  // keys, then values
+                CHECK_EQ(floats(pool.k_layer(1))[start + dim * 4 + offset], want);
+                CHECK_EQ(floats(pool.v_layer(1))[start + offset * 3 + dim], want + 100.0F);
             }
         }
     }
     float others = 0.0F;  // nothing else was written, in either layer
     for (std::int64_t layer = 0; layer < 2; ++layer) {
-        for (std::int64_t i = 0; i < 8 * 24; ++i) {
-            others += pool.k_layer(layer)[i];
+        for (std::int64_t i = 0; i < 8 * 2 * 24; ++i) {
+            others += floats(pool.k_layer(layer))[i];
         }
     }
-    CHECK_EQ(others, std::accumulate(k.begin(), k.end(), 0.0F));
+    CHECK_EQ(others, std::accumulate(k.begin(), k.end(), 0.0F) + std::accumulate(v.begin(), v.end(), 0.0F));
     CHECK_EQ(reinterpret_cast<std::uintptr_t>(pool.k_layer(0)) % 64, 0U);
-    CHECK_EQ(reinterpret_cast<std::uintptr_t>(pool.v_layer(0)) % 64, 0U);
+}
+
+// Pairs of dims of a key, of slots of a value; rounded to nearest, ties to even, a NaN a NaN.
+TEST(pool_stores_bf16) {
+    PoolShape shape = small_shape();
+    shape.head_dim = 4;
+    shape.element = ElementType::bf16;
+    KVCachePool pool(shape);
+    CHECK_EQ(pool.page_bytes(), 2 * 2 * 2 * 4 * 4 * 2);
+    static_cast<void>(pool.allocate_pages(2));
+    const float tie_down = 1.0F + 0x1p-8F, tie_up = 1.0F + 3 * 0x1p-8F, above = 1.0F + 0x1.002p-8F;
+    const std::vector<float> k = {1.0F, tie_down, tie_up, above, -2.0F, 0.0F, 3.0F, std::nanf("")};
+    const std::vector<float> v = {10.0F, 11.0F, 12.0F, 13.0F, 14.0F, 15.0F, 16.0F, 17.0F};
+    pool.store_kv(k, v, std::vector<std::int64_t>{4 + 3}, 1);
+    const auto* keys = reinterpret_cast<const std::uint16_t*>(pool.k_layer(1)) + 2 * 2 * 16;  // page 1
+    const auto* values = keys + 16;
+    const auto key = [&](int dim) { return keys[(dim / 2 * 4 + 3) * 2 + dim % 2]; };
+    CHECK_EQ(key(0), 0x3f80);
+    CHECK_EQ(key(1), 0x3f80);
+    CHECK_EQ(key(2), 0x3f82);
+    CHECK_EQ(key(3), 0x3f81);
+    for (int dim = 0; dim < 4; ++dim) {
+        CHECK_EQ(values[(3 / 2 * 4 + dim) * 2 + 1], 0x4120 + 0x10 * dim);
+        CHECK_EQ(values[(3 / 2 * 4 + dim) * 2], 0);
+    }
+    keys += 2 * 16;  // head 1
+    CHECK_EQ(key(0), 0xc000);
+    CHECK((key(3) & 0x7fffU) > 0x7f80U);
+    shape.head_dim = 3;
+    CHECK_THROWS(std::invalid_argument, "head_dim is 3, must be even", KVCachePool(shape));
+    shape.head_dim = 4;
+    shape.page_size = 5;
+    CHECK_THROWS(std::invalid_argument, "page_size is 5, must be even", KVCachePool(shape));
+    CHECK_THROWS(std::invalid_argument, "element 'f16' must be f32 or bf16", element_from_name("f16"));
 }
 
 TEST(pool_store_refuses_bad_slots) {
@@ -154,7 +188,7 @@ TEST(pool_store_refuses_bad_slots) {
     CHECK_THROWS(std::out_of_range, "layer -1", store(0, -1));
     CHECK_THROWS(std::invalid_argument, "6 numbers",
                  pool.store_kv(row, row, std::vector<std::int64_t>{0, 1}, 0));
-    CHECK_EQ(pool.k_layer(0)[0], 0.0F);
+    CHECK_EQ(floats(pool.k_layer(0))[0], 0.0F);
 }
 
 TEST(pool_copies_and_scrubs_whole_pages) {

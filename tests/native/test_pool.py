@@ -45,9 +45,11 @@ def test_views_share_memory_with_the_layout() -> None:
     k, v = pool.get_layer_cache(1)
     assert k.shape == v.shape == (8, 4, 2, 3)
     assert k.dtype == v.dtype == np.float32
-    # The documented layouts: K keeps a page's tokens next to each other, V keeps a token's numbers together.
-    assert k.strides == (96, 4, 48, 16)
-    assert v.strides == (96, 12, 48, 4)
+    # The documented layouts: K keeps a page's tokens next to each other, V keeps a token's numbers together, and a head's V
+    # lies behind its K.
+    assert k.strides == (192, 4, 96, 16)
+    assert v.strides == (192, 12, 96, 4)
+    assert v.ctypes.data - k.ctypes.data == 48
     np.testing.assert_array_equal(k.reshape(32, 2, 3)[slots], rows[0])
     np.testing.assert_array_equal(v.reshape(32, 2, 3)[slots], rows[1])
     assert not pool.get_layer_cache(0)[0].any()

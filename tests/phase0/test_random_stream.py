@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from nanoserve.logits import Logits
 from nanoserve.request import Request
 from nanoserve.sampling import Sampler, SamplingParams, derive_seed, mix64, uniform
 from phase0.chi_square import chi_square_z
@@ -22,7 +23,9 @@ def test_the_same_seed_repeats_and_others_differ() -> None:
     logits = np.zeros((1, 1000), dtype=np.float32)
 
     def stream(seed: int) -> list[int]:
-        return [Sampler().sample(logits, [request(seed, position)], ())[0] for position in range(1, 40)]
+        return [
+            Sampler().sample(Logits.of(logits), [request(seed, position)], ())[0] for position in range(1, 40)
+        ]
 
     seeds = [*range(8), 0x9E3779B97F4A7C15]  # the last is the generator's own step
     streams = [stream(seed) for seed in seeds]
@@ -39,7 +42,9 @@ def test_the_draw_depends_on_the_position_and_not_on_history() -> None:
     logits = np.zeros((1, 500), dtype=np.float32)
     resumed = request(3, position=2)
     resumed.append_output(0)
-    assert Sampler().sample(logits, [resumed], ()) == Sampler().sample(logits, [request(3, position=3)], ())
+    assert Sampler().sample(Logits.of(logits), [resumed], ()) == Sampler().sample(
+        Logits.of(logits), [request(3, position=3)], ()
+    )
 
 
 def test_the_generator_matches_published_splitmix64_values() -> None:
@@ -80,6 +85,6 @@ def test_a_request_without_a_seed_is_refused_by_name() -> None:
     each = request(0)
     each.seed = None
     with pytest.raises(ValueError, match="request 0 has no seed"):
-        Sampler().sample(np.zeros((1, 4), dtype=np.float32), [each], ())
+        Sampler().sample(Logits.of(np.zeros((1, 4), dtype=np.float32)), [each], ())
     with pytest.raises(ValueError, match="2 rows of logits for 1 requests"):
-        Sampler().sample(np.zeros((2, 4), dtype=np.float32), [each], ())
+        Sampler().sample(Logits.of(np.zeros((2, 4), dtype=np.float32)), [each], ())

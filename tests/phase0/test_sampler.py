@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanoserve.logits import Logits
 from nanoserve.request import Request
 from nanoserve.sampling import Sampler, SamplingParams, derive_seed
 from phase0.chi_square import chi_square_z
@@ -36,7 +37,7 @@ def draws(row: np.ndarray, params: SamplingParams, count: int) -> np.ndarray:
         batch = [Request(i, [1], params=params) for i in range(500)]
         for i, each in enumerate(batch):
             each.seed = derive_seed(7, start + i)
-        counts += np.bincount(Sampler().sample(logits, batch, ()), minlength=len(row))
+        counts += np.bincount(Sampler().sample(Logits.of(logits), batch, ()), minlength=len(row))
     return counts
 
 
@@ -44,7 +45,7 @@ def test_temperature_zero_takes_the_largest_logit_and_the_lowest_id_among_equals
     """Greedy must be one answer on every machine, so ties need a rule."""
     logits = np.array([[1, 5, 2, 5], [7, 7, 7, 7], [-1, -3, -2, -1]], dtype=np.float32)
     batch = [request(i, temperature=0) for i in range(3)]
-    assert Sampler().sample(logits, batch, ()) == [1, 0, 0]
+    assert Sampler().sample(Logits.of(logits), batch, ()) == [1, 0, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
@@ -100,15 +101,15 @@ def test_filters_keep_the_tokens_of_the_reference(
     batch = [
         request(seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p) for seed in range(20)
     ]
-    tokens = Sampler().sample(np.broadcast_to(row, (20, len(row))), batch, ())
+    tokens = Sampler().sample(Logits.of(np.broadcast_to(row, (20, len(row)))), batch, ())
     assert all(exact[token] > 0 for token in tokens)
 
 
 def test_filters_on_equal_logits_follow_the_documented_rule() -> None:
     """top_k keeps everything equal to the k-th; top_p takes equal tokens lowest id first."""
     row = np.zeros((1, 4), dtype=np.float32)
-    everything = {Sampler().sample(row, [request(seed, top_k=2)], ())[0] for seed in range(100)}
-    half = {Sampler().sample(row, [request(seed, top_p=0.5)], ())[0] for seed in range(100)}
+    everything = {Sampler().sample(Logits.of(row), [request(seed, top_k=2)], ())[0] for seed in range(100)}
+    half = {Sampler().sample(Logits.of(row), [request(seed, top_p=0.5)], ())[0] for seed in range(100)}
     assert (everything, half) == ({0, 1, 2, 3}, {0, 1})
 
 
@@ -116,9 +117,9 @@ def test_filters_that_cut_nothing_change_no_draw() -> None:
     """The draw walks the vocabulary in order with and without filters, so switching one on costs no reproducibility."""
     logits = rows(1, scale=1.0)
     for seed in range(100):
-        (free,) = Sampler().sample(logits, [request(seed)], ())
+        (free,) = Sampler().sample(Logits.of(logits), [request(seed)], ())
         for fields in ({"top_k": VOCAB}, {"top_k": 2 * VOCAB}, {"top_p": 1 - 1e-12}, {"min_p": 1e-12}):
-            assert Sampler().sample(logits, [request(seed, **fields)], ()) == [free]
+            assert Sampler().sample(Logits.of(logits), [request(seed, **fields)], ()) == [free]
 
 
 field_sets = st.fixed_dictionaries(
@@ -149,10 +150,13 @@ def test_a_token_is_the_same_alone_and_in_any_batch(
 ) -> None:
     """Contract 2: batch mates and their order change nothing, whatever mix of paths the rows take."""
     logits = rows(len(cases), vocab, seed=vocab)
-    alone = [Sampler().sample(logits[i : i + 1], [request(**case)], (0,))[0] for i, case in enumerate(cases)]
+    alone = [
+        Sampler().sample(Logits.of(logits[i : i + 1]), [request(**case)], (0,))[0]
+        for i, case in enumerate(cases)
+    ]
     order = list(range(len(cases)))
     random.shuffle(order)
-    together = Sampler().sample(logits[order], [request(**cases[i]) for i in order], (0,))
+    together = Sampler().sample(Logits.of(logits[order]), [request(**cases[i]) for i in order], (0,))
     assert together == [alone[i] for i in order]
 
 
@@ -161,11 +165,11 @@ def test_a_non_finite_row_does_not_disturb_the_others() -> None:
     fields: list[dict[str, Any]] = [{"temperature": 0}, {}, {"top_p": 0.5}, {"top_k": 3, "min_p": 0.1}]
     batch = [request(i, **fields[i % 4]) for i in range(12)]
     clean = rows(12)
-    expected = Sampler().sample(clean, batch, ())
+    expected = Sampler().sample(Logits.of(clean), batch, ())
     for poison in (np.nan, np.inf, -np.inf):
         dirty = clean.copy()
         dirty[4:8] = poison
-        tokens = Sampler().sample(dirty, batch, ())
+        tokens = Sampler().sample(Logits.of(dirty), batch, ())
         assert tokens[:4] + tokens[8:] == expected[:4] + expected[8:]
         assert all(0 <= token < VOCAB for token in tokens)
 
@@ -177,7 +181,7 @@ def test_logits_are_left_as_they_were() -> None:
     logits.flags.writeable = False
     fields: list[dict[str, Any]] = [{"temperature": 0}, {}, {"top_k": 3}]
     batch = [request(i, min_tokens=2, **each) for i, each in enumerate(fields)]
-    assert len(Sampler().sample(logits, batch, (0,))) == 3
+    assert len(Sampler().sample(Logits.of(logits), batch, (0,))) == 3
     assert np.array_equal(logits, before)
 
 
@@ -188,25 +192,25 @@ def test_min_tokens_holds_back_eos_and_stop_ids(fields: dict[str, Any]) -> None:
     logits[0, [3, 9]] = 20.0
     each = request(5, min_tokens=2, stop_token_ids=[9, VOCAB + 100], **fields)
     for _ in range(2):
-        (token,) = Sampler().sample(logits, [each], (3,))
+        (token,) = Sampler().sample(Logits.of(logits), [each], (3,))
         assert token not in (3, 9)
         each.append_output(token)
-    assert Sampler().sample(logits, [each], (3,))[0] in (3, 9)
+    assert Sampler().sample(Logits.of(logits), [each], (3,))[0] in (3, 9)
 
 
 def test_min_tokens_does_not_hold_back_an_ignored_eos() -> None:
     """With ignore_eos EOS is an ordinary token: forbidding it would change the distribution for no reason."""
     logits = np.zeros((1, VOCAB), dtype=np.float32)
     logits[0, 3] = 50.0
-    assert Sampler().sample(logits, [request(min_tokens=5, ignore_eos=True)], (3,)) == [3]
+    assert Sampler().sample(Logits.of(logits), [request(min_tokens=5, ignore_eos=True)], (3,)) == [3]
 
 
 def test_a_vocabulary_of_stops_is_refused_rather_than_sampled() -> None:
     """If min_tokens forbids every token there is no answer: the request is told so instead of getting token 0."""
     with pytest.raises(ValueError, match=r"min_tokens .*leave no token of the vocabulary"):
-        Sampler().sample(rows(1, 2), [request(min_tokens=1, stop_token_ids=[1, 1])], (0,))
+        Sampler().sample(Logits.of(rows(1, 2)), [request(min_tokens=1, stop_token_ids=[1, 1])], (0,))
 
 
 def test_sampling_nothing_gives_nothing() -> None:
     """A step whose chunks all stop short samples no row."""
-    assert Sampler().sample(np.zeros((0, VOCAB), dtype=np.float32), [], ()) == []
+    assert Sampler().sample(Logits.of(np.zeros((0, VOCAB), dtype=np.float32)), [], ()) == []

@@ -137,3 +137,46 @@ def test_scrubbing_clears_keys_and_values_of_every_layer(pool: KVCachePool) -> N
 def test_a_new_arena_reads_as_zeros(pool: KVCachePool) -> None:
     """Kernels read a page's unused tail with weight zero: it must be finite from the start."""
     assert not any(view.any() for layer in range(LAYERS) for view in pool.get_layer_cache(layer))
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    """The upper halves, rounded to nearest even."""
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+@pytest.mark.parametrize("page_size", [2, 16, 48])
+def test_bf16_pages_hold_rounded_keys_and_values(page_size: int) -> None:
+    """Half the bytes; the views' axes of two are the pairs, and reading through them gives back what was stored."""
+    pool = KVCachePool(6, page_size, LAYERS, HEADS, DIM, "bf16")
+    wide = KVCachePool(6, page_size, LAYERS, HEADS, DIM)
+    assert (pool.element, wide.element, 2 * pool.page_bytes) == ("bf16", "f32", wide.page_bytes)
+    pool.allocate_pages(3)
+    slots = np.random.default_rng(0).permutation(3 * page_size)[:5]
+    k, v = rows(5, 1), rows(5, 2)
+    pool.store_kv(k, v, slots, 1)
+    k_view, v_view = pool.get_layer_cache(1)
+    assert k_view.shape == (6, page_size, HEADS, DIM // 2, 2)
+    assert v_view.shape == (6, page_size // 2, 2, HEADS, DIM)
+    flat_k, flat_v = (view.reshape(6 * page_size, HEADS, DIM) for view in (k_view, v_view))
+    assert flat_k[slots].tobytes() == bf16(k).tobytes()
+    assert flat_v[slots].tobytes() == bf16(v).tobytes()
+    assert np.count_nonzero(flat_k) == np.count_nonzero(flat_v) == k.size
+    copy = pool.copy_page(slots[0] // page_size)
+    assert np.array_equal(k_view[copy], k_view[slots[0] // page_size])
+    assert np.array_equal(v_view[copy], v_view[slots[0] // page_size])
+    v_view[copy, 0, 1, 0, 3] = 77
+    assert pool.get_layer_cache(1)[1][copy].reshape(page_size, HEADS, DIM)[1, 0, 3] == 77
+    pool.scrub([copy])
+    assert not k_view[copy].any()
+    assert not v_view[copy].any()
+    assert flat_k.any()
+
+
+def test_pairs_need_even_sizes_and_elements_are_named() -> None:
+    with pytest.raises(ValueError, match="head_dim is 3, must be even"):
+        KVCachePool(2, 16, 1, 1, 3, "bf16")
+    with pytest.raises(ValueError, match="page_size is 5, must be even"):
+        KVCachePool(2, 5, 1, 1, 4, "bf16")
+    with pytest.raises(ValueError, match="element 'f16' must be f32 or bf16"):
+        KVCachePool(2, 16, 1, 1, 4, "f16")

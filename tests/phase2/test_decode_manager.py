@@ -92,7 +92,7 @@ def test_prefill_to_decode_by_hand() -> None:
     batch = prefill.schedule(requests)
     for _ in range(params.max_tokens):
         assert batch is not None
-        for request, row in zip(batch.sampling_requests, executor.forward(batch), strict=True):
+        for request, row in zip(batch.sampling_requests, executor.forward(batch).values, strict=True):
             request.append_output(int(row.argmax()))
             if len(request.output_tokens) == 1:
                 decode.add_request(request)

@@ -105,7 +105,7 @@ def test_the_executor_gets_a_scheduled_batch() -> None:
     ]
     batch = PrefillManager(pool).schedule(requests)
     assert batch is not None
-    logits = executor.forward(batch)
+    logits = executor.forward(batch).values
     assert logits.shape == (3, executor.vocab)
     assert [[int(row.argmax())] for row in logits] == [rollout(request) for request in requests]
 

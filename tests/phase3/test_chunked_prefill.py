@@ -126,7 +126,7 @@ def test_chunks_by_hand_give_the_row_the_prompt_determines() -> None:
     requests = add(manager, 23, 17, 3)
     sampled = {}
     while (batch := manager.schedule()) is not None:
-        for request, row in zip(batch.sampling_requests, executor.forward(batch), strict=True):
+        for request, row in zip(batch.sampling_requests, executor.forward(batch).values, strict=True):
             sampled[request.req_id] = int(row.argmax())
     params = SamplingParams(temperature=0.0, max_tokens=1)
     expected = {r.req_id: rollout(Request(r.req_id, r.prompt_tokens, params=params))[0] for r in requests}

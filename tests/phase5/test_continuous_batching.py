@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nanoserve.errors import InvariantViolation, RequestRefused
+from nanoserve.logits import Logits
 from nanoserve.observe.events import EventLog
 from nanoserve.request import Request, RequestState
 from nanoserve.sampling import SamplingParams
@@ -226,9 +227,8 @@ def test_the_schedulers_cost_per_request_and_step() -> None:
     system = System(
         num_pages=512, page_size=16, max_batch_size=32, chunk_size=64, max_num_batched_tokens=2048, vocab=256
     )
-    logits = np.random.default_rng(0).random((32, 256), dtype=np.float32)
-    system.executor.forward = lambda batch: logits[: len(batch.sample_rows)]  # type: ignore[method-assign]
-    system.executor.last_finite = np.ones(32, np.bool_)
+    logits = Logits.of(np.random.default_rng(0).random((32, 256), dtype=np.float32))
+    system.executor.forward = lambda batch: logits  # type: ignore[method-assign]
     for i in range(32):  # all prompts fit the first step, so every step has 32 rows
         system.add(i, prompt(20 + i % 16, i), max_tokens=200)
     system.batcher.step()
@@ -271,7 +271,7 @@ def test_the_scheduler_serves_a_model_of_your_own() -> None:
                 row += 1
         logits = system.executor.forward(output.batch)
         assert len(logits) == len(output.sampling_requests) == len(output.sample_rows)
-        finished += scheduler.update(output, logits.argmax(axis=1))
+        finished += scheduler.update(output, logits.values.argmax(axis=1))
         audit(scheduler)
     assert finished == requests
     assert [r.output_tokens for r in requests] == [system.expected(r) for r in requests]

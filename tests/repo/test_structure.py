@@ -14,25 +14,26 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own rank and below. `errors` and `native` are below everything; `observe` imports nothing.
 RANKS = [
-    {"checks", "checkpoint_json", "errors", "native", "observe"},
+    {"checks", "checkpoint_json", "errors", "machine_memory", "native", "observe"},
     {
         "sampling",
         "sampler",
         "random_stream",
-        "top_k",
+        "logits",
         "logits_processors",
         "logprobs",
         "request",
         "batch",
         "compiler",
     },
-    {"cache", "kernels", "text"},
+    {"cache", "kernels", "precision", "text"},
     {"scheduling", "models", "paged"},
+    {"packed_form", "weight_cache"},
     {"packed_weights"},
     {"bound_op"},
-    {"executor", "memory_plan", "machine_memory"},
+    {"executor", "memory_plan"},
     {"nano_engine"},
-    {"outputs", "text_request"},
+    {"outputs", "text_request", "workloads"},
     {"llm"},
     {"cli", "__main__"},
 ]

@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from nanoserve.logits import Logits
 from nanoserve.request import Request
 from nanoserve.sampling import Sampler, SamplingParams
 
@@ -38,7 +39,9 @@ def request(
 
 def processed(each: Request, logits: np.ndarray) -> np.ndarray:
     assert each.logits_processor is not None
-    return each.logits_processor.apply(logits, each, ())
+    changed = logits.copy()
+    each.logits_processor.apply(changed, each, ())
+    return changed
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.2, 3.0])
@@ -108,7 +111,7 @@ def test_filters_keep_the_same_tokens(fields: dict[str, Any]) -> None:
             scores = warper(torch.tensor([[0]]), scores)
         chances = torch.softmax(scores.double(), dim=-1)[0].numpy()
         batch = [request([1], [], seed=1000 * seed + i, **fields) for i in range(400)]
-        tokens = Sampler().sample(np.broadcast_to(logits, (400, VOCAB)), batch, ())
+        tokens = Sampler().sample(Logits.of(np.broadcast_to(logits, (400, VOCAB))), batch, ())
         drawn = set(tokens)
         assert all(chances[token] > 0 for token in drawn)
         assert {token for token in range(VOCAB) if chances[token] > 0.05} <= drawn

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from nanoserve import logits_processors, sampler
+from nanoserve.logits import Logits
 from nanoserve.request import Request
 from nanoserve.sampling import Sampler, SamplingParams
+from nanoserve.scheduling.scoring import score_tokens
+from support.readers import compiled
 
 VOCAB, ROWS = 60_000, 4
 ROW_BYTES = 4 * VOCAB
@@ -21,7 +24,7 @@ def batch(**fields: Any) -> list[Request]:
     return [Request(i, [1, 2, 3], params=SamplingParams(seed=i, **fields)) for i in range(ROWS)]
 
 
-LOGITS = np.random.default_rng(0).standard_normal((ROWS, VOCAB)).astype(np.float32)
+LOGITS = compiled(np.random.default_rng(0).standard_normal((ROWS, VOCAB)).astype(np.float32))
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
@@ -33,32 +36,44 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     return peak
 
 
-def test_a_greedy_batch_allocates_nothing_of_the_size_of_a_row() -> None:
-    """One argmax over the executor's own array: no copy of the logits, of all rows or of one."""
-    requests = batch(temperature=0.0)
-    assert peak_bytes(lambda: Sampler().sample(LOGITS, requests, (2,))) < ROW_BYTES / 10
+@pytest.mark.parametrize(
+    "fields",
+    [{"temperature": 0.0}, {}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.05}, {"logprobs": 5}],
+    ids=str,
+)
+def test_python_allocates_nothing_of_the_size_of_a_row(fields: dict[str, Any]) -> None:
+    """One native call over the executor's own memory: no copy of the logits, no array over the vocabulary."""
+    requests = batch(**fields)
+    finite = [True] * ROWS
+
+    def work() -> None:
+        score_tokens(requests, LOGITS, Sampler().sample(LOGITS, requests, (2,)), finite, ())
+
+    assert peak_bytes(work) < ROW_BYTES / 10
 
 
-def test_greedy_rows_among_others_are_not_copied() -> None:
-    """Three greedy rows and one that is drawn: the memory of one row's float64 weights and sums, no more."""
-    requests = [*batch(temperature=0.0)[:3], batch()[3]]
-    alone = peak_bytes(lambda: Sampler().sample(LOGITS[3:], requests[3:], (2,)))
-    together = peak_bytes(lambda: Sampler().sample(LOGITS, requests, (2,)))
-    assert together < alone + ROW_BYTES / 10
-    assert alone < 2.5 * 2 * ROW_BYTES
+def test_only_the_row_that_is_changed_is_copied() -> None:
+    """Its neighbours' logits are read where they lie."""
+    requests = [*batch(top_p=0.9)[:3], *batch(logit_bias={1: 1.0})[3:]]
+    assert ROW_BYTES < peak_bytes(lambda: Sampler().sample(LOGITS, requests, (2,))) < 1.2 * ROW_BYTES
 
 
-def test_temperature_alone_never_copies_or_filters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its rows go from float32 logits to float64 weights in one place."""
+def test_a_large_batch_is_copied_in_parts() -> None:
+    """64 copies at once would be 64 times the memory, and fall out of the caches."""
+    logits = Logits.of(np.broadcast_to(LOGITS.values[0], (64, VOCAB)))
+    requests = [Request(i, [1], params=SamplingParams(seed=i, logit_bias={1: 1.0})) for i in range(64)]
+    assert peak_bytes(lambda: Sampler().sample(logits, requests, ())) < 1.1 * 4 * sampler._WORKING_SET
+
+
+def test_who_changes_nothing_never_meets_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One look at an attribute is all."""
 
     def refuse(*_: Any) -> Any:
         raise AssertionError("this row asked for nothing")
 
-    monkeypatch.setattr(sampler, "_draw_filtered", refuse)
     monkeypatch.setattr(logits_processors.LogitsProcessor, "apply", refuse)
-    assert len(Sampler().sample(LOGITS, batch(temperature=0.7), (2,))) == ROWS
-    with pytest.raises(AssertionError, match="asked for nothing"):
-        Sampler().sample(LOGITS, batch(temperature=0.7, top_k=5), (2,))
+    monkeypatch.setattr(Logits, "take", refuse)
+    assert len(Sampler().sample(LOGITS, batch(temperature=0.7, top_k=5), (2,))) == ROWS
     with pytest.raises(AssertionError, match="asked for nothing"):
         Sampler().sample(LOGITS, batch(temperature=0.7, logit_bias={1: 1.0}), (2,))
 
@@ -87,10 +102,3 @@ def test_after_min_tokens_the_processor_has_nothing_to_do() -> None:
         work.append(request.logits_processor.has_work(request))
         request.append_output(token)
     assert work == [True, True, False, False]
-
-
-def test_a_large_batch_is_drawn_in_parts() -> None:
-    """Weights are float64: 64 rows at once would be 64 times the memory, and fall out of the caches."""
-    rows = np.broadcast_to(LOGITS[0], (64, VOCAB))
-    requests = [Request(i, [1], params=SamplingParams(seed=i)) for i in range(64)]
-    assert peak_bytes(lambda: Sampler().sample(rows, requests, ())) < 3 * 8 * sampler._WORKING_SET

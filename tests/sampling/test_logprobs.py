@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from nanoserve.logprobs import TokenLogprob, token_logprob
-from nanoserve.top_k import at_least_kth, likeliest
+from nanoserve.logprobs import TokenLogprob, token_logprob, token_logprobs
 from support.fakes import System, logits_after, prefix_hashes, prompt
+from support.readers import compiled
 
 
 def row(vocab: int, seed: int = 0) -> np.ndarray:
@@ -60,15 +60,33 @@ def test_extreme_logits_stay_exact() -> None:
 
 @pytest.mark.parametrize("vocab", [5, 256, 300, 5000])
 @pytest.mark.parametrize("levels", [1, 4, 10_000])
-def test_the_k_largest_are_those_of_a_sort(vocab: int, levels: int) -> None:
-    """Few distinct values make ties everywhere; block borders, a short tail and k beyond the blocks are all met."""
-    rng = np.random.default_rng(vocab + levels)
-    for k in (1, 2, 3, 19, 50, vocab - 1, vocab, vocab + 1):
-        values = rng.integers(0, levels, vocab).astype(np.float32)
-        order = np.argsort(-values, kind="stable")
-        assert likeliest(values, k).tolist() == order[:k].tolist()
-        kth = values[order[min(k, vocab) - 1]]
-        assert at_least_kth(values, k).tolist() == np.flatnonzero(values >= kth).tolist()
+def test_ranks_and_the_likeliest_are_those_of_a_sort(vocab: int, levels: int) -> None:
+    """Few distinct values make ties everywhere; block borders, a short tail and counts beyond the blocks are all met."""
+    values = np.random.default_rng(vocab + levels).integers(0, levels, vocab).astype(np.float32)
+    order = np.argsort(-values, kind="stable").tolist()
+    for count in (1, 2, 3, 19, 50, vocab - 1, vocab, vocab + 1):
+        token = order[count % vocab]
+        entry = token_logprob(values, token, count)
+        assert [i for i, _ in entry.top] == order[:count]
+        assert entry.rank == 1 + count % vocab
+
+
+@pytest.mark.parametrize("vocab", [1, 37, 256, 300, 50_257])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0, 30.0])
+def test_with_kernels_values_are_within_a_millionth(vocab: int, scale: float) -> None:
+    """Relative to the log-probability, of likely tokens too: near certainty log(p) is tiny and must keep its digits."""
+    values = np.stack([row(vocab, seed) * np.float32(scale) for seed in range(6)])
+    values[3:, vocab // 2] += np.array([8, 15, 40], np.float32) * np.float32(scale)
+    logits = compiled(values)
+    exact = torch.log_softmax(torch.tensor(values, dtype=torch.float64), dim=-1).numpy()
+    for tokens in (values.argmax(axis=1), values.argmin(axis=1), np.arange(6) * 7919 % vocab):
+        entries = token_logprobs(logits, range(6), tokens.tolist(), [3] * 6)
+        for index, (entry, token) in enumerate(zip(entries, tokens.tolist(), strict=True)):
+            shifted = values[index].astype(np.float64) - float(values[index].max())
+            rest = math.fsum(np.exp(np.delete(shifted, values[index].argmax())).tolist())
+            wanted = shifted[token] - math.log1p(rest)
+            assert entry.logprob == pytest.approx(wanted, rel=1e-6, abs=1e-30)
+            assert entry.rank == 1 + int((exact[index] > exact[index, token]).sum())
 
 
 def expected(request: Any, num_top: int) -> list[TokenLogprob]:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from nanoserve import ModelConfig, NanoServingEngine, random_weights
-from nanoserve.logprobs import token_logprob
+from nanoserve.logprobs import TokenLogprob, token_logprobs
+from support.readers import compiled
 from support.recording import greedy, record
 
 CONFIG = ModelConfig(vocab_size=300, n_layer=2, n_head=2, n_embd=32, max_seq_len=128)
@@ -16,6 +17,10 @@ WEIGHTS = {
     name: array * 8 if array.ndim == 2 else array for name, array in random_weights(CONFIG, seed=4).items()
 }
 PROMPT = [(7 * i * i + 3) % 300 for i in range(37)]
+
+
+def entry_of(row: np.ndarray, token: int, num_top: int) -> TokenLogprob:
+    return token_logprobs(compiled(row[None]), [0], [token], [num_top])[0]
 
 
 def engine(**options: Any) -> NanoServingEngine:
@@ -43,9 +48,9 @@ def test_a_prompt_row_has_the_bits_of_a_prompt_that_ends_there(chunk_size: int) 
     assert len(asked.prompt_logprobs) == len(PROMPT)
     for position, row in last.items():
         assert np.array_equal(logits[position], row)
-        assert asked.prompt_logprobs[position + 1] == token_logprob(row, PROMPT[position + 1], 2)
+        assert asked.prompt_logprobs[position + 1] == entry_of(row, PROMPT[position + 1], 2)
     for at, entry in enumerate(asked.logprobs):
-        assert entry == token_logprob(logits[len(PROMPT) - 1 + at], asked.output_tokens[at], 1)
+        assert entry == entry_of(logits[len(PROMPT) - 1 + at], asked.output_tokens[at], 1)
         assert (entry.rank, entry.top[0][0]) == (1, asked.output_tokens[at])
     alone = engine().generate([PROMPT[:20], PROMPT], greedy(6))
     assert [silent.output_tokens, asked.output_tokens] == [request.output_tokens for request in alone]

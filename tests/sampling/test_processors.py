@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanoserve.logits import Logits
 from nanoserve.request import Request
 from nanoserve.sampling import Sampler, SamplingParams, child_seed, derive_seed
 from phase0.chi_square import chi_square_z
@@ -56,12 +57,20 @@ def request(
     return made
 
 
+def applied(each: Request, logits: np.ndarray, eos: Any = ()) -> np.ndarray:
+    """A copy of the logits as the request changes it."""
+    assert each.logits_processor is not None
+    changed = logits.copy()
+    each.logits_processor.apply(changed, each, eos)
+    return changed
+
+
 def draws(logits: np.ndarray, fields: dict[str, Any]) -> np.ndarray:
     """How often each token comes out over DRAWS seeds."""
     counts = np.zeros(len(logits))
     for start in range(0, DRAWS, 500):
         batch = [request(derive_seed(3, start + i), **fields) for i in range(500)]
-        tokens = Sampler().sample(np.broadcast_to(logits, (500, len(logits))), batch, EOS)
+        tokens = Sampler().sample(Logits.of(np.broadcast_to(logits, (500, len(logits)))), batch, EOS)
         counts += np.bincount(tokens, minlength=len(logits))
     return counts
 
@@ -116,9 +125,9 @@ def test_processed_logits_are_the_references(data: st.DataObject) -> None:
         assert np.array_equal(expected, logits)
     elif np.isneginf(expected).all():
         with pytest.raises(ValueError, match="leave no token of the vocabulary to choose"):
-            processor.apply(logits, each, eos)
+            Sampler().sample(Logits.of(logits[None]), [each], eos)
     else:
-        np.testing.assert_allclose(processor.apply(logits, each, eos), expected, rtol=2e-6, atol=2e-5)
+        np.testing.assert_allclose(applied(each, logits, eos), expected, rtol=2e-6, atol=2e-5)
 
 
 def test_the_order_is_bias_then_repetition_then_the_additive_penalties() -> None:
@@ -128,8 +137,7 @@ def test_the_order_is_bias_then_repetition_then_the_additive_penalties() -> None
     each = request(
         prompt=[1], output=[1, 1], logit_bias={1: 3.0}, repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5
     )  # fmt: skip
-    assert each.logits_processor is not None
-    assert each.logits_processor.apply(logits, each, ()).tolist() == [
+    assert applied(each, logits).tolist() == [
         0.0,
         (-1 + 3) / 2 - 0.25 - 2 * 0.5,
         0.0,
@@ -146,8 +154,7 @@ def test_repetition_looks_at_the_prompt_and_the_others_do_not() -> None:
         ({"frequency_penalty": 1.0}, set(OUTPUT)),
     ):
         each = request(**fields)
-        assert each.logits_processor is not None
-        assert set(np.flatnonzero(each.logits_processor.apply(logits, each, ()) != 1.0).tolist()) == changed
+        assert set(np.flatnonzero(applied(each, logits) != 1.0).tolist()) == changed
 
 
 def test_a_bad_word_is_forbidden_only_where_it_would_be_completed() -> None:
@@ -161,27 +168,29 @@ def test_a_bad_word_is_forbidden_only_where_it_would_be_completed() -> None:
         ([1], [], False),
     ):
         each = request(temperature=0.0, prompt=prompt, output=output, bad_word_ids=[(5, 9)])
-        assert (Sampler().sample(logits, [each], ())[0] != 9) is forbidden
+        assert (Sampler().sample(Logits.of(logits), [each], ())[0] != 9) is forbidden
     never = request(temperature=0.0, output=[], bad_word_ids=[(9,)])
-    assert Sampler().sample(logits, [never], ())[0] != 9
+    assert Sampler().sample(Logits.of(logits), [never], ())[0] != 9
 
 
 def test_a_bias_of_minus_100_is_a_number() -> None:
     """vLLM's and OpenAI's meaning: it moves a logit by 100, so a token that is 200 above the rest still wins."""
     logits = np.zeros((1, 4), dtype=np.float32)
     logits[0, 2] = 200.0
-    assert Sampler().sample(logits, [request(temperature=0.0, logit_bias={2: -100.0})], ()) == [2]
+    assert Sampler().sample(Logits.of(logits), [request(temperature=0.0, logit_bias={2: -100.0})], ()) == [2]
 
 
 def test_a_row_with_nothing_left_fails_and_names_the_cause() -> None:
     """All forbidden, or infinite: an error of this request, never an arbitrary token."""
     with pytest.raises(ValueError, match=r"bad_words, min_tokens and logit_bias leave no token"):
         Sampler().sample(
-            np.zeros((1, 2), np.float32), [request(prompt=[0], output=[], bad_word_ids=[(0,), (1,)])], ()
+            Logits.of(np.zeros((1, 2), np.float32)),
+            [request(prompt=[0], output=[], bad_word_ids=[(0,), (1,)])],
+            (),
         )
     huge = np.full((1, 4), 3e38, dtype=np.float32)
     with pytest.raises(ValueError, match="made a logit infinite"):
-        Sampler().sample(huge, [request(prompt=[0], output=[], repetition_penalty=0.01)], ())
+        Sampler().sample(Logits.of(huge), [request(prompt=[0], output=[], repetition_penalty=0.01)], ())
 
 
 @pytest.mark.parametrize(
@@ -191,7 +200,7 @@ def test_an_id_outside_the_vocabulary_is_an_error_with_its_name(fields: dict[str
     """Where nobody knew the vocabulary at the door, NumPy's wrap-around and IndexError are not the answer."""
     name = "logit_bias" if "logit_bias" in fields else "bad_words"
     with pytest.raises(ValueError, match=rf"^{name}: token id 40 must be in \[0, 40\)"):
-        Sampler().sample(row()[None], [request(**fields)], ())
+        Sampler().sample(Logits.of(row()[None]), [request(**fields)], ())
 
 
 def test_recomputed_tokens_give_the_same_logits() -> None:
@@ -199,9 +208,9 @@ def test_recomputed_tokens_give_the_same_logits() -> None:
     fields = CASES["everything"]
     grown, tokens = request(9, output=[], **fields), []
     for step in range(30):
-        (token,) = Sampler().sample(row(step)[None], [grown], EOS)
+        (token,) = Sampler().sample(Logits.of(row(step)[None]), [grown], EOS)
         rebuilt = request(9, output=tokens, **fields)
-        assert Sampler().sample(row(step)[None], [rebuilt], EOS) == [token]
+        assert Sampler().sample(Logits.of(row(step)[None]), [rebuilt], EOS) == [token]
         tokens.append(token)
         grown.append_output(token)
     assert len(set(tokens)) > 5
@@ -222,4 +231,4 @@ def test_children_have_streams_of_their_own() -> None:
             Request(i, [0] * position, params=dataclasses.replace(params, seed=child_seed(1, i)))
             for i in range(4)
         ]
-        assert len(set(Sampler().sample(uniform_logits, children, ()))) >= 3
+        assert len(set(Sampler().sample(Logits.of(uniform_logits), children, ()))) >= 3

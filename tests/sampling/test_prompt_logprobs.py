@@ -195,19 +195,16 @@ def test_interrupted_and_transient_failures_tell_nothing_twice() -> None:
     assert all(request.prompt_logprobs == expected(request) for request in requests)
 
 
-def test_an_executor_without_last_finite_serves_them() -> None:
-    """Bring your own model: the batcher looks at every row itself, prompt rows included."""
+def test_an_array_instead_of_logits_is_refused_by_name() -> None:
+    """Bring your own model: what it returns must say which rows are finite."""
     system = System()
     inner = system.executor
 
     class Bare:
         def forward(self, batch: Batch) -> np.ndarray:
-            return inner.forward(batch)
+            return inner.forward(batch).values
 
-    system.batcher.executor = Bare()
-    inner.poisoned.add("bad")
-    good = system.add("good", prompt(9), 3, prompt_logprobs=1)
-    bad = system.add("bad", prompt(9, 1), 3, prompt_logprobs=1)
+    system.batcher.executor = Bare()  # type: ignore[assignment]
+    request = system.add("a", prompt(9), 3, prompt_logprobs=1)
     system.drain()
-    assert good.prompt_logprobs == expected(good)
-    assert bad.finish_reason == "error"
+    assert request.error == "TypeError: the executor gave ndarray, must be Logits"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from nanoserve.errors import RequestRefused
+from nanoserve.logits import Logits
 from nanoserve.native import KVCachePool
 from nanoserve.request import Request
 from nanoserve.sampling import Sampler
@@ -560,20 +561,19 @@ def test_a_sampler_that_returns_too_few_tokens_ends_only_who_it_was_asked_for() 
     ends_alone(system, good, culprit, "ValueError: not enough values")
 
 
-def test_an_executor_with_stale_finite_flags_is_an_error() -> None:
-    """Flags of another batch would fail, or spare, the wrong request."""
+def test_an_executor_with_a_stale_block_max_is_an_error() -> None:
+    """Maxima of another batch would fail, or spare, the wrong request."""
     system = System()
     request = system.add("a", prompt(5))
     forward = system.executor.forward
 
     def stale(batch: Any) -> Any:
         logits = forward(batch)
-        system.executor.last_finite = np.ones(7, np.bool_)
-        return logits
+        return Logits(logits.values, np.ones((7, 1), np.float32))
 
     system.executor.forward = stale  # type: ignore[method-assign]
     system.drain()
-    assert "last_finite tells of 7 rows, there are 1" in str(request.error)
+    assert "block_max of shape (7, 1) for logits of shape (1, 32)" in str(request.error)
 
 
 @pytest.mark.parametrize("shape", [(0, 32), (2, 32), (32,)])
@@ -581,7 +581,7 @@ def test_an_executor_that_returns_the_wrong_rows_is_an_error_not_a_mixup(shape: 
     """Tokens are given out by row: a missing or extra row would give one request another's token."""
     system = System()
     request = system.add("a", prompt(5))
-    system.executor.forward = lambda batch: np.zeros(shape, np.float32)  # type: ignore[method-assign]
+    system.executor.forward = lambda batch: Logits.of(np.zeros(shape, np.float32))  # type: ignore[method-assign]
     system.drain()
     assert request.finish_reason == "error"
     assert str(shape) in str(request.error)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from nanoserve.batch import Batch
 from nanoserve.cache.kv_pool import KVCachePool
 from nanoserve.cache.radix_manager import RadixCacheManager
+from nanoserve.logits import Logits
 from nanoserve.request import Request
 from nanoserve.sampling import Sampler, SamplingParams, mix64
 from nanoserve.scheduling.audit import audit
@@ -86,7 +87,7 @@ def rollout(
     watcher = None if request.watcher is None else type(request.watcher)()
     while len(copy.output_tokens) < params.max_tokens and copy.total_len < max_len:
         logits = logits_after(prefix_hashes(copy.token_ids, copy.total_len > switch_len)[-1], vocab)
-        (token,) = sampler.sample(logits[None], [copy], eos)
+        (token,) = sampler.sample(Logits.of(logits[None]), [copy], eos)
         copy.append_output(token)
         stops = (*params.stop_token_ids, *(() if params.ignore_eos else eos))
         ends = token in stops
@@ -106,7 +107,6 @@ class FakeExecutor:
         self.kv_pool = kv_pool
         self.vocab = vocab
         self.switch_len = switch_len
-        self.last_finite: NDArray[np.bool_] = np.ones(0, np.bool_)
         self.raises: set[Any] = set()
         self.poisoned: set[Any] = set()
         self.transient = 0
@@ -118,7 +118,7 @@ class FakeExecutor:
             list[tuple[Any, int, int]]
         ] = []  # (request id, start, count) per piece of each forward
 
-    def forward(self, batch: Batch) -> NDArray[np.float32]:
+    def forward(self, batch: Batch) -> Logits:
         self.num_forwards += 1
         self.batches.append(
             list(zip([r.req_id for r in batch.requests], batch.starts, batch.counts, strict=True))
@@ -148,10 +148,9 @@ class FakeExecutor:
                 rows.append(logits * np.float32(np.nan) if poisoned else logits)
         assert len(rows) == len(batch.sample_rows)
         logits = np.stack(rows) if rows else np.zeros((0, self.vocab), np.float32)
-        self.last_finite = np.isfinite(logits).all(axis=1)
         if self.after is not None:
             self.after()
-        return logits
+        return Logits.of(logits)
 
     def _write(self, table: Any, values: NDArray[np.float32], start: int) -> None:
         rows = np.zeros((len(values), 1, self.kv_pool.head_dim), np.float32)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from nanoserve.batch import Batch
+from nanoserve.logits import Logits
 from nanoserve.nano_engine import NanoServingEngine
 from nanoserve.sampling import SamplingParams
 
@@ -18,18 +19,14 @@ class RecordingExecutor:
         self.inner = inner
         self.rows: dict[Any, dict[int, np.ndarray]] = {}
 
-    @property
-    def last_finite(self) -> np.ndarray:
-        return self.inner.last_finite
-
-    def forward(self, batch: Batch) -> np.ndarray:
+    def forward(self, batch: Batch) -> Logits:
         logits = self.inner.forward(batch)
         row = 0
         pieces = zip(batch.requests, batch.starts, batch.counts, batch.sampled, strict=True)
         for index, (request, start, count, sampled) in enumerate(pieces):
             end = start + count - 1
             for position in (*batch.prompt_rows.get(index, ()), *((end,) if sampled else ())):
-                self.rows.setdefault(request.req_id, {})[position] = logits[row].copy()
+                self.rows.setdefault(request.req_id, {})[position] = logits.values[row].copy()
                 row += 1
         assert row == len(logits)
         return logits

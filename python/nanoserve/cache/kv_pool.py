@@ -6,9 +6,10 @@ Three numbers name a token's place and must never be mixed:
     page_id  physical page; a sequence's table maps pos // page_size -> page_id
     slot     page_id * page_size + pos % page_size: one token's row in the arena
 
-Memory: K is `[layer][page][head][head_dim][page_size]`, keys transposed inside a page, so that 16 tokens are one vector
-of scores; V is `[layer][page][head][page_size][head_dim]`. `get_layer_cache` shows both as
-`[page, page_size, head, head_dim]` without copying.
+Memory: `[layer][page][head]`, and of each head K `[head_dim][page_size]`, transposed so that 16 tokens are one vector of
+scores, then V `[page_size][head_dim]`: a page is one run of memory. `get_layer_cache` shows both as
+`[page, page_size, head, head_dim]` without copying. Pages of bfloat16 (`element="bf16"`) hold pairs that kernels multiply as
+one, K `[head_dim / 2][page_size][2]` and V `[page_size / 2][head_dim][2]`; their views are uint16 with the pairs as an axis.
 
 Invariant: a page is free, or its refcount equals its holders (page tables, the prefix tree); a page with more than one
 holder is never written. The price of pages is waste in the last one, at most page_size - 1 tokens per sequence; the

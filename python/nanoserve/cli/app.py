@@ -17,6 +17,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 import nanoserve
+from nanoserve.cli.bench import bench
 from nanoserve.cli.chat import chat
 from nanoserve.cli.doctor import doctor
 from nanoserve.cli.explain import explain
@@ -71,7 +72,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command, panel in ((generate, "Run a model"), (chat, "Run a model"), (plan, "Look inside"), (explain, "Look inside"),
+for command, panel in ((generate, "Run a model"), (chat, "Run a model"), (bench, "Look inside"), (plan, "Look inside"), (explain, "Look inside"),
                        (doctor, "Look inside")):  # fmt: skip
     app.command(rich_help_panel=panel, help=_as_help(command))(command)
 

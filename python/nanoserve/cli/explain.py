@@ -20,9 +20,9 @@ def _gemm() -> KernelSpec:
 
 
 def _attention() -> KernelSpec:
-    from nanoserve.kernels.attention import attention_spec
+    from nanoserve.kernels.attention import Tiling, attention_spec
 
-    return attention_spec(4, 2, 64, 16, 528, 272, 2)
+    return attention_spec(4, 2, 64, 16, 528, 272, Tiling(2))
 
 
 def _norm() -> KernelSpec:
@@ -43,10 +43,22 @@ def _kv_write() -> KernelSpec:
     return kv_write_spec(4, 2, 64, 16, 528, 64)
 
 
-def _gated() -> KernelSpec:
-    from nanoserve.kernels.gated import gated_spec
+def _convert() -> KernelSpec:
+    from nanoserve.kernels.convert import convert_spec
 
-    return gated_spec(64, "silu", 144, 80)
+    return convert_spec(64, 80, 128, "u8")
+
+
+def _logits() -> KernelSpec:
+    from nanoserve.kernels.logits import block_max_spec
+
+    return block_max_spec(512, 512)
+
+
+def _peak() -> KernelSpec:
+    from nanoserve.kernels.peak import dot_spec
+
+    return dot_spec("f32")
 
 
 # Small sizes: a kernel's text grows with them, its structure does not.
@@ -56,7 +68,9 @@ KERNELS: dict[str, tuple[Callable[[], KernelSpec], str]] = {
     "norm": (_norm, "RMS norm of 64 columns"),
     "embedding": (_embedding, "rows of a table, 64 columns"),
     "kv_write": (_kv_write, "rotary positions, and K and V into their pages"),
-    "gated": (_gated, "SwiGLU: silu(gate) * up"),
+    "convert": (_convert, "rows of 64 columns quantised to 8 bits, a scale for each"),
+    "logits": (_logits, "the largest of each block of 256 logits, NaN where one is not finite"),
+    "peak": (_peak, "multiply-adds in registers: what the CPU can do at most"),
 }
 
 

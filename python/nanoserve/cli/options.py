@@ -118,7 +118,15 @@ ENGINE = (
            "the model's, or what fits"),
     Option("max_num_seqs", ("--max-num-seqs",), int, _MEMORY, "COUNT", "Most sequences that run at once.", "32"),
     Option("num_threads", ("--threads",), int, _MEMORY, "COUNT", "Threads of a forward pass.", "this process's cores"),
-    Option("dtype", ("--dtype",), str, _MEMORY, "TYPE", "Of the weights in memory; float32 is the only one yet.", "float32"),
+    Option("weight_cache", ("--weight-cache/--no-weight-cache",), bool, _MEMORY, None,
+           "Keep packed weights on disk, for a faster start the next time.", "yes"),
+    Option("dtype", ("--dtype",), str, _MEMORY, "TYPE",
+           "Arithmetic of the forward pass: auto, float32 or bfloat16. auto is bfloat16 for a checkpoint stored so on a CPU "
+           "that multiplies it, else float32.", "auto"),
+    Option("quantization", ("--quantization",), str, _MEMORY, "TYPE",
+           "int8: quantise weights per output channel when loading, activations per token."),
+    Option("kv_cache_dtype", ("--kv-cache-dtype",), str, _MEMORY, "TYPE",
+           "Of keys and values: auto, float32 or bfloat16. auto is float32 where the arithmetic is.", "auto"),
     Option("revision", ("--revision",), str, _MEMORY, "NAME", "Branch, tag or commit of a Hugging Face hub repository."),
 )  # fmt: skip
 

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from nanoserve.memory_plan import MemoryPlan
     from nanoserve.models.config import ModelConfig
 
+_CHOICE = {"dtype": "auto", "quantization": None, "kv_cache_dtype": "auto"}  # LLM's defaults
+_WEIGHTS = {
+    "float32": "as stored: 16 bits are widened in the kernels; arithmetic in float32",
+    "bfloat16": "bfloat16, and so is the arithmetic",
+    "int8": "int8, and so is the arithmetic",
+}
 _CONTEXTS = [256 * 4**power for power in range(8)]  # of the concurrency table
 
 
@@ -46,12 +52,12 @@ def plan(
     """
     from nanoserve.memory_plan import plan_memory
 
-    if (dtype := engine.pop("dtype", "float32")) != "float32":
-        raise ValueError(f"--dtype: {dtype!r} is not supported, only 'float32'")
-    if "num_threads" in engine:
-        raise ValueError("--threads: changes nothing about memory, leave it out")
+    for field, flag in (("num_threads", "--threads"), ("weight_cache", "--weight-cache")):
+        if field in engine:
+            raise ValueError(f"{flag}: changes nothing about memory, leave it out")
     memory_bytes = None if memory is None else parse_size("--memory", memory)
-    config, weights = _look_at(model, engine.pop("revision", None))
+    choice = {name: engine.pop(name, default) for name, default in _CHOICE.items()}
+    config, weights = _look_at(model, engine.pop("revision", None), choice)
     made = plan_memory(config, memory_bytes=memory_bytes, **weights, **engine)
     if as_json:
         print(json.dumps(_as_dict(made)))
@@ -61,34 +67,40 @@ def plan(
     console.print(_concurrency(made))
 
 
-def _look_at(model: str, revision: str | None) -> tuple[ModelConfig, dict[str, int]]:
+def _look_at(model: str, revision: str | None, choice: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
     """Config, and what plan_memory is to know of the weights: from their files, else from the dtype config.json names."""
     from nanoserve.models.checkpoint import checkpoint_directory, load_weights
     from nanoserve.models.config import ModelConfig
-    from nanoserve.models.weights import loaded_bytes
+    from nanoserve.models.weights import loaded_bytes, stored_dtype
+    from nanoserve.precision import choose_precision
 
     path = Path(model)
     if path.is_file():
         config = ModelConfig.from_pretrained(path)
-        return config, _as_config_says(config, path)
+        return config, _as_config_says(config, path, choice)
     directory = checkpoint_directory(model, revision=revision, weights=False)
     config = ModelConfig.from_pretrained(directory)
     if not any(directory.glob("*.safetensors")):
-        return config, _as_config_says(config, directory / "config.json")
+        return config, _as_config_says(config, directory / "config.json", choice)
     tensors = load_weights(directory)
     stored = sum(tensor.nbytes for tensor in tensors.values())
-    return config, {"stored_bytes": stored, "weight_bytes": loaded_bytes(config, tensors)}
+    precision = choose_precision(**choice, stored=stored_dtype(config, tensors), head_dim=config.dim_per_head)
+    weight_bytes = loaded_bytes(config, tensors, precision)
+    return config, {"stored_bytes": stored, "weight_bytes": weight_bytes, "precision": precision}
 
 
-def _as_config_says(config: ModelConfig, file: Path) -> dict[str, int]:
-    """Two bytes a parameter where config.json says that they are stored so, as kernels read them."""
+def _as_config_says(config: ModelConfig, file: Path, choice: dict[str, Any]) -> dict[str, Any]:
+    """The same without weight files: their dtype is what config.json says."""
     from nanoserve.checkpoint_json import read_object
     from nanoserve.models.config_file import MAX_CONFIG_BYTES
-    from nanoserve.models.decoder import num_parameters
+    from nanoserve.models.weights import expected_bytes
+    from nanoserve.precision import choose_precision
 
     raw = read_object(file, MAX_CONFIG_BYTES)
-    narrow = raw.get("dtype", raw.get("torch_dtype")) in ("bfloat16", "float16")
-    return {"weight_bytes": 2 * num_parameters(config)} if narrow else {}
+    named = raw.get("dtype", raw.get("torch_dtype"))
+    stored = {"bfloat16": "bf16", "float16": "f16"}.get(named, "f32") if isinstance(named, str) else "f32"
+    precision = choose_precision(**choice, stored=stored, head_dim=config.dim_per_head)
+    return {"weight_bytes": expected_bytes(config, stored, precision), "precision": precision}
 
 
 def _contexts(plan: MemoryPlan) -> list[int]:
@@ -112,12 +124,12 @@ def _sizes(config: ModelConfig, plan: MemoryPlan) -> Table:
     rows = [
         ("parameters", f"{plan.num_parameters:,}", f"{config.family}: {shape}"),
         ("weights on disk", stored, ""),
-        ("weights in memory", format_size(plan.weight_bytes), "float32, or the file's 16 bits, widened in the kernels"),
+        ("weights in memory", format_size(plan.weight_bytes), _WEIGHTS[plan.precision.arithmetic]),
         ("activations", format_size(plan.activation_bytes), "buffers, rotary tables and logits of the largest step"),
         ("KV cache", format_size(plan.kv_cache_bytes),
          f"{plan.num_pages:,} pages of {plan.page_size} tokens, {format_size(plan.page_bytes)} each"),
         ("total", format_size(plan.total_bytes), _of_budget(plan)),
-        ("KV per token", format_size(plan.kv_bytes_per_token), "keys and values of all layers, float32"),
+        ("KV per token", format_size(plan.kv_bytes_per_token), f"keys and values of all layers, {plan.precision.kv_cache}"),
         ("tokens in the cache", f"{plan.num_tokens:,}", ""),
         ("longest sequence", f"{plan.max_model_len:,}", f"prompt + output; the model's limit is {config.max_seq_len:,}"),
     ]  # fmt: skip

@@ -12,13 +12,13 @@ in the process. `.ir` is the way out to operations this layer does not name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from nanoserve.compiler.bindings import mlir
 
 _mlir = mlir()
-ir, arith, vector, math = _mlir.ir, _mlir.arith, _mlir.vector, _mlir.math
+ir, arith, vector, math, llvm = _mlir.ir, _mlir.arith, _mlir.vector, _mlir.math, _mlir.llvm
 
 LANES = 16  # the vector of this project: LLVM splits it where registers are narrower
 
@@ -98,8 +98,14 @@ class Value:
     def __or__(self, other: Operand) -> Value:
         return _binary(arith.ori, None, self, other)
 
+    def __xor__(self, other: Operand) -> Value:
+        return _binary(arith.xori, None, self, other)
+
     def __lshift__(self, other: Operand) -> Value:
         return _binary(arith.shli, None, self, other)
+
+    def __rshift__(self, other: Operand) -> Value:
+        return _binary(arith.shrui, None, self, other)
 
     # Ordered comparisons: false when either side is NaN.
     def __lt__(self, other: Operand) -> Value:
@@ -110,6 +116,9 @@ class Value:
 
     def __gt__(self, other: Operand) -> Value:
         return _compare("sgt", "OGT", self, other)
+
+    def __ge__(self, other: Operand) -> Value:
+        return _compare("sge", "OGE", self, other)
 
 
 Operand = Value | int | float
@@ -125,8 +134,8 @@ def const(value: int | float, t: Any) -> Value:
     return Value(arith.constant(t, float(value) if _is_float(t) else int(value)))
 
 
-def zeros(width: int = LANES) -> Value:
-    return const(0, vector_of(width))
+def zeros(width: int = LANES, element: str = "f32") -> Value:
+    return const(0, vector_of(width, element))
 
 
 def index(value: Operand) -> Value:
@@ -220,19 +229,89 @@ def widen(value: Value) -> Value:
     return Value(arith.extf(wide, value.ir))
 
 
-def bitcast(value: Value, element: str) -> Value:
-    """The same bits as another element type of the same size."""
+def narrow(value: Value, element: str) -> Value:
+    """A float32 vector as bf16, rounded to nearest even, a NaN quiet; as f32, what it is.
+
+    In integers: arith.truncf is a call into a library where the CPU has no instruction, and the instruction takes
+    subnormals as zero.
+    """
+    if element == "f32":
+        return value
+    bits = bitcast(value, "i32")
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    is_nan = Value(arith.cmpf(arith.CmpFPredicate.UNO, value.ir, value.ir))
+    half = select(is_nan, (bits >> 16) | 0x40, rounded)
+    return bitcast(Value(arith.trunci(vector_of(value.width, "i16"), half.ir)), element)
+
+
+def truncate(value: Value, element: str) -> Value:
+    """As `narrow`, by the CPU's instruction, subnormals to zero: for targets with bf16_dot."""
+    return Value(arith.truncf(vector_of(value.width, element), value.ir))
+
+
+def paired_lanes(value: Value) -> Value:
+    """Neighbouring 16-bit elements as one 32-bit lane, the first in the low half."""
+    return Value(vector.bitcast(vector_of(value.width // 2, "i32"), value.ir))
+
+
+def double(value: Value) -> Value:
+    """float32 as float64, exactly."""
+    return Value(
+        arith.extf(vector_of(value.width, "f64") if _is_vector(value.type) else type_of("f64"), value.ir)
+    )
+
+
+def bitcast(value: Value, element: str, lanes: int = 1) -> Value:
+    """The same bits as another element type of the same size, or as `lanes` smaller ones for each."""
     if _is_vector(value.type):
-        return Value(vector.bitcast(vector_of(value.width, element), value.ir))
+        return Value(vector.bitcast(vector_of(value.width * lanes, element), value.ir))
     return Value(arith.bitcast(type_of(element), value.ir))
+
+
+def signed_shift_right(value: Value, bits: int) -> Value:
+    """An integer shifted with copies of its sign; >> shifts in zeros."""
+    return Value(arith.shrsi(value.ir, const(bits, value.type).ir))
+
+
+def to_float(value: Value) -> Value:
+    """A signed integer as float32, rounded to nearest even."""
+    return Value(arith.sitofp(vector_of(value.width) if _is_vector(value.type) else type_of("f32"), value.ir))
+
+
+def intrinsic(name: str, *operands: Value) -> Value:
+    """LLVM's intrinsic of that name, which gives the type of its first operand: a * b + c with c first."""
+    return Value(llvm.call_intrinsic(operands[0].type, name, [value.ir for value in operands], [], []))
 
 
 def imin(a: Operand, b: Operand) -> Value:
     return Value(arith.minsi(index(a).ir, index(b).ir))
 
 
-def ceildiv(a: Value, b: int) -> Value:
+def imax(a: Operand, b: Operand) -> Value:
+    return Value(arith.maxsi(index(a).ir, index(b).ir))
+
+
+def ceildiv(a: Value, b: Operand) -> Value:
     return (a + (b - 1)) // b
+
+
+def shuffle(a: Value, b: Value, lanes: Iterable[int]) -> Value:
+    """Lanes of a, and of b counted on behind them, in a new order."""
+    return Value(vector.shuffle(a.ir, b.ir, list(lanes)))
+
+
+def transpose(rows: list[Value]) -> list[Value]:
+    """n vectors of n lanes, n a power of two: lane j of row i becomes lane i of row j, in log2(n) rounds of shuffles."""
+    n, half = len(rows), len(rows) // 2
+    while half:
+        pairs = [(i, i + half) for i in range(n) if not i & half]
+        for i, j in pairs:
+            low = [n + at - half if at & half else at for at in range(n)]
+            high = [n + at if at & half else at + half for at in range(n)]
+            rows = [*rows]
+            rows[i], rows[j] = shuffle(rows[i], rows[j], low), shuffle(rows[i], rows[j], high)
+        half //= 2
+    return rows
 
 
 def lane(value: Value, i: int) -> Value:
@@ -249,10 +328,11 @@ def lane_numbers() -> Value:
 
 def htree(value: Value, op: Callable[[Value, Value], Value]) -> Value:
     """Reduce the lanes to a scalar: the low half with the high half, until one is left. The order is fixed by this."""
+    element = str(_element(value.type))
     while value.width > 1:
         half = value.width // 2
         low, high = (
-            Value(vector.extract_strided_slice(vector_of(half), value.ir, [at], [half], [1]))
+            Value(vector.extract_strided_slice(vector_of(half, element), value.ir, [at], [half], [1]))
             for at in (0, half)
         )
         value = op(low, high)

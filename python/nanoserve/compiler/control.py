@@ -10,7 +10,19 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from nanoserve.compiler.bindings import mlir
-from nanoserve.compiler.builder import LANES, Operand, Value, chunks, index, ir, type_of, vector_of
+from nanoserve.compiler.builder import (
+    LANES,
+    Operand,
+    Value,
+    add,
+    chunks,
+    htree,
+    index,
+    ir,
+    type_of,
+    vector_of,
+    zeros,
+)
 
 _mlir = mlir()
 func, memref, scf, vector = _mlir.func, _mlir.memref, _mlir.scf, _mlir.vector
@@ -48,9 +60,9 @@ class Buffer:
     def store(self, value: Value, *at: Operand) -> None:
         vector.store(value.ir, self.ir, self._at(at))
 
-    def prefetch(self, *at: Operand, locality: int = 3) -> None:
+    def prefetch(self, *at: Operand, locality: int = 3, write: bool = False) -> None:
         """Ask for a cache line; locality 3 is L1, 2 is L2. The address may lie past the end."""
-        memref.prefetch(self.ir, self._at(at), False, locality, True)
+        memref.prefetch(self.ir, self._at(at), write, locality, True)
 
 
 def scratch(*shape: int, element: str = "f32") -> Buffer:
@@ -73,15 +85,17 @@ def kernel(
     return define
 
 
-def helper(symbol: str, **arguments: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def helper(
+    symbol: str, *, overlap: Collection[str] = (), **arguments: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A function for a kernel of the same module to call: @helper(...) def scores(q, k): ... then scores(q, k).
 
-    Never inlined. A hot loop in a function of its own has all registers to itself; among the rest of a long kernel, LLVM
+    `overlap` as kernel's. Never inlined. A hot loop in a function of its own has all registers to itself; among the rest of a long kernel, LLVM
     spills its accumulators.
     """
 
     def define(body: Callable[..., None]) -> Callable[..., None]:
-        f = _function(symbol, arguments, body)
+        f = _function(symbol, arguments, body, overlap)
         f.attributes["llvm.linkage"] = ir.Attribute.parse("#llvm.linkage<internal>")
 
         def call(*values: Buffer | Operand) -> None:
@@ -149,6 +163,33 @@ def when(condition: Value) -> Callable[[Callable[[], None]], None]:
             scf.yield_([])
 
     return define
+
+
+def sum_of_columns(cols: int, term: Callable[[Value, Any, int], Value]) -> Value:
+    """The sum over a row's columns of what term(acc, at, width) adds to acc, in an order that depends on `cols` only.
+
+    Four accumulators of 16 lanes (64 columns a turn), then one for each leftover chunk of 16, 8, 4, 2, 1 columns; added in
+    that order and halved lane-wise to a scalar.
+    """
+    whole = cols // 64 * 64
+
+    def turn(at: Any, acc: list[Value]) -> list[Value]:
+        return [term(acc[j], at + 16 * j, LANES) for j in range(4)]
+
+    acc = loop(0, whole, 64, carry=[zeros()] * 4)(turn) if whole else [zeros()] * 4
+    result = htree((acc[0] + acc[1]) + (acc[2] + acc[3]), add)
+    for at, width in chunks(cols - whole):
+        result = result + htree(term(zeros(width), whole + at, width), add)
+    return result
+
+
+def either(condition: Value, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    """Runs the first where the condition holds, the second elsewhere."""
+    op = scf.IfOp(condition.ir, has_else=True)
+    for block, body in ((op.then_block, then), (op.else_block, otherwise)):
+        with ir.InsertionPoint(block):
+            body()
+            scf.yield_([])
 
 
 def over(size: int, unit: int = LANES) -> Callable[[Callable[[Operand, int], None]], None]:

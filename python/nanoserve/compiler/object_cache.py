@@ -9,47 +9,31 @@ The invariant: a manifest names an object that was complete before the manifest 
 both files arrive by rename, so a reader sees an entry whole or not at all, whichever process writes it, and two processes
 that compile the same kernel at once leave one good entry. A damaged entry is removed and compiled again.
 
-The directory belongs to the user alone (0700). One that somebody else owns or may write is refused, because its contents
-would be executed; so are symbolic links in place of entries. Refusal is an error, never a silent start without a cache.
+The directory is one that only its user may write, because its contents are executed (cache_directory.py); one that is not is an
+error, never a silent start without a cache. It is bounded: `trim` removes what was not used for longest.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import re
-import stat
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from nanoserve.compiler.cache_directory import CacheDirectory, CacheRefused, default_directory
+
+__all__ = ["CacheRefused", "ObjectCache", "default_directory"]
 
 _log = logging.getLogger("nanoserve.compiler")
 _MAX_MANIFEST_BYTES = 64 * 1024
 _MAX_OBJECT_BYTES = 64 * 1024 * 1024
-
-
-class CacheRefused(RuntimeError):
-    """The cache directory, or something in it, is not safe to execute code from."""
+MAX_CACHE_BYTES = 256 * 1024 * 1024  # some ten thousand kernels
 
 
 class _Damaged(Exception):
     """An entry that does not hold what its manifest says."""
-
-
-def default_directory() -> Path:
-    """$NANOSERVE_CACHE_DIR, else $XDG_CACHE_HOME/nanoserve, else ~/.cache/nanoserve."""
-    chosen = os.environ.get("NANOSERVE_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    # The XDG specification: relative paths are invalid and to be ignored.
-    return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "nanoserve"
 
 
 class ObjectCache:
@@ -61,22 +45,9 @@ class ObjectCache:
     """
 
     def __init__(self, directory: str | Path | None = None) -> None:
-        self.directory = (default_directory() if directory is None else Path(directory)).absolute()
+        self._files = CacheDirectory(default_directory() if directory is None else directory, "kernel cache")
+        self.directory = self._files.path
         self.damaged = 0  # entries removed because they did not verify
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        info = os.lstat(self.directory)
-        if not stat.S_ISDIR(info.st_mode):
-            raise CacheRefused(f"kernel cache {self.directory}: a link or a file, not a directory")
-        if info.st_uid != os.geteuid():
-            raise CacheRefused(
-                f"kernel cache {self.directory}: owned by user {info.st_uid}, not by user {os.geteuid()} who would run "
-                "the code in it; set NANOSERVE_CACHE_DIR to a directory of your own"
-            )
-        if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise CacheRefused(
-                f"kernel cache {self.directory}: mode {stat.S_IMODE(info.st_mode):04o} lets other users write code that "
-                "this process would run; chmod 700 it, or set NANOSERVE_CACHE_DIR to a directory of your own"
-            )
 
     def find(self, key: str) -> Path | None:
         """The verified object of an entry, None when there is none (any more).
@@ -85,13 +56,16 @@ class ObjectCache:
             CacheRefused: a symbolic link or a file of another user sits in the entry's place.
         """
         try:
-            return self._verified(key)
+            path = self._verified(key)
         except _Damaged:
-            return self._recheck(key)
+            path = self._recheck(key)
+        if path is not None:
+            self._files.used(f"{key}.json")
+        return path
 
     def discard(self, key: str) -> None:
         """Remove an entry, if there is one."""
-        with self._lock():
+        with self._files.lock():
             self._remove(key)
 
     def store(self, key: str, symbol: str, toolchain: str, obj: bytes) -> Path:
@@ -99,27 +73,52 @@ class ObjectCache:
         digest = hashlib.sha256(obj).hexdigest()
         path = self.directory / f"{digest}.so"
         manifest = {"symbol": symbol, "toolchain": toolchain, "size": len(obj), "sha256": digest}
-        with self._lock():
-            self._write(path, obj, 0o700)
-            self._write(self._manifest(key), (json.dumps(manifest, indent=1) + "\n").encode(), 0o600)
+        with self._files.lock():
+            self._write(path.name, obj, 0o700)
+            self._write(f"{key}.json", (json.dumps(manifest, indent=1) + "\n").encode(), 0o600)
             if self.last_toolchain() != toolchain:
-                self._write(self.directory / "toolchain", toolchain.encode(), 0o600)
-            _sync_directory(self.directory)
+                self._write("toolchain", toolchain.encode(), 0o600)
+            self._files.sync()
         return path
+
+    def trim(self, max_bytes: int = MAX_CACHE_BYTES) -> int:
+        """Remove entries, those first that were not used for longest, until the rest is no larger; how many went.
+
+        A process that just found such an entry and has not mapped it yet finds it gone, and compiles the kernel again.
+        """
+        objects = {name: info.st_size for name, info in self._files.files(".so")}
+        if sum(objects.values()) <= max_bytes:
+            return 0
+        with (
+            self._files.lock()
+        ):  # who writes an object and its manifest holds it, so an object without one is nobody's
+            self._files.remove_abandoned()
+            objects = {name: info.st_size for name, info in self._files.files(".so")}
+            kept: set[str] = set()
+            total = removed = 0
+            for name, _ in reversed(self._files.files(".json")):
+                held = self._object_name(name)
+                size = 0 if held in kept else objects.get(held or "", 0)
+                if held is not None and total + size <= max_bytes:
+                    kept.add(held)
+                    total += size
+                else:
+                    (self.directory / name).unlink(missing_ok=True)
+                    removed += 1
+            for held in objects.keys() - kept:
+                (self.directory / held).unlink(missing_ok=True)
+            return removed
 
     def last_toolchain(self) -> str | None:
         """The compiler that filled the cache last: what keys are made with where no compiler is installed."""
         try:
-            return self._read(self.directory / "toolchain", _MAX_MANIFEST_BYTES).decode("utf-8", "replace")
+            return self._read("toolchain", _MAX_MANIFEST_BYTES).decode("utf-8", "replace")
         except (FileNotFoundError, _Damaged):
             return None
 
-    def _manifest(self, key: str) -> Path:
-        return self.directory / f"{key}.json"
-
     def _recheck(self, key: str) -> Path | None:
         """Look again under the lock, for a writer may have just replaced what was damaged; else remove it."""
-        with self._lock():
+        with self._files.lock():
             try:
                 return self._verified(key)
             except _Damaged as damage:
@@ -130,69 +129,42 @@ class ObjectCache:
 
     def _verified(self, key: str) -> Path | None:
         try:
-            text = self._read(self._manifest(key), _MAX_MANIFEST_BYTES)
+            text = self._read(f"{key}.json", _MAX_MANIFEST_BYTES)
         except FileNotFoundError:
             return None
         digest, size = _object_of(text)
         path = self.directory / f"{digest}.so"
         try:
-            data = self._read(path, size)
+            data = self._read(path.name, size)
         except FileNotFoundError as error:
             raise _Damaged("its object is gone") from error
         if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
             raise _Damaged("its object is not the one that was written")
         return path
 
-    def _read(self, path: Path, limit: int) -> bytes:
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise CacheRefused(f"kernel cache: {path} is a symbolic link, an entry never is") from error
-            raise
-        with os.fdopen(fd, "rb") as file:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
-                raise CacheRefused(
-                    f"kernel cache: {path} is not a file that only user {os.geteuid()} can write"
-                )
+    def _read(self, name: str, limit: int) -> bytes:
+        with self._files.open(name) as file:
             data = file.read(limit + 1)
         if len(data) > limit:
-            raise _Damaged(f"{path.name} is larger than {limit} bytes")
+            raise _Damaged(f"{name} is larger than {limit} bytes")
         return data
 
-    def _write(self, path: Path, data: bytes, mode: int) -> None:
-        """The whole file or none of it, on disk before it gets its name."""
-        fd, temporary = tempfile.mkstemp(prefix=".new-", dir=self.directory)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fchmod(fd, mode)
-                os.fsync(fd)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+    def _write(self, name: str, data: bytes, mode: int) -> None:
+        with self._files.new_file(name, mode) as file:
+            file.write(data)
 
     def _remove(self, key: str) -> None:
-        manifest = self._manifest(key)
-        try:
-            digest, _ = _object_of(self._read(manifest, _MAX_MANIFEST_BYTES))
-        except (FileNotFoundError, _Damaged):
-            pass  # the manifest does not say which object was its; it goes alone
-        else:
-            (self.directory / f"{digest}.so").unlink(missing_ok=True)
-        manifest.unlink(missing_ok=True)
+        held = self._object_name(f"{key}.json")
+        if held is not None:
+            (self.directory / held).unlink(missing_ok=True)
+        (self.directory / f"{key}.json").unlink(missing_ok=True)
 
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    def _object_name(self, manifest: str) -> str | None:
+        """Of the object of an entry; None where the manifest does not say, and goes alone."""
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)  # releases the lock
+            return f"{_object_of(self._read(manifest, _MAX_MANIFEST_BYTES))[0]}.so"
+        except (FileNotFoundError, _Damaged):
+            return None
 
 
 def _object_of(manifest: bytes) -> tuple[str, int]:
@@ -207,11 +179,3 @@ def _object_of(manifest: bytes) -> tuple[str, int]:
     if not isinstance(size, int) or not 0 < size <= _MAX_OBJECT_BYTES:
         raise _Damaged(f"its manifest gives an impossible size, {size!r}")
     return digest, size
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,7 +1,8 @@
 """What the CPU offers, as far as generated code depends on it.
 
-Kernels are written in vectors of 16 floats everywhere; LLVM splits them where registers are narrower. A target only
-chooses how many such vectors a register tile may use, so results do not depend on it: same order, same fused operations.
+Kernels are written in vectors of 16 floats everywhere; LLVM splits them where registers are narrower. A target chooses how
+many such vectors a register tile may use, and results do not depend on that: same order, same fused operations. It also says
+which dot products of narrow types are one instruction; that of bfloat16 pairs rounds in its own way (vector_math.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class Target:
         registers: vector registers.
         digest: identifies everything LLVM may use; part of cache keys.
         cpu: LLVM's name of the CPU, None for "this one, with all it has".
+        bf16_dot: AVX512-BF16's vdpbf16ps.
+        int8_dot: AVX512-VNNI's vpdpbusd.
     """
 
     name: str
@@ -31,6 +34,8 @@ class Target:
     registers: int
     digest: str
     cpu: str | None = None
+    bf16_dot: bool = False
+    int8_dot: bool = False
 
     @property
     def budget(self) -> int:
@@ -82,4 +87,8 @@ def host() -> Target:
         name, lanes, registers = "generic", 4, 16
     described = "\n".join([platform.machine(), model, *sorted(features)])
     digest = hashlib.sha256(described.encode()).hexdigest()[:16]
-    return Target(name=name, lanes=lanes, registers=registers, digest=digest)
+    wide = name == "avx512"
+    return Target(
+        name=name, lanes=lanes, registers=registers, digest=digest,
+        bf16_dot=wide and "avx512_bf16" in features, int8_dot=wide and "avx512_vnni" in features,
+    )  # fmt: skip

@@ -1,4 +1,5 @@
-"""Authoring layer, part three: exp, tanh, erf, the soft cap and the activations, on float32 vectors or scalars.
+"""Authoring layer, part three: exp, tanh, erf, the soft cap and the activations, on float32 vectors or scalars; dot products
+of narrow types.
 
 MLIR's math.exp would become 16 calls into libm, and the pass that expands it is not in the wheels. These are short
 polynomials: branch free, the same on every machine, and NaN in gives NaN out (a request with bad numbers must be seen).
@@ -6,11 +7,28 @@ polynomials: branch free, the same on every machine, and NaN in gives NaN out (a
     exp   at most 1 ulp from -87.3 to 88.3; below, it stays at 1.2e-38 (never 0, never subnormal); above, at 2.4e38
     tanh  at most 2 ulp
     erf   at most 2 ulp
+
+The dot products work on 32-bit lanes that hold two bfloat16 or four bytes, the first in the lowest bits. That of bytes is exact,
+the same on every target. That of bfloat16 is deterministic on each: vdpbf16ps takes the second product first and subnormals
+as zero, the fused multiply-adds elsewhere do not.
 """
 
 from __future__ import annotations
 
-from nanoserve.compiler.builder import Value, absolute, bitcast, const, copysign, fma, fmax, fmin, select
+from nanoserve.compiler.builder import (
+    Value,
+    absolute,
+    bitcast,
+    const,
+    copysign,
+    fma,
+    fmax,
+    fmin,
+    intrinsic,
+    select,
+    signed_shift_right,
+)
+from nanoserve.compiler.target import Target
 
 # exp(r) = 1 + r + r^2 * P(r) on |r| <= ln(2)/2; ln(2) in two parts so that n * high is exact.
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
@@ -69,6 +87,33 @@ def erf(x: Value) -> Value:
     t = fmin(4.0, a)  # erf rounds to 1 from 3.92 on; the polynomial turns around later
     large = copysign(1.0 - exp(_polynomial(t, _ERFC) * (0.0 - t), at_most_zero=True), x)
     return select(a < 0.9, small, large)
+
+
+def bf16_pairs(lanes: Value, target: Target) -> Value:
+    """16 32-bit lanes as dot_bf16 takes them."""
+    return bitcast(lanes, "bf16", lanes=2) if target.bf16_dot else lanes
+
+
+def dot_bf16(acc: Value, a: Value, b: Value, target: Target) -> Value:
+    """acc + a0 * b0 + a1 * b1 in float32, of bf16_pairs."""
+    if target.bf16_dot:
+        return intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", acc, a, b)
+    acc = fma(bitcast(a << 16, "f32"), bitcast(b << 16, "f32"), acc)
+    return fma(bitcast(a & -65536, "f32"), bitcast(b & -65536, "f32"), acc)
+
+
+def int8_fours(lanes: Value, target: Target) -> Value:
+    """16 32-bit lanes as dot_int8 takes them."""
+    return bitcast(lanes, "i8", lanes=4) if target.int8_dot else lanes
+
+
+def dot_int8(acc: Value, a: Value, b: Value, target: Target) -> Value:
+    """acc + the sum of a_i * b_i over four unsigned bytes a and four signed bytes b in each int32 lane, of int8_fours."""
+    if target.int8_dot:
+        return intrinsic("llvm.x86.avx512.vpdpbusd.512", acc, a, b)
+    for at in (0, 8, 16, 24):
+        acc = acc + ((a >> at) & 255) * signed_shift_right(b << (24 - at), 24)
+    return acc
 
 
 def soft_cap(x: Value, cap: float) -> Value:

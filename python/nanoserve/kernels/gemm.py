@@ -1,19 +1,26 @@
 """y[m, n] = cap(act(sum_k x[m, k] * w[n, k] + bias[n]) * scale) (+ y[m, n]): every matrix product of the decoder.
 
-The weight is packed once at load into panels [N/NR][K][NR], so that the inner loop streams it: per k one row of a panel,
-multiplied with a broadcast element of each of up to 8 rows of x, accumulated in registers. x is read where it lies.
+Three arithmetics, chosen by the types of x and of the weight:
 
-The weight may be stored as bfloat16 or float16 (`dtype`): it is widened to float32 on its way into the registers, exactly, so
-the result has the bits that a float32 copy of it would give, from half the memory. bfloat16 panels of even K hold two k side by
-side, [K/2][NR][2]: one load of 32-bit lanes has both, the even k by a shift, the odd one by a mask.
+    x f32, w f32, bf16 or f16   float32: the weight is widened, exactly, on its way into the registers; one fused
+                                multiply-add per k. The bits are those of a float32 copy of the weight.
+    x bf16, w bf16              bfloat16 products, float32 sums: vector_math.dot_bf16 per pair of k.
+    x u8, w i8                  x = round(x / x_scale) + 128 with a scale per row, w symmetric with a scale per output; exact
+                                int32 sums. (sum - 128 * w_sum) * (x_scale * w_scale) is where float32 begins.
 
-Numerics: one accumulator per output, k ascending, fused multiply-add; then + bias, activation, * scale, soft cap,
-+ residual (y itself), each only where the spec has it. No part of that depends on m, on the row tile, or on how units are
-split, so an output's bits depend on its own row only.
+The weight is packed once at load into panels [ceil(N/NR)][depth][NR][group] (panels.py): per step of the inner loop one row of a
+panel is loaded and multiplied with `group` broadcast elements of each of up to 8 rows of x, which are read where they lie.
+
+Numerics: one accumulator per output, k ascending; then + bias, activation, * scale, soft cap, + residual (y itself), each only
+where the spec has it; a bfloat16 y is rounded to nearest even at the end. No part of that depends on m, on the row tile, or on
+how units are split, so an output's bits depend on its own row only.
+
+A gated GEMM has a weight of 2 * N rows, gate then up, and stores act(gate) * up: the bits of the two apart. Its panels
+alternate, gate and up of the same columns.
 
 Work units are (panel, block of ROW_BLOCK rows), panel-major: unit t is panel t // RB, row block t % RB, RB = ceil(m /
-ROW_BLOCK). In a block rows go by full tiles, then by one smaller tile; rows beyond m are neither read nor written: the
-last tile may compute a row twice but stores it once.
+ROW_BLOCK). A block of few rows is one register tile, which reads the panel from memory; one of more is several, the first of
+which bring in the next panel. Rows beyond m are neither read nor written: the last tile may compute a row twice.
 
 Columns n >= N of y, up to the padded N, are written with what the zero padding gives (act(0) is 0, or y + that).
 """
@@ -21,12 +28,8 @@ Columns n >= N of y, up to the padded N, are written with what the zero padding 
 from __future__ import annotations
 
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol, cast
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from nanoserve.compiler.target import Target, host
 from nanoserve.kernels.library import KernelSpec
@@ -34,116 +37,87 @@ from nanoserve.kernels.library import KernelSpec
 if TYPE_CHECKING:
     from nanoserve.compiler.builder import Value
 
-WEIGHT_BYTES = {"f32": 4, "bf16": 2, "f16": 2}  # per element, by dtype
+WEIGHT_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "i8": 1}  # per element, by dtype
+GROUP = {"f32": 1, "f16": 1, "bf16": 2, "i8": 4}  # k that lie side by side in a panel, by dtype
+WEIGHTS_OF = {
+    "f32": ("f32", "bf16", "f16"),
+    "bf16": ("bf16",),
+    "u8": ("i8",),
+}  # what x can be multiplied with
 ROW_BLOCK = 64  # rows of x that stay in L1/L2 while a panel is used
 ACTIVATIONS = (None, "gelu_tanh", "gelu_erf", "silu")
+MAX_INT8_K = (2**31 - 1) // (255 * 127)  # beyond, an int32 sum could overflow
 _K_BLOCK_BYTES = 512 * 1024  # of a panel: what stays in a core's L2 beside x
-_PACK_BLOCK_BYTES = 4 * 1024 * 1024  # of packed weights: enough to pay for a hand-over between threads
-_PACK_THREADS = 4  # beyond these, memory is what packing waits for
+# How far ahead of its use a panel is asked for while it streams from memory, for tiles of up to 4 rows and of more.
+_AHEAD_BYTES, _AHEAD_BYTES_MORE_ROWS = 4096, 8192
+
+
+@dataclass(frozen=True, slots=True)
+class RowTiles:
+    """How the rows of a block are cut into register tiles.
+
+    Attributes:
+        single: rows of the tiles one of which takes a whole block of few rows, largest first, down to 1.
+        large, small: rows of the tiles that a block of more rows is a mix of: as few rows as possible are computed twice.
+    """
+
+    single: tuple[int, ...]
+    large: int
+    small: int
 
 
 def panel_width(n: int, target: Target | None = None) -> int:
-    """Columns of a packed panel.
+    """Columns of a packed panel: two vectors where the registers hold 8 rows of them, else one.
 
-    As many as the registers allow, but at least two panels where there are two vectors' worth, so that threads share the
-    work, and never so many that padding exceeds round_up(n, 64), the room every row has.
+    Three would take fewer loads per multiply-add, but loads are not what is short, and with two a tile may have 12 rows.
     """
-    budget = (host() if target is None else target).budget
-    for width in (48, 32):
-        fits = 9 * width // 16 + 1 <= budget  # 8 rows of accumulators, one of weights, a broadcast
-        if fits and n > width and _round_up(n, width) <= _round_up(n, 64):
-            return width
-    return 16
+    fits = (host() if target is None else target).budget >= (8 + 1) * 2 + 1
+    return 32 if fits and n > 32 else 16
 
 
-def row_tiles(width: int, target: Target) -> tuple[int, ...]:
-    """Rows of a register tile, largest first: rows * vectors accumulators, the vectors of weights, one broadcast."""
+def row_tiles(width: int, target: Target) -> RowTiles:
+    """Tiles that fit the registers: rows * vectors accumulators, the vectors of weights, one broadcast."""
     vectors = width // 16
-    largest = 8 if 9 * vectors + 1 <= target.budget else 6 if 7 * vectors + 1 <= target.budget else 4
-    return tuple(rows for rows in (8, 6, 4, 2, 1) if rows <= largest and (rows != 6 or largest == 6))
-
-
-class Rows(Protocol):
-    """A matrix that can be read a few rows at a time: a NumPy array, or a checkpoint's tensor that is still on disk."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __getitem__(self, rows: slice, /) -> Any: ...
-
-
-class NarrowRows(Rows, Protocol):
-    """A matrix whose rows can also be had as they are stored."""
-
-    def stored(self, begin: int, end: int) -> NDArray[np.uint16]:
-        """Rows [begin, end) as the 16 bits of each element."""
-
-
-def is_paired(k: int, dtype: str) -> bool:
-    """Whether pack lays two k side by side."""
-    return dtype == "bf16" and k % 2 == 0
-
-
-def pack(weight: Rows, target: Target | None = None, dtype: str = "f32") -> NDArray[Any]:
-    """weight[N, K] -> panels[N/NR][K][NR], zero beyond N; for "bf16" and "f16" (of NarrowRows) uint16, the bits of each.
-
-    Reads a few megabytes of whole panels at a time, so that no second copy of a large weight exists, and from several
-    threads: `weight[begin:end]` must be float32 or convertible to it, and safe to call concurrently.
-
-    Raises:
-        ValueError: a weight that is not a matrix.
-    """
-    if len(weight.shape) != 2:
-        raise ValueError(f"pack: a weight of shape {weight.shape} must have 2 dimensions")
-    n, k = weight.shape
-    width = panel_width(n, target)
-    panels = -(-n // width)
-    pair = 2 if is_paired(k, dtype) else 1
-    packed = np.empty((panels, k // pair, width, pair), dtype=np.float32 if dtype == "f32" else np.uint16)
-    each = max(1, _PACK_BLOCK_BYTES // (4 * max(1, k) * width))
-
-    def copy(first: int) -> None:
-        block = packed[first : first + each]
-        begin, end = first * width, min((first + each) * width, n)
-        if dtype == "f32":
-            rows: NDArray[Any] = np.asarray(weight[begin:end], dtype=np.float32)
-        else:
-            rows = cast(NarrowRows, weight).stored(begin, end)
-        whole, left = divmod(len(rows), width)
-        block[:whole] = rows[: whole * width].reshape(whole, width, k // pair, pair).transpose(0, 2, 1, 3)
-        if left:
-            block[whole, :, :left] = rows[whole * width :].reshape(left, k // pair, pair).transpose(1, 0, 2)
-            block[whole, :, left:] = 0
-
-    with ThreadPoolExecutor(min(_PACK_THREADS, os.cpu_count() or 1)) as threads:
-        for _ in threads.map(copy, range(0, panels, each)):
-            pass  # an error of a block is raised here
-    return packed.reshape(panels, k, width)
-
-
-def pack_bias(bias: NDArray[Any], target: Target | None = None) -> NDArray[np.float32]:
-    """bias[N] -> float32[N rounded up to whole panels], zero beyond N."""
-    (n,) = bias.shape
-    packed = np.zeros(_round_up(n, panel_width(n, target)), dtype=np.float32)
-    packed[:n] = bias
-    return packed
+    most = max(2, (target.budget - 1) // vectors - 1)
+    if most >= 12:
+        return RowTiles((12, 8, 4, 2, 1), 8, 6)
+    return RowTiles((6, 4, 2, 1), 6, 4) if most >= 6 else RowTiles((2, 1), 2, 1)
 
 
 def gemm_spec(
-    n_in: int, n_out: int, ldx: int, ldy: int, *, bias: bool = False, activation: str | None = None,
-    residual: bool = False, scale: float = 1.0, softcap: float = 0.0, dtype: str = "f32",
+    n_in: int, n_out: int, ldx: int, ldy: int, *, x: str = "f32", dtype: str = "f32", y: str = "f32",
+    bias: bool = False, activation: str | None = None, residual: bool = False, scale: float = 1.0,
+    softcap: float = 0.0, gated: bool = False,
 ) -> KernelSpec:  # fmt: skip
-    """Args: x[.][ldx], pack(w), (pack_bias(b)), y[.][ldy], m, begin, end over panels * ceil(m / ROW_BLOCK) units.
+    """Args: x[.][ldx], (x_scale[.]), w, (w_scale, w_sum), (bias), y[.][ldy], m, begin, end over units.
 
-    With `softcap` > 0, v becomes softcap * tanh(v / softcap) before the residual.
+    Units are panels * ceil(m / ROW_BLOCK), panels = ceil(n_out / panel_width(n_out)). `x`, `dtype` and `y` are the element
+    types of x, the weight and y; ldx and ldy count elements. w is panels.pack's, or for int8 pack_int8's with its w_scale and
+    w_sum; bias is panels.pack_bias's. x_scale is float32 per row. The rows of x have room for n_in rounded up to whole groups
+    (GROUP[dtype], ldx a multiple of it too); what lies beyond n_in does not matter.
+
+    With `softcap` > 0, v becomes softcap * tanh(v / softcap) before the residual. With `gated` the weight and bias have
+    2 * n_out rows, and y[., n_out] = activation(gate) * up.
 
     Raises:
         ValueError: sizes that do not fit, or an option that is not known.
     """
+    if x not in WEIGHTS_OF:
+        raise ValueError(f"gemm: x {x!r} must be one of {', '.join(WEIGHTS_OF)}")
+    if dtype not in WEIGHTS_OF[x]:
+        raise ValueError(f"gemm: dtype {dtype!r} with x {x!r} must be one of {', '.join(WEIGHTS_OF[x])}")
+    if y not in ("f32", "bf16"):
+        raise ValueError(f"gemm: y {y!r} must be f32 or bf16")
+    group = 1 if x == "f32" else GROUP[dtype]
     padded = _round_up(n_out, panel_width(n_out)) if n_out > 0 else 0
-    if n_in < 1 or n_out < 1 or ldx < n_in or ldy < padded:
+    if n_in < 1 or n_out < 1 or ldx < _round_up(n_in, group) or ldx % group or ldy < padded:
         raise ValueError(
-            f"gemm: n_in={n_in} in rows of {ldx}, n_out={n_out} (padded {padded}) in rows of {ldy} do not fit"
+            f"gemm: n_in={n_in} in rows of {ldx} (a multiple of {group}), n_out={n_out} (padded {padded}) in rows of {ldy} "
+            "do not fit"
+        )
+    if dtype == "i8" and n_in > MAX_INT8_K:
+        raise ValueError(
+            f"gemm: n_in={n_in} must be at most {MAX_INT8_K} for int8, or its sums could overflow"
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"gemm: activation {activation!r} must be one of {ACTIVATIONS}")
@@ -151,131 +125,252 @@ def gemm_spec(
         raise ValueError(f"gemm: scale={scale} must be finite")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"gemm: softcap={softcap} must be finite and at least 0, 0 for none")
-    if dtype not in WEIGHT_BYTES:
-        raise ValueError(f"gemm: dtype {dtype!r} must be one of {', '.join(WEIGHT_BYTES)}")
+    if gated and (activation is None or residual or scale != 1.0 or softcap):
+        raise ValueError("gemm: gated needs an activation, and excludes residual, scale and softcap")
     return KernelSpec.make(
-        "gemm", k=n_in, n=n_out, ldx=ldx, ldy=ldy, bias=bias, activation=activation, residual=residual,
-        scale=float(scale), softcap=float(softcap), dtype=dtype,
+        "gemm", k=n_in, n=n_out, ldx=ldx, ldy=ldy, x=x, dtype=dtype, y=y, bias=bias, activation=activation,
+        residual=residual, scale=float(scale), softcap=float(softcap), gated=gated,
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a panel's part of a unit takes place, in the code being built.
+
+    Attributes:
+        panel: of the weight.
+        following: the one this thread reads next, or the same.
+        column: of y.
+        first, last: rows of the block.
+        to: column of the scratch memory for sums.
+    """
+
+    panel: Value
+    following: Value
+    column: Value
+    first: Value
+    last: Value
+    to: Value
+
+
 def build(
-    symbol: str, target: Target, *, k: int, n: int, ldx: int, ldy: int, bias: bool, activation: str | None,
-    residual: bool, scale: float, softcap: float, dtype: str,
+    symbol: str, target: Target, *, k: int, n: int, ldx: int, ldy: int, x: str, dtype: str, y: str, bias: bool,
+    activation: str | None, residual: bool, scale: float, softcap: float, gated: bool,
 ) -> None:  # fmt: skip
-    from nanoserve.compiler.builder import bitcast, ceildiv, fma, imin, index, select, splat, widen, zeros
+    from nanoserve.compiler.builder import (
+        bitcast,
+        ceildiv,
+        fma,
+        imin,
+        index,
+        narrow,
+        select,
+        splat,
+        to_float,
+        widen,
+        zeros,
+    )
     from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop, scratch, when
-    from nanoserve.compiler.vector_math import activate, soft_cap
+    from nanoserve.compiler.vector_math import activate, bf16_pairs, dot_bf16, dot_int8, int8_fours, soft_cap
 
     width = panel_width(n, target)
     vectors = range(0, width, 16)
+    parts = 2 if gated else 1  # panels of one unit
+    panels, padded = -(-n // width) * parts, _round_up(n, width) * parts
     tiles = row_tiles(width, target)
-    k_block = max(64, _K_BLOCK_BYTES // (WEIGHT_BYTES[dtype] * width) // 64 * 64)
-    paired = is_paired(k, dtype)
-    stored = (
-        array(-(-n // width), k // 2, width, element="i32")
-        if paired
-        else array(-(-n // width), k, width, element=dtype)
-    )
-    arguments = {"x": array(UNBOUNDED, ldx), "w": stored}
+    group = GROUP[dtype]
+    depth = -(-k // group)  # steps of the inner loop
+    line = 64 // (group * WEIGHT_BYTES[dtype])  # lanes (of a group) in a cache line
+    step_bytes = group * width * WEIGHT_BYTES[dtype]
+    # The last step of a pair may be half a one; it is no part of the loop, and goes with the one block there is then.
+    is_odd = group == 2 and k % 2 == 1
+    whole = k // 2 if is_odd else depth
+    block = whole if is_odd else max(64, _K_BLOCK_BYTES // step_bytes // 64 * 64)
+    sum_type = "i32" if dtype == "i8" else "f32"
+
+    # Narrow elements are read as 32-bit lanes that hold a group.
+    arguments = {"x": array(UNBOUNDED, ldx) if x == "f32" else array(UNBOUNDED, ldx // group, element="i32")}
+    if dtype == "i8":
+        arguments["x_scale"] = array(UNBOUNDED)
+    arguments["w"] = array(panels, depth, width, element="i32" if group > 1 else dtype)
+    if dtype == "i8":
+        arguments |= {"w_scale": array(padded), "w_sum": array(padded, element="i32")}
     if bias:
-        arguments["b"] = array(_round_up(n, width))
-    arguments["y"] = array(UNBOUNDED, ldy)
+        arguments["bias"] = array(padded)
+    arguments["y"] = array(UNBOUNDED, ldy, element=y)
+    arguments |= dict.fromkeys(("m", "begin", "end"), "index")
 
-    @kernel(symbol, **arguments, m="index", begin="index", end="index")
-    def _(x: Any, w: Any, *rest: Any) -> None:
-        b = rest[0] if bias else None
-        y, m, begin, end = rest[-4:]
+    @kernel(symbol, **arguments)
+    def _(*values: Any) -> None:
+        given = dict(zip(arguments, values, strict=True))
+        rows_in, weight, out, m = given["x"], given["w"], given["y"], given["m"]
         row_blocks = ceildiv(m, ROW_BLOCK)
-        # What full tiles ask into L2 (smaller ones outrun nothing: they wait for memory either way). One tile: the panel
-        # itself, 8 KiB ahead; several: the next panel, while this one is used again.
-        depth = k // 2 if paired else k  # of a panel, in loads
-        ahead = select(m <= tiles[0], index(8192 * depth // (WEIGHT_BYTES[dtype] * width * k)), depth)
         # Accumulators on their way to the epilogue, or to the next block of k; with room for rows a last tile repeats.
-        acc_rows = scratch(ROW_BLOCK + tiles[0], width)
+        sums = scratch(ROW_BLOCK + tiles.single[0], parts * width, element=sum_type)
 
-        def tile(
-            rows: int, panel: Value, first: Value, start: Value, last: Value, k_begin: Value, k_end: Value
-        ) -> None:
-            """acc_rows[start - first ...] = (or +=, from the second k block on) x[start : start + rows] @ panel."""
-            row = [imin(start + i, last) for i in range(rows)]
-            if k > k_block:
-                acc = [acc_rows.load(start - first + i, j) for i in range(rows) for j in vectors]
-            else:
-                acc = [zeros() for _ in range(rows) for _ in vectors]
+        def operand(lanes: Value) -> Value:
+            if x == "f32":
+                return widen(lanes)
+            return bf16_pairs(lanes, target) if x == "bf16" else int8_fours(lanes, target)
 
-            def step(kk: Value, weights: list[Value], acc: list[Value]) -> list[Value]:
+        def dot(acc: Value, a: Value, b: Value) -> Value:
+            if x == "f32":
+                return fma(a, b, acc)
+            return (dot_bf16 if x == "bf16" else dot_int8)(acc, a, b, target)
+
+        def multiply(
+            row: list[Value], at: Value, loaded: list[Value], acc: list[Value], half: bool = False
+        ) -> list[Value]:
+            """Accumulators after step `at`; `half` takes the first k of a pair only."""
+
+            def each(k_at: Value, panel_row: list[Value], acc: list[Value]) -> list[Value]:
                 result = []
-                for i in range(rows):
-                    a = splat(x[row[i], kk])
-                    result += [fma(a, weights[j], acc[i * len(vectors) + j]) for j in range(len(vectors))]
+                for i, row_at in enumerate(row):
+                    a = rows_in[row_at, k_at]
+                    a = operand(splat(a & 0xFFFF if half and x == "bf16" else a))
+                    result += [dot(acc[i * len(vectors) + j], a, b) for j, b in enumerate(panel_row)]
                 return result
 
-            @loop(k_begin // 2 if paired else k_begin, k_end // 2 if paired else k_end, carry=acc)
-            def total(at: Value, acc: list[Value]) -> list[Value]:
-                loaded = [w.load(panel, at, j) for j in vectors]
-                for j in vectors if rows == tiles[0] else ():
-                    w.prefetch(panel, at + ahead, j, locality=2)
-                if not paired:
-                    return step(at, [widen(v) for v in loaded], acc)
-                acc = step(at * 2, [bitcast(v << 16, "f32") for v in loaded], acc)
-                return step(at * 2 + 1, [bitcast(v & -65536, "f32") for v in loaded], acc)
+            if x == "f32" and dtype == "bf16":
+                acc = each(at * 2, [bitcast(v << 16, "f32") for v in loaded], acc)
+                return acc if half else each(at * 2 + 1, [bitcast(v & -65536, "f32") for v in loaded], acc)
+            return each(at, [operand(v) for v in loaded], acc)
 
+        def tile(
+            rows: int,
+            place: Place,
+            start: Value,
+            begin: Value,
+            end: Value,
+            ask: tuple[Value, Value],
+            share: int,
+        ) -> None:
+            """sums = (or +=, from the second k block on) x[start : start + rows] @ panel, over the steps [begin, end).
+
+            Meanwhile 1 / share of the lines of a panel are asked for, from element ask[1] of panel ask[0] on.
+            """
+            row = [imin(start + i, place.last) for i in range(rows)]
+
+            @loop(0, rows)
+            def _(i: Value) -> None:  # these rows of y will be written, and are in no near cache
+                for j in range(0, width, 16 if y == "f32" else 32):
+                    out.prefetch(imin(start + i, place.last), place.column + j, write=True)
+
+            slot = start - place.first
+            if whole > block:
+                acc = [sums.load(slot + i, place.to + j) for i in range(rows) for j in vectors]
+            else:
+                acc = [zeros(element=sum_type) for _ in range(rows) for _ in vectors]
+            unroll = next(
+                u for u in ((4, 2, 1) if rows == 1 else (2, 1) if rows <= 8 else (1,)) if whole % u == 0
+            )
+            lines = -(-unroll * width // (line * share))
+
+            near = 3 if share == 1 else 2  # L1, where what is used next fits; L2
+
+            @loop(begin, end, unroll, carry=acc)
+            def total(at: Value, acc: list[Value]) -> list[Value]:
+                asked = ask[1] + at // unroll * (lines * line)
+                for i in range(lines):
+                    weight.prefetch(ask[0], 0, asked + i * line, locality=near)
+                for step in (at + i if i else at for i in range(unroll)):
+                    loaded = [weight.load(place.panel, step, j) for j in vectors]
+                    acc = multiply(row, step, loaded, acc)
+                return acc
+
+            if is_odd:
+                loaded = [weight.load(place.panel, whole, j) for j in vectors]
+                total = multiply(row, index(whole), loaded, total, half=True)
             for i in range(rows):
                 for j, at in enumerate(vectors):
-                    acc_rows.store(total[i * len(vectors) + j], start - first + i, at)
+                    sums.store(total[i * len(vectors) + j], slot + i, place.to + at)
 
-        @loop(begin, end)
+        def all_tiles(place: Place, begin: Value, end: Value) -> None:
+            """sums of all rows of a block over the steps [begin, end)."""
+            count, biggest = place.last + 1 - place.first, tiles.single[0]
+            # One tile uses a panel as it comes from memory, and asks for it some way ahead.
+            for rows, smaller in zip(tiles.single, (*tiles.single[1:], 0), strict=True):
+
+                @when((count > smaller) & (count <= rows))
+                def _(rows: int = rows) -> None:
+                    ahead = _AHEAD_BYTES if rows <= 4 else _AHEAD_BYTES_MORE_ROWS
+                    tile(rows, place, place.first, begin, end, (place.panel, index(ahead // 64 * line)), 1)
+
+            # Several use it again from L2: the first two or three ask for the next panel.
+            @when(count > biggest)
+            def _() -> None:
+                num_tiles = ceildiv(count, tiles.large)
+                num_small = imin(num_tiles, (num_tiles * tiles.large - count) // (tiles.large - tiles.small))
+                num_large = num_tiles - num_small
+
+                askers = imin(num_tiles, 3)
+                part_of_panel = ceildiv(index(depth * width // line), askers) * line
+
+                def run(rows: int, low: Value, high: Value) -> None:
+                    @loop(low, high)
+                    def _(t: Value) -> None:
+                        start = place.first + num_large * tiles.large + (t - num_large) * rows
+                        asks = t < askers
+                        ask = (
+                            select(asks, place.following, place.panel),
+                            select(asks, t * part_of_panel, index(0)),
+                        )
+                        tile(rows, place, start, begin, end, ask, 2)
+
+                run(tiles.large, index(0), num_large)
+                run(tiles.small, num_large, num_tiles)
+
+        def finish(row: Value, slot: Value, to: int, column: Value) -> Value:
+            """The value of 16 sums before the activation."""
+            value = sums.load(slot, to)
+            if dtype == "i8":
+                value = to_float(value - given["w_sum"].load(column) * 128)
+                value = value * (given["w_scale"].load(column) * given["x_scale"][row])
+            return value + given["bias"].load(column) if bias else value
+
+        @loop(given["begin"], given["end"])
         def _(unit: Value) -> None:
             panel = unit // row_blocks
             first = unit % row_blocks * ROW_BLOCK
             stop = imin(first + ROW_BLOCK, m)
-            last = stop - 1
 
-            def all_tiles(k_begin: Value, k_end: Value) -> None:
-                # A full tile also takes what is more than the next smaller one can.
-                full = (stop - first + (tiles[0] - tiles[1] - 1)) // tiles[0]
-                after = first + full * tiles[0]
-
-                @loop(first, after, tiles[0])
-                def _(start: Value) -> None:
-                    tile(tiles[0], panel, first, start, last, k_begin, k_end)
-
-                for rows, smaller in zip(tiles[1:], (*tiles[2:], 0), strict=True):
-                    left = stop - after
-
-                    @when((left > smaller) & (left <= rows))
-                    def _(rows: int = rows) -> None:
-                        tile(rows, panel, first, after, last, k_begin, k_end)
-
-            if k > k_block:
+            @loop(0, parts)
+            def _(part: Value) -> None:
+                source = panel * parts + part
+                is_last = source + 1 > ceildiv(given["end"], row_blocks) * parts - 1
+                place = Place(
+                    panel=source, following=select(is_last, source, source + 1), column=panel * width, first=first,
+                    last=stop - 1, to=part * width,
+                )  # fmt: skip
+                if whole <= block:
+                    all_tiles(place, index(0), index(whole))
+                    return
 
                 @loop(0, ROW_BLOCK)
                 def _(i: Value) -> None:
                     for j in vectors:
-                        acc_rows.store(zeros(), i, j)
+                        sums.store(zeros(element=sum_type), i, place.to + j)
 
-                @loop(0, k, k_block)
-                def _(k_begin: Value) -> None:
-                    all_tiles(k_begin, imin(k_begin + k_block, k))
-            else:
-                all_tiles(index(0), index(k))
+                @loop(0, whole, block)
+                def _(begin: Value) -> None:
+                    all_tiles(place, begin, imin(begin + block, whole))
 
             @loop(first, stop)
             def _(row: Value) -> None:
+                slot = row - first
                 for j in vectors:
-                    column = panel * width + j
-                    value = acc_rows.load(row - first, j)
-                    if b is not None:
-                        value = value + b.load(column)
-                    value = activate(activation, value)
+                    column = panel * (parts * width) + j  # of bias and scales
+                    value = activate(activation, finish(row, slot, j, column))
+                    if gated:
+                        value = value * finish(row, slot, width + j, column + width)
                     if scale != 1.0:
                         value = value * scale
                     if softcap:
                         value = soft_cap(value, softcap)
+                    column = panel * width + j
                     if residual:
-                        value = value + y.load(row, column)
-                    y.store(value, row, column)
+                        value = value + widen(out.load(row, column))
+                    out.store(narrow(value, y), row, column)
 
 
 def _round_up(value: int, to: int) -> int:

@@ -4,7 +4,8 @@ A KernelSpec is what a kernel depends on and nothing else. Its cache key covers 
 builds it and of the compiler, the toolchain's version and the CPU: so a warm start reads a few small files, imports no
 MLIR, builds no IR, and a change to any of them compiles anew.
 
-`build(symbol, target, **params)` of `kernels/<kind>.py` emits the kernel; it is imported from there only on a miss.
+`build(symbol, target, **params)` of `kernels/<kind>.py` emits the kernel; it is imported from there only on a miss. Many
+misses at once are compiled by several processes (compile_pool.py).
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import hashlib
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from nanoserve.compiler import bindings, jit
 from nanoserve.compiler.object_cache import ObjectCache
@@ -27,7 +30,15 @@ OnProgress = Callable[[int, int, str], None]
 _log = logging.getLogger("nanoserve.kernels")
 
 # Compiler files that decide what code comes out; explain and the cache do not.
-_COMPILER_SOURCES = ("builder.py", "control.py", "vector_math.py", "lowering.py", "jit.py", "target.py")
+_COMPILER_SOURCES = (
+    "builder.py",
+    "control.py",
+    "vector_math.py",
+    "row_output.py",
+    "lowering.py",
+    "jit.py",
+    "target.py",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +77,9 @@ class KernelSpec:
 def _source_digest(kind: str) -> str:
     kernels = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in [kernels / f"{kind}.py", *(kernels.parent / "compiler" / name for name in _COMPILER_SOURCES)]:
+    # A kernel of several files has its kind's name in front of each.
+    own = [kernels / f"{kind}.py", *sorted(kernels.glob(f"{kind}_*.py"))]
+    for path in [*own, *(kernels.parent / "compiler" / name for name in _COMPILER_SOURCES)]:
         data = path.read_bytes()
         digest.update(b"%d\0" % len(data) + data)
     return digest.hexdigest()
@@ -114,40 +127,100 @@ def load_kernels(
         missing = [spec for spec in wanted if (spec, cpu) not in _loaded]
         _stats.reused_in_process += len(wanted) - len(missing)
         if missing:
-            cache = ObjectCache()
-            toolchain = bindings.toolchain() or cache.last_toolchain() or "none"
-            for done, spec in enumerate(missing, start=1):
-                _loaded[spec, cpu] = _load(spec, cpu, cache, toolchain)
-                if on_progress is not None:
-                    on_progress(done, len(missing), spec.symbol)
-            _stats.damaged += cache.damaged
+            _load(missing, cpu, on_progress)
         return {spec: _loaded[spec, cpu] for spec in wanted}
 
 
-def _load(spec: KernelSpec, target: Target, cache: ObjectCache, toolchain: str) -> int:
-    key = spec.key(target, toolchain)
-    path = cache.find(key)
-    if path is not None:
-        try:
-            address = jit.load(path, spec.symbol)
-        except jit.CompileError as error:
-            # What was written, but not loadable here (another C library, say): compiling tells whether that helps.
-            _log.warning("%s; compiling it again", error)
-            cache.discard(key)
-        else:
+def _load(missing: Sequence[KernelSpec], target: Target, on_progress: OnProgress | None) -> None:
+    """Everything that is cached first; then the rest, compiled by workers or here."""
+    cache = ObjectCache()
+    toolchain = bindings.toolchain() or cache.last_toolchain() or "none"
+    keys = {spec: spec.key(target, toolchain) for spec in missing}
+    done = 0
+
+    def have(spec: KernelSpec, address: int) -> None:
+        nonlocal done
+        _loaded[spec, target] = address
+        done += 1
+        if on_progress is not None:
+            on_progress(done, len(missing), spec.symbol)
+
+    for spec in missing:
+        address = _cached(spec, keys[spec], cache)
+        if address is not None:
             _stats.loaded_from_cache += 1
-            return address
+            have(spec, address)
+    absent = [spec for spec in missing if (spec, target) not in _loaded]
+    # closing: whatever ends the loop ends the workers, at once.
+    with closing(_compiled_by_workers(absent, keys, target, toolchain, cache)) as compiled:
+        for spec in compiled:
+            address = _cached(spec, keys[spec], cache)
+            if address is not None:
+                _stats.compiled += 1
+                have(spec, address)
+    for spec in absent:
+        if (spec, target) not in _loaded:
+            address = _compiled(spec, keys[spec], target, toolchain, cache)
+            _stats.compiled += 1
+            have(spec, address)
+    _stats.damaged += cache.damaged
+    if absent and jit.linker() is not None:
+        _trim(cache)
+
+
+def _cached(spec: KernelSpec, key: str, cache: ObjectCache) -> int | None:
+    path = cache.find(key)
+    if path is None:
+        return None
+    try:
+        return jit.load(path, spec.symbol)
+    except jit.CompileError as error:
+        # What was written, but not loadable here (another C library, say): compiling tells whether that helps.
+        _log.warning("%s; compiling it again", error)
+        cache.discard(key)
+        return None
+
+
+def _compiled_by_workers(
+    absent: Sequence[KernelSpec],
+    keys: Mapping[KernelSpec, str],
+    target: Target,
+    toolchain: str,
+    cache: ObjectCache,
+) -> Generator[KernelSpec]:
+    from nanoserve.kernels import compile_pool  # as the compiler: only where something must be compiled
+
+    workers = compile_pool.num_workers(len(absent))
+    if workers and jit.linker() is not None and bindings.toolchain() is not None:
+        jobs = [(spec, keys[spec]) for spec in absent]
+        yield from compile_pool.compile_in_processes(jobs, target, toolchain, cache.directory, workers)
+
+
+def _compiled(spec: KernelSpec, key: str, target: Target, toolchain: str, cache: ObjectCache) -> int:
+    """Compiled by this process."""
     engine = jit.compile_kernel(lambda: spec.build(target), target)
-    _stats.compiled += 1
     if jit.linker() is None:
-        _log.warning(
-            "no linker (ld or cc): kernel %s stays in memory and is compiled again next time", spec.symbol
-        )
-        jit.keep_forever(engine)
-        return jit.address_in_memory(engine, spec.symbol)
-    stored = cache.store(key, spec.symbol, toolchain, jit.shared_object(engine, spec.symbol))
+        return _kept_in_memory(engine, spec, "no linker (ld or cc)")
+    obj = jit.shared_object(engine, spec.symbol)
+    try:
+        stored = cache.store(key, spec.symbol, toolchain, obj)
+    except OSError as error:
+        return _kept_in_memory(engine, spec, f"the kernel cache cannot be written ({error})")
     try:
         return jit.load(stored, spec.symbol)
     except jit.CompileError:
         cache.discard(key)
         raise
+
+
+def _kept_in_memory(engine: Any, spec: KernelSpec, reason: str) -> int:
+    _log.warning("%s: kernel %s stays in memory and is compiled again next time", reason, spec.symbol)
+    jit.keep_forever(engine)
+    return jit.address_in_memory(engine, spec.symbol)
+
+
+def _trim(cache: ObjectCache) -> None:
+    try:
+        cache.trim()
+    except OSError as error:
+        _log.warning("kernel cache: %s cannot be trimmed: %s", cache.directory, error)

@@ -1,12 +1,11 @@
-"""out[row] (+)= norm(x[row]) * weight (+ bias): RMSNorm and LayerNorm, of rows, gathered rows, or heads within a row.
+"""out[row] (+)= norm(x[row]) * weight (+ bias): RMSNorm and LayerNorm, of rows or gathered rows.
 
-Numerics: a row's sum runs in four accumulators of 16 lanes (64 columns a turn), then one accumulator per leftover chunk
-of 16, 8, 4, 2, 1 columns; they are added in that order and halved lane-wise to a scalar. The pattern depends on the number
-of columns only. LayerNorm subtracts the mean before it squares (two passes), so a large offset costs no digits.
+Numerics: a row's sum has the order of compiler/control.py's sum_of_columns, which depends on the number of columns only.
+LayerNorm subtracts the mean before it squares (two passes), so a large offset costs no digits.
 
 With `gather`, row i of out is the norm of x[rows[i]]: only rows that sample reach the head. With `residual` it is added to
-what out holds: one addition per element, not fused. With `groups`, consecutive runs of a row's columns are normalised each
-on its own, with the same weight: queries and keys before they are rotated. x and out may be one buffer.
+what out holds: one addition per element, not fused. x and out may be one buffer. Without `residual`, out may be of the type
+GEMMs read, bfloat16 or quantised rows (compiler/row_output.py).
 
 Work units are rows of out.
 """
@@ -23,62 +22,35 @@ if TYPE_CHECKING:
     from nanoserve.compiler.builder import Value
 
 KINDS = ("rmsnorm", "layernorm")
+DTYPES = ("f32", "bf16", "u8")  # of out
 
 
 def norm_spec(
-    kind: str,
-    cols: int,
-    ldx: int,
-    ldo: int,
-    eps: float,
-    *,
-    bias: bool = False,
-    gather: bool = False,
-    residual: bool = False,
-    first: int = 0,
-    groups: int = 1,
-    dtype: str = "f32",
-) -> KernelSpec:
-    """Args: x[.][ldx], (rows), weight[cols], (bias[cols]), out[.][ldo], begin, end over rows of out.
-
-    Group g of a row is columns [first + g * cols, first + (g + 1) * cols) of x and of out.
-    """
+    kind: str, cols: int, ldx: int, ldo: int, eps: float, *, bias: bool = False, gather: bool = False,
+    residual: bool = False, dtype: str = "f32",
+) -> KernelSpec:  # fmt: skip
+    """Args: x[.][ldx], (rows), weight[cols], (bias[cols]), out[.][ldo], (scales[.] for "u8"), begin, end over rows of out."""
     if kind not in KINDS:
         raise ValueError(f"norm: kind {kind!r} must be one of {KINDS}")
-    if min(cols, groups) < 1 or first < 0 or first + groups * cols > min(ldx, ldo):
-        raise ValueError(
-            f"norm: groups={groups} of cols={cols} from first={first} on do not fit in rows of {ldx} and {ldo}"
-        )
-    if (gather or residual) and (first, groups) != (0, 1):
-        raise ValueError(
-            f"norm: gather and residual are for whole rows, not for groups={groups} from first={first}"
-        )
-    if dtype != "f32":
-        raise ValueError(f"norm: dtype {dtype!r} is not supported, only 'f32'")
+    if not 1 <= cols <= min(ldx, ldo):
+        raise ValueError(f"norm: cols={cols} must be in [1, {min(ldx, ldo)}], rows of {ldx} and {ldo}")
+    if dtype not in DTYPES:
+        raise ValueError(f"norm: dtype {dtype!r} must be one of {DTYPES}")
+    if dtype != "f32" and residual:
+        raise ValueError(f"norm: dtype {dtype!r} cannot be added to what is there: leave residual out")
     return KernelSpec.make(
         "norm", kind=kind, c=cols, ldx=ldx, ldo=ldo, eps=float(eps), bias=bias, gather=gather, residual=residual,
-        first=first, g=groups, dtype=dtype,
+        dtype=dtype,
     )  # fmt: skip
 
 
 def build(
-    symbol: str,
-    target: Target,
-    *,
-    kind: str,
-    c: int,
-    ldx: int,
-    ldo: int,
-    eps: float,
-    bias: bool,
-    gather: bool,
-    residual: bool,
-    first: int,
-    g: int,
-    dtype: str,
-) -> None:
-    from nanoserve.compiler.builder import add, chunks, fma, htree, index, sqrt, zeros
-    from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop, over
+    symbol: str, target: Target, *, kind: str, c: int, ldx: int, ldo: int, eps: float, bias: bool, gather: bool,
+    residual: bool, dtype: str,
+) -> None:  # fmt: skip
+    from nanoserve.compiler.builder import add, fma, index, sqrt
+    from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop, sum_of_columns
+    from nanoserve.compiler.row_output import RowOutput, row_arguments
 
     arguments = {"x": array(UNBOUNDED, ldx)}
     if gather:
@@ -86,50 +58,38 @@ def build(
     arguments["weight"] = array(c)
     if bias:
         arguments["bias"] = array(c)
+    arguments |= row_arguments(dtype, ldo, UNBOUNDED)
 
-    @kernel(symbol, overlap=("x", "out"), **arguments, out=array(UNBOUNDED, ldo), begin="index", end="index")
+    @kernel(symbol, overlap=("x", "out"), **arguments, begin="index", end="index")
     def _(x: Any, *rest: Any) -> None:
-        out, begin, end = rest[-3:]
-        rows = rest[0] if gather else None
-        weight = rest[1 if gather else 0]
-        shift = rest[-4] if bias else None
+        given = dict(zip([*arguments, "begin", "end"], (x, *rest), strict=True))
+        rows, weight, shift, out = given.get("rows"), given["weight"], given.get("bias"), given["out"]
+        output = RowOutput(c, dtype, out, given.get("scales"))
 
-        @loop(begin, end)
+        @loop(given["begin"], given["end"])
         def _(row: Value) -> None:
             source = index(rows[row]) if rows is not None else row
 
-            @loop(0, g)
-            def _(group: Value) -> None:
-                start = group * c + first
+            def total(accumulate: Callable[[Value, Value], Value]) -> Value:
+                """The sum over the columns of what accumulate(acc, x chunk) adds."""
+                return sum_of_columns(
+                    c, lambda acc, at, width: accumulate(acc, x.load(source, at, width=width))
+                )
 
-                def total(accumulate: Callable[[Value, Value], Value]) -> Value:
-                    """The sum over the columns of what accumulate(acc, x chunk) adds, in the module head's fixed order."""
-                    whole = c // 64 * 64
+            mean = total(add) * (1.0 / c) if kind == "layernorm" else None
 
-                    def turn(at: Any, acc: list[Value]) -> list[Value]:
-                        return [accumulate(acc[j], x.load(source, at + 16 * j + start)) for j in range(4)]
+            def centred(v: Value) -> Value:
+                return v if mean is None else v - mean
 
-                    acc = loop(0, whole, 64, carry=[zeros()] * 4)(turn) if whole else [zeros()] * 4
-                    result = htree((acc[0] + acc[1]) + (acc[2] + acc[3]), add)
-                    for at, width in chunks(c - whole):
-                        chunk = x.load(source, start + (whole + at), width=width)
-                        result = result + htree(accumulate(zeros(width), chunk), add)
-                    return result
+            squares = total(lambda acc, v: fma(centred(v), centred(v), acc))
+            scale = 1.0 / sqrt(squares * (1.0 / c) + eps)
 
-                mean = total(add) * (1.0 / c) if kind == "layernorm" else None
+            def value(at: Any, width: int) -> Value:
+                v: Value = centred(x.load(source, at, width=width)) * scale * weight.load(at, width=width)
+                if shift is not None:
+                    v = v + shift.load(at, width=width)
+                if residual:
+                    v = out.load(row, at, width=width) + v
+                return v
 
-                def centred(v: Value) -> Value:
-                    return v if mean is None else v - mean
-
-                squares = total(lambda acc, v: fma(centred(v), centred(v), acc))
-                scale = 1.0 / sqrt(squares * (1.0 / c) + eps)
-
-                @over(c)
-                def _(at: Any, width: int) -> None:
-                    v = x.load(source, at + start, width=width)
-                    value = centred(v) * scale * weight.load(at, width=width)
-                    if shift is not None:
-                        value = value + shift.load(at, width=width)
-                    if residual:
-                        value = out.load(row, at + start, width=width) + value
-                    out.store(value, row, at + start)
+            output.write(row, value)

@@ -138,9 +138,9 @@ class ModelConfig:
         return 4 * self.n_embd if self.intermediate_size is None else self.intermediate_size
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of K and V one token takes in the pool (float32)."""
-        return 2 * 4 * self.n_layer * self.kv_heads * self.dim_per_head
+    def kv_values_per_token(self) -> int:
+        """Numbers of K and V that one token takes in the pool."""
+        return 2 * self.n_layer * self.kv_heads * self.dim_per_head
 
     @property
     def switch_len(self) -> int | None:

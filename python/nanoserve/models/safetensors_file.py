@@ -9,6 +9,7 @@ A tensor of a type that cannot be read is no error here: old checkpoints carry b
 
 from __future__ import annotations
 
+import hashlib
 import math
 import mmap
 import os
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO
 from nanoserve.checkpoint_json import parse_object
 from nanoserve.checks import shown
 from nanoserve.errors import CheckpointError
-from nanoserve.models.stored_tensor import StoredTensor
+from nanoserve.models.stored_tensor import SourceFile, StoredTensor
 
 # A third of what the format allows: some 300,000 tensors, while a hostile header of this size parses to under 1 GiB.
 MAX_HEADER_BYTES = 32 * 1024 * 1024
@@ -51,7 +52,8 @@ def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
 
 
 def _open(file: str, stream: BinaryIO) -> dict[str, StoredTensor]:
-    size = os.fstat(stream.fileno()).st_size
+    info = os.fstat(stream.fileno())
+    size = info.st_size
     prefix = stream.read(8)
     if len(prefix) < 8:
         raise CheckpointError(f"{file}: {size} bytes, a safetensors file has at least 8")
@@ -59,7 +61,8 @@ def _open(file: str, stream: BinaryIO) -> dict[str, StoredTensor]:
     limit = min(MAX_HEADER_BYTES, size - 8)
     if not 2 <= header_bytes <= limit:
         raise CheckpointError(f"{file}: header length {header_bytes} must be in [2, {limit}]")
-    header = parse_object(f"{file}: header", stream.read(header_bytes))
+    text = stream.read(header_bytes)
+    header = parse_object(f"{file}: header", text)
     entries = _checked_entries(file, header, size - 8 - header_bytes)
     if not entries:
         return {}
@@ -69,8 +72,9 @@ def _open(file: str, stream: BinaryIO) -> dict[str, StoredTensor]:
     except ValueError as error:
         raise CheckpointError(f"{file}: became shorter than its {size} bytes while it was opened") from error
     begin_of_data = 8 + header_bytes
+    source = SourceFile.of(os.path.abspath(stream.name), info, hashlib.sha256(text).hexdigest())
     return {
-        name: StoredTensor(file, name, dtype, shape, end - begin, mapping, begin_of_data + begin)
+        name: StoredTensor(file, name, dtype, shape, end - begin, mapping, begin_of_data + begin, source)
         for name, (dtype, shape, begin, end) in entries.items()
     }
 

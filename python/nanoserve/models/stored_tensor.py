@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,38 @@ _IN_FILE: dict[str, np.dtype[Any]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file as it was when its header was read: what is written over it later, or renamed to it, is another one.
+
+    Attributes:
+        header: digest of the header's bytes.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    header: str
+
+    @classmethod
+    def of(cls, path: str, info: os.stat_result, header: str) -> SourceFile:
+        return cls(path, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino, header)
+
+    @property
+    def identity(self) -> tuple[int | str, ...]:
+        """All but the path: a checkpoint may be moved."""
+        return self.size, self.mtime_ns, self.ctime_ns, self.inode, self.header
+
+    def is_current(self) -> bool:
+        """Whether nobody has written to it since."""
+        try:
+            return SourceFile.of(self.path, os.stat(self.path), self.header) == self
+        except OSError:
+            return False
+
+
 class StoredTensor:
     """One tensor of a memory-mapped file (or of a buffer in memory).
 
@@ -37,9 +71,10 @@ class StoredTensor:
         dtype: "float32", "float16", "bfloat16", "float64", or one that cannot be read: "int64", "float8_e4m3fn", ...
         shape: as in the file; () for a single number.
         nbytes: bytes in the file.
+        source: the file; None for a buffer.
     """
 
-    __slots__ = ("_begin", "_buffer", "dtype", "file", "name", "nbytes", "shape")
+    __slots__ = ("_begin", "_buffer", "dtype", "file", "name", "nbytes", "shape", "source")
 
     def __init__(
         self,
@@ -50,10 +85,16 @@ class StoredTensor:
         nbytes: int,
         buffer: mmap.mmap | NDArray[np.uint8],
         begin: int = 0,
+        source: SourceFile | None = None,
     ) -> None:
         """The caller has checked that `shape` takes `nbytes` bytes of `dtype` and that `buffer[begin:]` holds them."""
         self.file, self.name, self.dtype, self.shape, self.nbytes = file, name, dtype, shape, nbytes
-        self._buffer, self._begin = buffer, begin
+        self._buffer, self._begin, self.source = buffer, begin, source
+
+    @property
+    def place(self) -> tuple[object, ...] | None:
+        """What its values follow from: the file, and where and how they lie in it. None for a buffer."""
+        return None if self.source is None else (self.source.identity, self._begin, self.dtype, self.shape)
 
     @property
     def ndim(self) -> int:

@@ -2,12 +2,12 @@
 
 `bind_weights(config, tensors)` maps names through weight_names.py, joins what the kernels want joined (q|k|v, gate|up), and
 checks that every weight is there with its shape and that nothing is left over. Nothing is read yet: a BoundWeight reads
-rows when they are packed, so that no second copy of a weight ever exists.
+rows when they are packed, so that no second copy of a weight ever exists, and where packed weights are cached none is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 
 from nanoserve.checks import few
 from nanoserve.errors import CheckpointError
-from nanoserve.kernels.gemm import WEIGHT_BYTES, Rows
+from nanoserve.kernels.gemm import WEIGHT_BYTES
+from nanoserve.kernels.panels import Rows
 from nanoserve.models.config import ModelConfig
-from nanoserve.models.decoder import weight_shapes
-from nanoserve.models.stored_tensor import StoredTensor
+from nanoserve.models.decoder import gemm_weights, weight_shapes
+from nanoserve.models.stored_tensor import SourceFile, StoredTensor
 from nanoserve.models.weight_names import WEIGHT_NAMES
+from nanoserve.precision import Precision
 
 Float32Array = NDArray[np.float32]
 Tensors = Mapping[str, Any]  # StoredTensor or NumPy arrays, by checkpoint name
@@ -37,6 +39,7 @@ class BoundWeight:
     Attributes:
         dtype: "bf16" or "f16" for a matrix whose kernel may read it as it is stored, else "f32".
         offset: added to every element.
+        twin: a second copy of it in the checkpoint, which must be equal: the head that is tied to an embedding.
     """
 
     shape: tuple[int, ...]
@@ -44,6 +47,7 @@ class BoundWeight:
     transposed: bool = False
     offset: float = 0.0
     dtype: str = "f32"
+    twin: Rows | None = None
 
     def __getitem__(self, rows: slice) -> Float32Array:
         """float32 rows [start, stop): a view of the file where that is possible, else a copy of those rows."""
@@ -85,13 +89,30 @@ class BoundWeight:
 
     def forget(self) -> None:
         """The file's pages behind it are not needed any more."""
-        _forget(self.parts)
-
-
-def _forget(parts: Iterable[Rows]) -> None:
-    for part in parts:
-        if isinstance(part, StoredTensor):
+        for part in self._stored():
             part.forget()
+
+    @property
+    def origin(self) -> tuple[object, ...] | None:
+        """What its values follow from, without reading them: equal for equal values. None where that is not known."""
+        parts = [*self.parts, *([] if self.twin is None else [self.twin])]
+        places = [part.place for part in self._stored()]
+        if len(places) < len(parts) or None in places:
+            return None
+        return (self.shape, self.transposed, self.offset, self.dtype, self.twin is not None, *places)
+
+    def sources(self) -> set[SourceFile]:
+        """The files it is read from, as they were when they were opened."""
+        return {part.source for part in self._stored() if part.source is not None}
+
+    def _stored(self) -> list[StoredTensor]:
+        parts = [*self.parts, *([] if self.twin is None else [self.twin])]
+        return [part for part in parts if isinstance(part, StoredTensor)]
+
+    def check_twin(self) -> None:
+        """Raises CheckpointError where it differs from its twin. Reads both."""
+        if self.twin is not None and not _equal(self.twin, self):
+            raise CheckpointError("weights: the head differs from the embedding, but the config ties them")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,31 +141,45 @@ def _source(config: ModelConfig, name: str) -> _Source:
     )
 
 
-def bind_weights(config: ModelConfig, tensors: Tensors) -> dict[str, BoundWeight]:
-    """The decoder's weights by its own names, shapes checked against `config`.
+def loaded_bytes(config: ModelConfig, tensors: Tensors, precision: Precision | None = None) -> int:
+    """What the weights will take in memory; nothing is read. Raises as bind_weights."""
+    stored = {name: weight.dtype for name, weight in bind_weights(config, tensors).items()}
+    return _memory_bytes(config, stored, precision or Precision())
 
-    Nothing is read but a head that is stored beside the embedding it is tied to: the two must be equal.
+
+def expected_bytes(config: ModelConfig, stored: str, precision: Precision | None = None) -> int:
+    """The same for files that are not here, whose matrices are stored as f32, bf16 or f16."""
+    dtypes = {
+        name: stored if _is_matrix(name, shape) else "f32" for name, shape in weight_shapes(config).items()
+    }
+    return _memory_bytes(config, dtypes, precision or Precision())
+
+
+def _memory_bytes(config: ModelConfig, stored: Mapping[str, str], precision: Precision) -> int:
+    multiplied, total = gemm_weights(config), 0
+    for name, shape in weight_shapes(config).items():
+        dtype = precision.gemm_weight(stored[name]) if name in multiplied else stored[name]
+        total += WEIGHT_BYTES[dtype] * int(np.prod(shape, dtype=np.int64))
+        total += 8 * shape[0] if dtype == "i8" else 0  # a scale and a sum per output
+    return total
+
+
+def stored_dtype(config: ModelConfig, tensors: Tensors) -> str:
+    """How most of the matrices' bytes are stored: f32, bf16 or f16. Raises as bind_weights."""
+    sizes = dict.fromkeys(WEIGHT_BYTES, 0)
+    for weight in bind_weights(config, tensors).values():
+        sizes[weight.dtype] += weight.num_bytes
+    return max(sizes, key=sizes.__getitem__)
+
+
+def bind_weights(config: ModelConfig, tensors: Tensors) -> dict[str, BoundWeight]:
+    """The decoder's weights by its own names, shapes checked against `config`. Nothing is read.
+
+    A head that is stored beside the embedding it is tied to becomes the embedding's twin: `check_twin` compares them.
 
     Raises:
         CheckpointError: missing, unexpected, or wrongly shaped tensors, or tensors that are not floating point.
     """
-    bound, head = _bind(config, tensors)
-    if head is not None:
-        embedding = bound["embed.weight"]
-        if not _equal(head, embedding):
-            name = _source(config, "head.weight").names[0]
-            raise CheckpointError(f"weights: {name!r} differs from the embedding, but the config ties them")
-        _forget([head, *embedding.parts])
-    return bound
-
-
-def loaded_bytes(config: ModelConfig, tensors: Tensors) -> int:
-    """What the weights will take in memory; nothing is read. Raises as bind_weights, but for a tied head that differs."""
-    return sum(weight.num_bytes for weight in _bind(config, tensors)[0].values())
-
-
-def _bind(config: ModelConfig, tensors: Tensors) -> tuple[dict[str, BoundWeight], Rows | None]:
-    """The decoder's weights, and the head of a checkpoint that stores it although it is tied."""
     given = _without_prefix(WEIGHT_NAMES[config.family].prefix, tensors)
     bound: dict[str, BoundWeight] = {}
     used: set[str] = set()
@@ -162,7 +197,9 @@ def _bind(config: ModelConfig, tensors: Tensors) -> tuple[dict[str, BoundWeight]
     extra = set(given) - used - tied
     if extra:
         raise CheckpointError(f"weights: {len(extra)} tensors are unexpected: {few(sorted(extra))}")
-    return bound, next((given[name] for name in tied & given.keys()), None)
+    for name in tied & given.keys():
+        bound["embed.weight"].twin = given[name]
+    return bound
 
 
 def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -214,9 +251,13 @@ def _join(
 
 def _kernel_dtype(name: str, parts: list[Any]) -> str:
     """What a kernel may read a weight as without losing a bit; vectors and positions are few, and stay float32."""
-    is_matrix = len(parts[0].shape) == 2 and name != "pos_embed.weight"
     kinds = {part.dtype if isinstance(part, StoredTensor) else "float32" for part in parts}
-    return _NARROW.get(kinds.pop(), "f32") if is_matrix and len(kinds) == 1 else "f32"
+    is_uniform = _is_matrix(name, parts[0].shape) and len(kinds) == 1
+    return _NARROW.get(kinds.pop(), "f32") if is_uniform else "f32"
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and name != "pos_embed.weight"
 
 
 def _equal(head: Rows, embedding: BoundWeight, step: int = 4096) -> bool:

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nanoserve.batch import Batch
 from nanoserve.cache.radix_manager import RadixCacheManager
 from nanoserve.checks import whole_number
+from nanoserve.logits import Logits
 from nanoserve.logprobs import TokenLogprob
 from nanoserve.observe.events import EventLog, ReqId
 from nanoserve.request import Request
@@ -35,14 +35,12 @@ from nanoserve.scheduling.scheduler import Scheduler
 from nanoserve.scheduling.scheduler_output import SchedulerOutput
 from nanoserve.scheduling.scoring import score_prompts, score_tokens
 
-Logits = NDArray[np.float32]
-
 
 class Executor(Protocol):
-    """What the batcher needs of a model. `last_finite`, a bool per row, saves the batcher a look at every logit."""
+    """What the batcher needs of a model."""
 
     def forward(self, batch: Batch) -> Logits:
-        """float32[sample rows, vocab], in the order of `batch.sample_rows`."""
+        """A row for each of `batch.sample_rows`, in their order; `Logits.of` makes them of an array."""
         ...
 
 
@@ -171,9 +169,9 @@ class ContinuousBatcher:
                 batch = output.batch
                 errors: dict[ReqId, str] = {}
                 times.append(clock())
-                logits, finite = self._forward(batch, errors)
+                logits = self._forward(batch, errors)
                 times.append(clock())
-                results = self._results(batch, logits, finite, errors)
+                results = self._results(batch, logits, errors)
                 times.append(clock())
                 gate.close()
                 finished = self.scheduler.update(output, results)
@@ -190,47 +188,38 @@ class ContinuousBatcher:
         self._sampler_s += sampled - computed
         return StepOutput(batch, output.new_tokens, finished, output.preempted)
 
-    def _forward(self, batch: Batch, errors: dict[ReqId, str]) -> tuple[Logits, list[bool]]:
-        """Logits of the sample rows and which of them are finite; what a request raises alone goes into `errors`."""
+    def _forward(self, batch: Batch, errors: dict[ReqId, str]) -> Logits:
+        """Logits of the sample rows; what a request raises alone goes into `errors`, and its rows are not finite."""
         try:
             return self._run(batch)
         except Exception as error:
             if batch.size == 1:
                 errors[batch.requests[0].req_id] = _text(error)
-                return np.zeros((len(batch.sample_rows), 1), np.float32), [False] * len(batch.sample_rows)
-        parts: list[Logits] = []
-        finite: list[bool] = []
-        for piece in zip(batch.requests, batch.counts, strict=True):
-            logits, ok = self._forward(Batch([piece]), errors)
-            parts.append(logits)
-            finite += ok
-        rows = np.zeros((len(finite), max(part.shape[1] for part in parts)), np.float32)
-        begin = 0
-        for part in parts:  # of a request that raised: as many rows, one column wide
-            rows[begin : begin + len(part), : part.shape[1]] = part
-            begin += len(part)
-        return rows, finite
+                return Logits.of(np.full((len(batch.sample_rows), 1), np.nan, np.float32))
+        return _joined(
+            [
+                self._forward(Batch([piece]), errors)
+                for piece in zip(batch.requests, batch.counts, strict=True)
+            ]
+        )
 
-    def _run(self, batch: Batch) -> tuple[Logits, list[bool]]:
+    def _run(self, batch: Batch) -> Logits:
         logits = self.executor.forward(batch)
         rows = len(batch.sample_rows)
-        if logits.ndim != 2 or len(logits) != rows:
-            raise ValueError(f"the executor gave logits of shape {logits.shape} for {rows} rows")
-        finite: NDArray[np.bool_] | None = getattr(self.executor, "last_finite", None)
-        if finite is None:
-            finite = np.asarray(np.isfinite(logits).all(axis=1))
-        elif len(finite) != rows:
-            raise ValueError(f"the executor's last_finite tells of {len(finite)} rows, there are {rows}")
-        return logits, [bool(ok) for ok in finite]
+        if not isinstance(logits, Logits):
+            raise TypeError(f"the executor gave {type(logits).__name__}, must be Logits")
+        if len(logits) != rows:
+            raise ValueError(f"the executor gave logits of shape {logits.values.shape} for {rows} rows")
+        return logits
 
-    def _results(
-        self, batch: Batch, logits: Logits, finite: list[bool], errors: dict[ReqId, str]
-    ) -> StepResults:
+    def _results(self, batch: Batch, logits: Logits, errors: dict[ReqId, str]) -> StepResults:
         """Tokens, and the log-probabilities that were asked for."""
+        finite: list[bool] = logits.finite.tolist()
         prompt_logprobs: dict[ReqId, list[TokenLogprob]] = {}
         if batch.token_rows is not None:
             prompt_logprobs = score_prompts(batch, logits, finite, errors)
-            logits, finite = logits[batch.token_rows], [finite[row] for row in batch.token_rows]
+            rows = batch.token_rows.tolist()
+            logits, finite = logits.take(rows), [finite[row] for row in rows]
         requests = batch.sampling_requests
         tokens = self._sample(logits, requests, finite, errors)
         logprobs = score_tokens(requests, logits, tokens, finite, errors)
@@ -252,7 +241,7 @@ class ContinuousBatcher:
         for row, request in enumerate(requests):
             if finite[row] and request.req_id not in errors:
                 try:
-                    (token,) = self.sampler.sample(logits[row : row + 1], [request], eos)
+                    (token,) = self.sampler.sample(logits.take([row]), [request], eos)
                     tokens[row] = int(token)
                 except Exception as error:
                     errors[request.req_id] = _text(error)
@@ -293,6 +282,22 @@ class ContinuousBatcher:
         self.scheduler.stats.reset()
         self.radix_mgr.clear_stats()
         self._scheduler_s = self._forward_s = self._sampler_s = 0.0
+
+
+def _joined(parts: Sequence[Logits]) -> Logits:
+    """The logits of a batch that was computed request by request; those of a request that raised are one column wide."""
+    widest = max(parts, key=lambda part: part.values.shape[1])
+    values = widest.empty_rows(sum(map(len, parts)))
+    block_max = np.full((len(values), widest.block_max.shape[1]), np.nan, np.float32)
+    begin = 0
+    for part in parts:
+        end = begin + len(part)
+        if part.values.shape[1] == values.shape[1]:
+            values[begin:end], block_max[begin:end] = part.values, part.block_max
+        else:
+            values[begin:end] = 0.0
+        begin = end
+    return Logits(values, block_max, widest.reader)
 
 
 def _text(error: Exception) -> str:

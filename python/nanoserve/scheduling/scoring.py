@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from nanoserve.batch import Batch
-from nanoserve.logprobs import MAX_PROMPT_LOGPROB_ROWS, TokenLogprob, token_logprob
+from nanoserve.logits import Logits
+from nanoserve.logprobs import MAX_PROMPT_LOGPROB_ROWS, TokenLogprob, token_logprobs
 from nanoserve.observe.events import ReqId
 from nanoserve.request import Request
-
-Logits = NDArray[np.float32]
 
 
 def within_row_limit(chosen: Sequence[tuple[Request, int]], request: Request, count: int) -> int:
@@ -42,12 +38,16 @@ def score_tokens(
     errors: Collection[ReqId],
 ) -> dict[ReqId, TokenLogprob]:
     """Of each row's token, for the requests that ask and have one."""
-    scored: dict[ReqId, TokenLogprob] = {}
-    for row, request in enumerate(requests):
-        num_top = request.params.logprobs
-        if num_top is not None and finite[row] and request.req_id not in errors:
-            scored[request.req_id] = token_logprob(logits[row], tokens[row], num_top)
-    return scored
+    rows = [
+        row
+        for row, request in enumerate(requests)
+        if request.params.logprobs is not None and finite[row] and request.req_id not in errors
+    ]
+    if not rows:
+        return {}
+    num_top = [requests[row].params.logprobs or 0 for row in rows]
+    scores = token_logprobs(logits, rows, [tokens[row] for row in rows], num_top)
+    return {requests[row].req_id: score for row, score in zip(rows, scores, strict=True)}
 
 
 def score_prompts(
@@ -56,7 +56,7 @@ def score_prompts(
     """Of the prompt tokens that follow the positions of `batch.prompt_rows`.
 
     Args:
-        logits: of all of `batch.sample_rows`.
+        logits, finite: of all of `batch.sample_rows`.
         errors: is told of requests with a row that is not finite; requests in it already are passed over.
     """
     scored: dict[ReqId, list[TokenLogprob]] = {}
@@ -65,11 +65,12 @@ def score_prompts(
         positions = batch.prompt_rows.get(index, range(0))
         if positions and request.req_id not in errors:
             if all(finite[row : row + len(positions)]):
-                num_top = request.params.prompt_logprobs or 0
-                scored[request.req_id] = [
-                    token_logprob(logits[row + i], request.prompt_tokens[position + 1], num_top)
-                    for i, position in enumerate(positions)
-                ]
+                scored[request.req_id] = token_logprobs(
+                    logits,
+                    range(row, row + len(positions)),
+                    request.prompt_tokens[positions.start + 1 : positions.stop + 1],
+                    [request.params.prompt_logprobs or 0] * len(positions),
+                )
             else:
                 # Not the first bad one: NaN keys of a chunk reach the masked lanes of earlier rows.
                 errors[request.req_id] = (

@@ -1,0 +1,68 @@
+// One row of logits and the largest of each block of it: what tokens are chosen from.
+//
+// A row is 150,000 numbers of which a token needs a few. The step leaves each block's maximum behind, and
+// whoever looks for the large ones reads the blocks that can have them and no others.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <span>
+
+#include "checked.h"
+
+namespace nanoserve {
+
+constexpr std::int64_t kLogitsBlock = 256;
+
+[[nodiscard]] constexpr std::int64_t num_logits_blocks(std::int64_t vocab) {
+    return ceil_div(vocab, kLogitsBlock);
+}
+
+struct LogitsRow {
+    std::span<const float> values;
+    std::span<const float> block_max;  // NaN where a block holds a number that is no logit
+
+    [[nodiscard]] std::span<const float> block(std::size_t index) const {
+        constexpr auto width = static_cast<std::size_t>(kLogitsBlock);
+        const std::size_t first = index * width;
+        return values.subspan(first, std::min(width, values.size() - first));
+    }
+};
+
+// The largest of `values`; NaN if one is NaN or, unless infinities may stand for something, infinite. In
+// sixteen lanes so that it vectorises; a maximum has no rounding, so the order does not matter.
+[[nodiscard]] inline float max_of(std::span<const float> values, bool may_be_infinite = true) {
+    constexpr std::size_t lanes = 16;
+    constexpr std::int32_t infinity = 0x7f80'0000;
+    const std::int32_t limit = may_be_infinite ? infinity : infinity - 1;  // the largest good magnitude
+    float best[lanes];
+    std::int32_t most[lanes] = {};  // the magnitudes' bits, which are ordered as the magnitudes are, NaN last
+    std::fill_n(best, lanes, -std::numeric_limits<float>::infinity());
+    const auto take = [&](std::size_t lane, float value) {
+        const std::int32_t magnitude = std::bit_cast<std::int32_t>(value) & 0x7fff'ffff;
+        best[lane] = value > best[lane] ? value : best[lane];
+        most[lane] = magnitude > most[lane] ? magnitude : most[lane];
+    };
+    std::size_t i = 0;
+    for (; i + lanes <= values.size(); i += lanes) {
+        const float* const next = values.data() + i;
+        for (std::size_t lane = 0; lane < lanes; ++lane) {
+            take(lane, next[lane]);
+        }
+    }
+    for (std::size_t lane = 0; i < values.size(); ++i, ++lane) {
+        take(lane, values[i]);
+    }
+    for (std::size_t half = lanes / 2; half > 0; half /= 2) {
+        for (std::size_t lane = 0; lane < half; ++lane) {
+            best[lane] = best[lane + half] > best[lane] ? best[lane + half] : best[lane];
+            most[lane] = most[lane + half] > most[lane] ? most[lane + half] : most[lane];
+        }
+    }
+    return most[0] > limit ? std::numeric_limits<float>::quiet_NaN() : best[0];
+}
+
+}  // namespace nanoserve
