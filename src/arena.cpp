@@ -41,6 +41,14 @@ Arena::Arena(const char* what, std::int64_t num_bytes) : num_bytes_(num_bytes) {
 #endif
 }
 
+bool Arena::populate() const {
+#ifdef MADV_POPULATE_WRITE
+    return ::madvise(data_, at(num_bytes_), MADV_POPULATE_WRITE) == 0;
+#else
+    return false;
+#endif
+}
+
 Arena::~Arena() {
     if (mapped_ != nullptr) {
         static_cast<void>(::munmap(mapped_, at(mapped_bytes_)));

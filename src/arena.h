@@ -21,6 +21,9 @@ class Arena {
     Arena(const Arena&) = delete;
     Arena& operator=(const Arena&) = delete;
 
+    // Has the system give all of it now, so that nobody waits for a page later. False where it cannot.
+    bool populate() const;
+
     [[nodiscard]] std::byte* data() const { return data_; }
     [[nodiscard]] std::int64_t num_bytes() const { return num_bytes_; }
 

@@ -45,7 +45,8 @@ class LLM:
             (precision.py says what each means).
         quantization: None, or "int8": weights per output channel, GEMM inputs per token.
         kv_cache_dtype: "float32", "bfloat16", or "auto": float32 where the arithmetic is.
-        kv_cache_bytes: memory for the KV pool; None takes what plan_memory finds sensible for this machine.
+        kv_cache_bytes: memory for the KV pool, taken at once; None takes what plan_memory finds sensible for this machine,
+            page by page as it is used.
         max_num_seqs, max_num_batched_tokens: as NanoServingEngine's max_batch_size and max_num_batched_tokens.
         max_model_len: longest prompt + output; None takes the model's, or what fits the pool.
         revision: branch, tag or commit of a hub repository.
@@ -117,6 +118,8 @@ class LLM:
             on_progress=on_progress,
             **engine_options,
         )
+        if kv_cache_bytes is not None:
+            self.engine.kv_pool.populate()  # a first touch can cost more than the token that causes it
 
     def _sampling_defaults(self) -> tuple[dict[str, Any], SamplingParams]:
         asked = self.generation.defaults

@@ -131,6 +131,9 @@ void populate_pool(py::module_& m) {
              "head_dim].")
         .def("copy_page", &KVCachePool::copy_page, py::arg("page"),
              "A new page with the same content in all layers.")
+        .def("populate", &KVCachePool::populate, py::call_guard<py::gil_scoped_release>(),
+             "Takes all of the pool's memory from the system now instead of page by page; False where it "
+             "cannot.")
         .def(
             "scrub", [](KVCachePool& p, const PageList& pages) { p.scrub(page_ids(pages)); },
             py::arg("pages"),

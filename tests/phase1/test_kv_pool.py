@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,20 @@ def test_a_new_pool_has_all_its_pages_free() -> None:
     assert pool.page_bytes == 2 * 3 * 2 * 4 * 16 * 4
     assert pool.bytes_total >= 8 * pool.page_bytes
     assert pool.audit([]) == []
+
+
+def test_a_pool_can_have_all_its_memory_at_once() -> None:
+    """Untouched pages cost nothing until `populate` takes them; their numbers stay zero."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    pool = KVCachePool(num_pages=64, page_size=16, num_layers=4, num_heads=8, head_dim=256)
+    before = resident()
+    if not pool.populate():
+        pytest.skip("this system cannot populate memory")
+    assert resident() - before >= 0.9 * pool.bytes_total
+    assert not pool.get_layer_cache(3)[1].any()
 
 
 @pytest.mark.parametrize("name", ["num_pages", "page_size", "num_layers", "num_heads", "head_dim"])
