@@ -1,9 +1,9 @@
-"""Puts the numbers of bench/results/*.json into README.md and draws bench/results/engine.svg.
+"""Puts the numbers of bench/results/*.json into README.md and draws bench/results/engine.svg and peers.svg.
 
     python -m bench.report [--check]
 
-The text between `<!-- numbers -->` and `<!-- /numbers -->` belongs to this script, and so do the blocks named `loading` and
-`sampler`; `--check` only compares.
+The text between `<!-- numbers -->` and `<!-- /numbers -->` belongs to this script, and so do the blocks named `loading`,
+`sampler` and `peers`; `--check` only compares.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.peers.tables import peers_figure, peers_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
-FIGURE = RESULTS / "engine.svg"
 
 
 def gigabytes(count: float) -> str:
@@ -88,6 +89,7 @@ BLOCKS = {
     "numbers": ("engine.json", table),
     "loading": ("loading.json", loading_table),
     "sampler": ("sampler.json", sampler_table),
+    "peers": ("peers.json", peers_table),
 }
 
 
@@ -137,8 +139,9 @@ def main() -> None:
     if check:
         sys.exit(0 if wanted == text else "README.md does not show bench/results: run python -m bench.report")
     README.write_text(wanted, encoding="utf-8")
-    results = json.loads((RESULTS / "engine.json").read_text(encoding="utf-8"))
-    FIGURE.write_text(figure(results), encoding="utf-8")
+    for name, draw in (("engine", figure), ("peers", peers_figure)):
+        results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        (RESULTS / f"{name}.svg").write_text(draw(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,15 @@ from xml.sax.saxutils import escape
 from bench.peers.installation import OURS
 from nanoserve.workloads import workload_names
 
-_OURS_COLOUR = "#2f6f9f"
-_PEER_COLOURS = ("#8a8a8a", "#b0a080", "#7f9f7f", "#b08f9f", "#a0a0c0")
+_COLOURS = (
+    "#2f6f9f",
+    "#8a8a8a",
+    "#b0a080",
+    "#7f9f7f",
+    "#b08f9f",
+    "#a0a0c0",
+    "#c0c0c0",
+)  # ours, then the peers
 _UNITS = {
     "prefill_tokens_per_s": "prompt tokens/s",
     "decode_tokens_per_s": "decoded tokens/s",
@@ -54,15 +61,17 @@ def peers_table(results: dict[str, Any]) -> str:
 def peers_figure(results: dict[str, Any]) -> str:
     """Bars per workload, each engine's rate over the best peer's, SVG."""
     parts: list[str] = []
+    everyone = _names(list(results["rows"].values()))
+    colours = {name: _COLOURS[at % len(_COLOURS)] for at, name in enumerate(everyone)}
     y = 20
     for (model, width), found in _groups(results).items():
         names = _names(found)
         parts.append(
             f'<text x="10" y="{y + 6}" font-weight="bold">{escape(f"{model}, {width}")}: rate over the best peer</text>'
         )
-        x = 330
+        x = 370
         for name in names:
-            parts.append(f'<rect x="{x}" y="{y - 5}" width="11" height="11" fill="{_colour(name, names)}"/>')
+            parts.append(f'<rect x="{x}" y="{y - 5}" width="11" height="11" fill="{colours[name]}"/>')
             parts.append(f'<text x="{x + 15}" y="{y + 5}" font-size="11">{escape(name)}</text>')
             x += 30 + 7 * len(name)
         y += 18
@@ -74,9 +83,7 @@ def peers_figure(results: dict[str, Any]) -> str:
                 if name not in relative:
                     continue
                 bar = max(2.0, 400 * relative[name] / scale)
-                parts.append(
-                    f'<rect x="130" y="{y}" width="{bar:.1f}" height="10" fill="{_colour(name, names)}"/>'
-                )
+                parts.append(f'<rect x="130" y="{y}" width="{bar:.1f}" height="10" fill="{colours[name]}"/>')
                 label = f"{relative[name]:.2f}x  {row['engines'][name]['median']:,.0f}/s"
                 parts.append(f'<text x="{136 + bar:.1f}" y="{y + 9}" font-size="10">{label}</text>')
                 y += 11
@@ -113,13 +120,6 @@ def _names(found: list[dict[str, Any]]) -> list[str]:
     """Engines of some rows: ours, then the peers by name."""
     names = {name for row in found for name in (*row["engines"], *row["failed"])}
     return sorted(names, key=lambda name: (name != OURS, name))
-
-
-def _colour(name: str, names: list[str]) -> str:
-    if name == OURS:
-        return _OURS_COLOUR
-    peers = [other for other in names if other != OURS]
-    return _PEER_COLOURS[peers.index(name) % len(_PEER_COLOURS)]
 
 
 def _scale(row: dict[str, Any]) -> str:
