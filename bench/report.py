@@ -3,7 +3,7 @@
     python -m bench.report [--check]
 
 The text between `<!-- numbers -->` and `<!-- /numbers -->` belongs to this script, and so do the blocks named `loading`,
-`sampler` and `peers`; `--check` only compares.
+`sampler`, `peers` and `precision`; `--check` only compares.
 """
 
 from __future__ import annotations
@@ -85,11 +85,29 @@ def sampler_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def precision_table(results: dict[str, Any]) -> str:
+    lines = [
+        "| number format | weights | largest logit error | mean | the likeliest token is the same | perplexity |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model, measured in results["models"].items():
+        lines.append(
+            f"| **{model}**, {measured['positions']:,} positions, logits deviate by {measured['logit_deviation']:.2f} | | | | | |"
+        )
+        lines += [
+            f"| {name} | {megabytes(row['weight_bytes'])} | {row['max_logit_error']:.3f} | {row['mean_logit_error']:.4f} | "
+            f"{row['greedy_agreement']:.2%} | {row['perplexity']:,.3f} |"
+            for name, row in measured["formats"].items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
 BLOCKS = {
     "numbers": ("engine.json", table),
     "loading": ("loading.json", loading_table),
     "sampler": ("sampler.json", sampler_table),
     "peers": ("peers.json", peers_table),
+    "precision": ("precision.json", precision_table),
 }
 
 
