@@ -9,7 +9,7 @@ demo: $(VENV)/.run
 	$(BIN)/python demo.py $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q --ignore-glob="tests/phase*" $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --ignore-glob="tests/phase*" $(ARGS)
 	$(BIN)/python test_all.py
 
 bench: $(VENV)/.test

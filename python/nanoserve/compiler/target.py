@@ -8,6 +8,7 @@ which dot products of narrow types are one instruction; that of bfloat16 pairs r
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -75,7 +76,16 @@ def _cpu_description() -> tuple[str, frozenset[str]]:
 
 @cache
 def host() -> Target:
-    """The CPU this process runs on."""
+    """The CPU this process runs on, or what NANOSERVE_TARGET says it is: "avx2" leaves everything newer unused.
+
+    Raises:
+        ValueError: a target that is not known.
+    """
+    named = os.environ.get("NANOSERVE_TARGET")
+    if named is not None:
+        if named != AVX2.name:
+            raise ValueError(f"NANOSERVE_TARGET: {named!r} must be {AVX2.name}, or not be set")
+        return AVX2
     model, features = _cpu_description()
     if "avx512f" in features:
         name, lanes, registers = "avx512", 16, 32
