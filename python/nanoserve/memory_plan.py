@@ -24,7 +24,7 @@ from nanoserve.machine_memory import available_memory
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.decoder import buffers, num_parameters
 from nanoserve.models.weights import expected_bytes
-from nanoserve.native import StepExecutor
+from nanoserve.native import LOGITS_BLOCK, StepExecutor
 from nanoserve.precision import ELEMENT_BYTES, Precision
 
 DEFAULT_SHARE = 4  # the pool's part of an unlimited machine: one in this many bytes
@@ -190,7 +190,7 @@ def _activation_bytes(
         per_row += StepExecutor.stride(buffer.cols, item) * item + (
             _FLOAT_BYTES if buffer.element == "u8" else 0
         )
-    logits = StepExecutor.logits_stride(config.vocab_size)
+    logits = StepExecutor.logits_stride(config.vocab_size) + -(-config.vocab_size // LOGITS_BLOCK)  # and block maxima
     ropes = {config.layer_rope(layer) for layer in range(config.n_layer)} - {None}
     halves = 1 if config.switch_len is None or config.switch_len >= positions else 2
     rotary = sum(halves * positions * rope.dims for rope in ropes if rope is not None)

@@ -49,6 +49,6 @@ def test_peak_memory_is_weights_and_pool_and_five_percent(tmp_path: Path, dtype:
     for told in (packing, warm):
         assert told["weight_bytes"] > (400e6 if dtype == "float32" else 200e6)
         grown = told["peak_bytes"] - told["before_loading_bytes"]
-        # The pool is hardly touched in so short a run and not allowed for; libraries and activations are.
-        assert grown < 1.05 * told["weight_bytes"] + 64 * 2**20, told
+        # The pool is taken at once, because its size was given; libraries and activations are allowed for.
+        assert grown < 1.05 * told["weight_bytes"] + told["kv_bytes"] + 64 * 2**20, told
         assert grown > 0.9 * told["weight_bytes"], "the measure itself is broken"
