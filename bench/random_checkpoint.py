@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from nanoserve.kernels.panels import to_bfloat16
+
 BLOCK = 1_048_573  # elements, prime: at most 4 MiB
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 Shapes = Mapping[str, tuple[int, ...]]
@@ -60,10 +62,7 @@ def write_random_checkpoint(
 
 
 def _stored(values: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype != "bfloat16":
-        return values.astype(dtype)
-    bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
+    return to_bfloat16(values) if dtype == "bfloat16" else values.astype(dtype)
 
 
 def _shards(tensors: Shapes, itemsize: int, shard_bytes: int | None) -> list[dict[str, tuple[int, ...]]]:

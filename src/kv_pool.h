@@ -74,9 +74,8 @@ class KVCachePool {
                   std::int64_t layer);
     // A new page with the same keys and values in every layer.
     [[nodiscard]] std::int32_t copy_page(std::int64_t page);
-    bool populate() const {
-        return arena_.populate();
-    }  // all of its memory now, not page by page as it is used
+    // All of its memory now, not page by page as it is used; false where the system cannot.
+    bool populate() const { return arena_.populate(); }
     void scrub(std::span<const std::int32_t> pages);
 
     // The first key, and the first value, of page 0.

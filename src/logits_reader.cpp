@@ -9,8 +9,7 @@ namespace nanoserve {
 
 namespace {
 
-// In multiply-adds, as the costs of a step's operations: what makes a call worth another thread.
-constexpr std::int64_t kMinCostPerThread = 100'000;
+// In multiply-adds, as kMinCostPerThread.
 constexpr std::int64_t kCostPerWeight = 16;   // of a kernel
 constexpr std::int64_t kCostPerRow = 20'000;  // of reading some blocks
 constexpr std::int64_t kCostPerMax = 2;

@@ -7,9 +7,6 @@ namespace nanoserve {
 
 namespace {
 
-// What makes an operation worth another thread: some microseconds of work, well above the cost of a barrier.
-constexpr std::int64_t kMinCostPerThread = 100'000;
-
 std::int64_t now_ns() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(
                std::chrono::steady_clock::now().time_since_epoch())

@@ -21,6 +21,10 @@
 
 namespace nanoserve {
 
+// What makes work worth another thread, in multiply-adds: some microseconds, well above the cost of a
+// barrier.
+inline constexpr std::int64_t kMinCostPerThread = 100'000;
+
 // Waits until `word` differs from `old`: spins up to spin_us microseconds, then sleeps until notified.
 void wait_while_equal(const std::atomic<std::uint32_t>& word, std::uint32_t old, int spin_us);
 

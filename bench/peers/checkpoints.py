@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from bench.random_checkpoint import write_random_checkpoint
 from bench.shapes import SHAPES
+from nanoserve.kernels.panels import to_bfloat16
 from nanoserve.models.checkpoint import load_weights
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.weights import checkpoint_shapes
@@ -87,9 +88,9 @@ def write_w8a8(source: Path, target: Path) -> None:
     for name, tensor in load_weights(source).items():
         weight = np.asarray(tensor[:], np.float32)
         if not name.endswith("proj.weight"):
-            tensors[name] = "BF16", _bfloat16(weight)
+            tensors[name] = "BF16", to_bfloat16(weight)
             continue
-        scale = _bfloat16(np.maximum(np.abs(weight).max(1, keepdims=True) / 127, 1e-8))
+        scale = to_bfloat16(np.maximum(np.abs(weight).max(1, keepdims=True) / 127, 1e-8))
         tensors[name] = "I8", np.rint(weight / _widened(scale)).clip(-127, 127).astype(np.int8)
         tensors[name.removesuffix("weight") + "weight_scale"] = "BF16", scale
     _write_safetensors(target / "model.safetensors", tensors)
@@ -104,11 +105,6 @@ def write_w8a8(source: Path, target: Path) -> None:
     (target / "config.json").write_text(json.dumps(config, indent=1))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source / name, target)
-
-
-def _bfloat16(values: np.ndarray) -> np.ndarray:
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
 
 
 def _widened(bits: np.ndarray) -> np.ndarray:

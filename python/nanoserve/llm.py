@@ -19,7 +19,7 @@ from nanoserve.errors import CheckpointError, RequestRefused
 from nanoserve.memory_plan import plan_memory
 from nanoserve.models.checkpoint import checkpoint_directory, load_weights
 from nanoserve.models.config import ModelConfig
-from nanoserve.models.weights import loaded_bytes, stored_dtype
+from nanoserve.models.weights import bind_weights, loaded_bytes, stored_dtype
 from nanoserve.nano_engine import NanoServingEngine, as_list, params_per_prompt
 from nanoserve.outputs import RequestOutput, TextDelta
 from nanoserve.precision import choose_precision
@@ -95,12 +95,13 @@ class LLM:
         self.generation = GenerationConfig.load(directory, self.config.vocab_size)
         self.sampling_defaults, self.default_params = self._sampling_defaults()
         tensors = load_weights(directory)
-        stored = stored_dtype(self.config, tensors)
+        bound = bind_weights(self.config, tensors)
+        stored = stored_dtype(bound)
         self.precision = choose_precision(
             dtype, quantization, kv_cache_dtype, stored, self.config.dim_per_head
         )
         plan = plan_memory(
-            self.config, weight_bytes=loaded_bytes(self.config, tensors, self.precision),
+            self.config, weight_bytes=loaded_bytes(self.config, bound, self.precision),
             kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
             page_size=engine_options.get("page_size", 16), max_num_batched_tokens=max_num_batched_tokens,
             precision=self.precision,

@@ -190,7 +190,9 @@ def _activation_bytes(
         per_row += StepExecutor.stride(buffer.cols, item) * item + (
             _FLOAT_BYTES if buffer.element == "u8" else 0
         )
-    logits = StepExecutor.logits_stride(config.vocab_size) + -(-config.vocab_size // LOGITS_BLOCK)  # and block maxima
+    logits = StepExecutor.logits_stride(config.vocab_size) + -(
+        -config.vocab_size // LOGITS_BLOCK
+    )  # and block maxima
     ropes = {config.layer_rope(layer) for layer in range(config.n_layer)} - {None}
     halves = 1 if config.switch_len is None or config.switch_len >= positions else 2
     rotary = sum(halves * positions * rope.dims for rope in ropes if rope is not None)

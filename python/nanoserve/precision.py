@@ -27,9 +27,11 @@ _ELEMENTS = {"float32": "f32", "bfloat16": "bf16"}
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Args:
-    arithmetic: of the matrix products: "float32", "bfloat16" or "int8".
-    kv_cache: element type of keys and values: "float32" or "bfloat16".
+    """What one model computes in.
+
+    Args:
+        arithmetic: of the matrix products: "float32", "bfloat16" or "int8".
+        kv_cache: element type of keys and values: "float32" or "bfloat16".
     """
 
     arithmetic: str = "float32"
@@ -55,9 +57,6 @@ class Precision:
     def gemm_weight(self, stored: str) -> str:
         """Element type of a GEMM's weight in memory that a checkpoint stores as `stored` (f32, bf16 or f16)."""
         return {"float32": stored, "bfloat16": "bf16", "int8": "i8"}[self.arithmetic]
-
-    def describe(self) -> str:
-        return f"{self.arithmetic} arithmetic, {self.kv_cache} KV"
 
 
 def choose_precision(

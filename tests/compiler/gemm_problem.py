@@ -12,6 +12,7 @@ from compiler.packed_call import act64, call_address, padded
 from nanoserve.compiler.target import Target, host
 from nanoserve.kernels import gemm, panels
 from nanoserve.kernels.library import load_kernels
+from support.bfloat16 import from_bf16, to_bf16
 
 ARITHMETICS = {
     "f32": ("f32", "f32"),
@@ -19,16 +20,6 @@ ARITHMETICS = {
     "bf16": ("bf16", "bf16"),
     "int8": ("u8", "i8"),
 }
-
-
-def to_bf16(values: np.ndarray) -> np.ndarray:
-    """The bits of each float32 rounded to nearest even; no NaN."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def from_bf16(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 @dataclass

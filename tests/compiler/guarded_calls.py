@@ -12,10 +12,11 @@ from itertools import product
 
 import numpy as np
 
-from compiler.gemm_problem import NarrowMatrix, to_bf16
+from compiler.gemm_problem import NarrowMatrix
 from compiler.packed_call import call
 from nanoserve.kernels import attention, convert, embedding, gemm, kv_write, norm, panels, peak
 from nanoserve.models.rope import Rope
+from support.bfloat16 import to_bf16
 
 _maps: list[mmap.mmap] = []
 

@@ -11,6 +11,7 @@ import numpy as np
 from compiler.packed_call import call
 from nanoserve.compiler.target import Target
 from nanoserve.kernels import attention
+from support.bfloat16 import from_bf16, to_bf16
 
 JUNK = np.float32(1e30)  # finite, and ruinous if a masked token had any weight
 
@@ -54,25 +55,15 @@ def kv_memory(pages: Pages, dtype: str = "f32") -> tuple[np.ndarray, np.ndarray]
         memory[:, :, 1] = pages.v.reshape(n, kv, -1)
     else:
         memory = np.empty((n, kv, 2, d * slots), dtype=np.uint16)
-        memory[:, :, 0] = (
-            bf16_bits(pages.k).reshape(n, kv, d // 2, 2, slots).swapaxes(3, 4).reshape(n, kv, -1)
-        )
-        memory[:, :, 1] = (
-            bf16_bits(pages.v).reshape(n, kv, slots // 2, 2, d).swapaxes(3, 4).reshape(n, kv, -1)
-        )
+        memory[:, :, 0] = to_bf16(pages.k).reshape(n, kv, d // 2, 2, slots).swapaxes(3, 4).reshape(n, kv, -1)
+        memory[:, :, 1] = to_bf16(pages.v).reshape(n, kv, slots // 2, 2, d).swapaxes(3, 4).reshape(n, kv, -1)
     flat = memory.reshape(-1)
     return flat, flat[d * slots :]
 
 
-def bf16_bits(x: np.ndarray) -> np.ndarray:
-    """The upper halves of float32 numbers, rounded to nearest even; not for NaN."""
-    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
 def bf16(x: np.ndarray) -> np.ndarray:
     """float32 numbers rounded to bfloat16."""
-    return (bf16_bits(x).astype(np.uint32) << 16).view(np.float32)
+    return from_bf16(to_bf16(x))
 
 
 def run(

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compiler.gemm_problem import NarrowProblem, from_bf16, to_bf16
+from compiler.gemm_problem import NarrowProblem
 from compiler.packed_call import call, elementwise, padded
 from nanoserve.compiler import jit
 from nanoserve.compiler.target import AVX2, Target, host
 from nanoserve.compiler.vector_math import activate
 from nanoserve.kernels import gemm, panels
+from support.bfloat16 import from_bf16, to_bf16
 
 SHAPES = [(1, 1), (2, 16), (3, 31), (33, 193), (64, 64), (70, 100), (128, 96)]
 PLAIN = replace(host(), bf16_dot=False, int8_dot=False)  # this CPU as if it lacked the dot products

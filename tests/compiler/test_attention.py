@@ -160,6 +160,11 @@ def test_nan_comes_out(where: str) -> None:
         ({"softcap": -1.0}, "softcap=-1.0"),
         ({"softcap": float("nan")}, "softcap=nan"),
         ({"dtype": "f16"}, "dtype 'f16'"),
+        ({"dtype": "i8"}, "dtype 'i8'"),
+        ({"out": "f16"}, "out 'f16'"),
+        ({"dtype": "bf16", "head_dim": 7}, "head_dim=7 must be even"),
+        ({"tiling": attention.Tiling(1, 65)}, "tiles=65"),
+        ({"tiling": attention.Tiling(1, 1, "pages")}, "across='pages'"),
     ],
 )
 def test_refusals(options: dict[str, object], said: str) -> None:

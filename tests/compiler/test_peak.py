@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compiler.gemm_problem import from_bf16, to_bf16
 from compiler.packed_call import call
 from nanoserve.compiler.target import AVX2, Target, host
 from nanoserve.kernels import peak
+from support.bfloat16 import from_bf16, to_bf16
 
 TARGETS = [host(), *([AVX2] if host().name in ("avx512", "avx2") else [])]
 

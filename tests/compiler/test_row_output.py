@@ -8,6 +8,7 @@ import pytest
 from compiler.packed_call import call, padded
 from nanoserve.compiler.target import AVX2, Target, host
 from nanoserve.kernels import convert, norm
+from support.bfloat16 import to_bf16
 
 COLS = [1, 2, 15, 16, 17, 63, 64, 100, 127, 259, 1024]
 rng = np.random.default_rng(0)
@@ -15,12 +16,6 @@ rng = np.random.default_rng(0)
 
 def random(*shape: int) -> np.ndarray:
     return rng.standard_normal(shape).astype(np.float32)
-
-
-def bf16(x: np.ndarray) -> np.ndarray:
-    """The bits of bfloat16, to nearest, ties to even; finite values only."""
-    bits = x.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def quantised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +44,7 @@ def test_convert(cols: int, dtype: str, target: Target) -> None:
     assert (out[9:] == 7).all()
     assert (out[:9, cols:] == 7).all()
     if dtype == "bf16":
-        assert out[:9, :cols].tobytes() == bf16(x[:, :cols].copy()).tobytes()
+        assert out[:9, :cols].tobytes() == to_bf16(x[:, :cols].copy()).tobytes()
         return
     expected, scale = quantised(x[:, :cols])
     assert scales[:9].tobytes() == scale.tobytes()

@@ -9,7 +9,7 @@ import pytest
 
 from nanoserve import LLM, ModelConfig, NanoServingEngine, load_weights, random_weights
 from nanoserve.compiler.target import AVX2, Target, host
-from nanoserve.models.weights import expected_bytes, loaded_bytes, stored_dtype
+from nanoserve.models.weights import bind_weights, expected_bytes, loaded_bytes, stored_dtype
 from nanoserve.precision import Precision, choose_precision
 from support.families import CASES
 from support.oracle import make_checkpoint
@@ -89,7 +89,7 @@ def test_the_default_follows_the_checkpoint(tmp_path: Path) -> None:
 
     path = make_checkpoint("qwen3", tmp_path, dtype=torch.bfloat16)
     config, tensors = ModelConfig.from_pretrained(path), load_weights(path)
-    assert stored_dtype(config, tensors) == "bf16"
+    assert stored_dtype(bind_weights(config, tensors)) == "bf16"
     llm = LLM(path)
     assert llm.precision.arithmetic == ("bfloat16" if host().bf16_dot else "float32")
     assert llm.engine.kv_pool.element == llm.precision.kv_element
@@ -103,9 +103,10 @@ def test_memory_is_what_was_foreseen(tmp_path: Path, name: str, arithmetic: str)
     path = make_checkpoint(name, tmp_path)
     config, tensors = ModelConfig.from_pretrained(path), load_weights(path)
     precision = Precision(arithmetic)
-    foreseen = loaded_bytes(config, tensors, precision)
+    bound = bind_weights(config, tensors)
+    foreseen = loaded_bytes(config, bound, precision)
     assert foreseen == expected_bytes(config, "f32", precision)
     engine = NanoServingEngine(config, random_weights(config), precision=precision)
     assert foreseen <= engine.executor.weight_bytes <= 1.6 * foreseen + 4096 * 20 * config.n_layer
     if arithmetic != "float32":
-        assert foreseen < {"bfloat16": 0.65, "int8": 0.45}[arithmetic] * loaded_bytes(config, tensors)
+        assert foreseen < {"bfloat16": 0.65, "int8": 0.45}[arithmetic] * loaded_bytes(config, bound)

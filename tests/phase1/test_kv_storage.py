@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nanoserve.cache.kv_pool import KVCachePool, PageTable
+from support.bfloat16 import to_bf16
 
 LAYERS, HEADS, DIM, PAGE = 3, 2, 4, 8
 
@@ -139,12 +140,6 @@ def test_a_new_arena_reads_as_zeros(pool: KVCachePool) -> None:
     assert not any(view.any() for layer in range(LAYERS) for view in pool.get_layer_cache(layer))
 
 
-def bf16(x: np.ndarray) -> np.ndarray:
-    """The upper halves, rounded to nearest even."""
-    bits = x.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
 @pytest.mark.parametrize("page_size", [2, 16, 48])
 def test_bf16_pages_hold_rounded_keys_and_values(page_size: int) -> None:
     """Half the bytes; the views' axes of two are the pairs, and reading through them gives back what was stored."""
@@ -159,8 +154,8 @@ def test_bf16_pages_hold_rounded_keys_and_values(page_size: int) -> None:
     assert k_view.shape == (6, page_size, HEADS, DIM // 2, 2)
     assert v_view.shape == (6, page_size // 2, 2, HEADS, DIM)
     flat_k, flat_v = (view.reshape(6 * page_size, HEADS, DIM) for view in (k_view, v_view))
-    assert flat_k[slots].tobytes() == bf16(k).tobytes()
-    assert flat_v[slots].tobytes() == bf16(v).tobytes()
+    assert flat_k[slots].tobytes() == to_bf16(k).tobytes()
+    assert flat_v[slots].tobytes() == to_bf16(v).tobytes()
     assert np.count_nonzero(flat_k) == np.count_nonzero(flat_v) == k.size
     copy = pool.copy_page(slots[0] // page_size)
     assert np.array_equal(k_view[copy], k_view[slots[0] // page_size])

@@ -71,7 +71,7 @@ def _look_at(model: str, revision: str | None, choice: dict[str, Any]) -> tuple[
     """Config, and what plan_memory is to know of the weights: from their files, else from the dtype config.json names."""
     from nanoserve.models.checkpoint import checkpoint_directory, load_weights
     from nanoserve.models.config import ModelConfig
-    from nanoserve.models.weights import loaded_bytes, stored_dtype
+    from nanoserve.models.weights import bind_weights, loaded_bytes, stored_dtype
     from nanoserve.precision import choose_precision
 
     path = Path(model)
@@ -83,9 +83,10 @@ def _look_at(model: str, revision: str | None, choice: dict[str, Any]) -> tuple[
     if not any(directory.glob("*.safetensors")):
         return config, _as_config_says(config, directory / "config.json", choice)
     tensors = load_weights(directory)
+    bound = bind_weights(config, tensors)
     stored = sum(tensor.nbytes for tensor in tensors.values())
-    precision = choose_precision(**choice, stored=stored_dtype(config, tensors), head_dim=config.dim_per_head)
-    weight_bytes = loaded_bytes(config, tensors, precision)
+    precision = choose_precision(**choice, stored=stored_dtype(bound), head_dim=config.dim_per_head)
+    weight_bytes = loaded_bytes(config, bound, precision)
     return config, {"stored_bytes": stored, "weight_bytes": weight_bytes, "precision": precision}
 
 

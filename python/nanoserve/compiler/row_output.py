@@ -26,22 +26,20 @@ from nanoserve.compiler.builder import (
     select,
     vector_of,
 )
-from nanoserve.compiler.control import Buffer, array, loop, over, scratch
+from nanoserve.compiler.control import UNBOUNDED, Buffer, array, loop, over, scratch
 
 _mlir = mlir()
 arith, math = _mlir.arith, _mlir.math
 
-ITEM_BYTES = {"f32": 4, "bf16": 2, "u8": 1}  # of a row's elements
-_SMALLEST = (
-    1e-30  # a row of zeros has this for its largest value: no division by zero, and far above denormals
-)
+# A row of zeros has this for its largest value: no division by zero, and far above denormals.
+_SMALLEST = 1e-30
 
 
-def row_arguments(dtype: str, ld: int, rows: int) -> dict[str, str]:
-    """Kernel arguments for rows of this type: out[rows][ld], and for "u8" scales[rows] behind it."""
+def row_arguments(dtype: str, ld: int) -> dict[str, str]:
+    """Kernel arguments for rows of this type: out[.][ld], and for "u8" scales[.] behind it."""
     if dtype != "u8":
-        return {"out": array(rows, ld, element=dtype)}
-    return {"out": array(rows, ld, element="i8"), "scales": array(rows)}
+        return {"out": array(UNBOUNDED, ld, element=dtype)}
+    return {"out": array(UNBOUNDED, ld, element="i8"), "scales": array(UNBOUNDED)}
 
 
 class RowOutput:

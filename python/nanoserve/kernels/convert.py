@@ -27,7 +27,7 @@ def build(symbol: str, target: Target, *, c: int, ldx: int, ldo: int, dtype: str
     from nanoserve.compiler.control import UNBOUNDED, array, kernel, loop
     from nanoserve.compiler.row_output import RowOutput, row_arguments
 
-    arguments = {"x": array(UNBOUNDED, ldx), **row_arguments(dtype, ldo, UNBOUNDED)}
+    arguments = {"x": array(UNBOUNDED, ldx), **row_arguments(dtype, ldo)}
 
     @kernel(symbol, **arguments, begin="index", end="index")
     def _(x: Any, *rest: Any) -> None:

@@ -58,7 +58,7 @@ def build(
     arguments["weight"] = array(c)
     if bias:
         arguments["bias"] = array(c)
-    arguments |= row_arguments(dtype, ldo, UNBOUNDED)
+    arguments |= row_arguments(dtype, ldo)
 
     @kernel(symbol, overlap=("x", "out"), **arguments, begin="index", end="index")
     def _(x: Any, *rest: Any) -> None:

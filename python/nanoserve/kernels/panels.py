@@ -61,8 +61,16 @@ class Int8Weight:
         return self.panels.nbytes + self.scale.nbytes + self.sums.nbytes
 
 
+def to_bfloat16(values: NDArray[Any]) -> NDArray[np.uint16]:
+    """The bits of float32 numbers rounded to bfloat16, to nearest, ties to even; a NaN stays one."""
+    wide = np.ascontiguousarray(values, dtype=np.float32)
+    bits = wide.view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(wide), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
 class RoundedRows:
-    """Any rows as bfloat16, rounded to nearest even; a NaN stays one."""
+    """Any rows as bfloat16."""
 
     def __init__(self, weight: Rows) -> None:
         self._weight = weight
@@ -72,10 +80,7 @@ class RoundedRows:
         return self._weight[rows]
 
     def stored(self, begin: int, end: int) -> NDArray[np.uint16]:
-        rows = np.ascontiguousarray(self._weight[begin:end], dtype=np.float32)
-        bits = rows.view(np.uint32)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return np.where(np.isnan(rows), np.uint32(0x7FC0), rounded).astype(np.uint16)
+        return to_bfloat16(self._weight[begin:end])
 
 
 def packed_shape(

@@ -141,9 +141,11 @@ def _source(config: ModelConfig, name: str) -> _Source:
     )
 
 
-def loaded_bytes(config: ModelConfig, tensors: Tensors, precision: Precision | None = None) -> int:
-    """What the weights will take in memory; nothing is read. Raises as bind_weights."""
-    stored = {name: weight.dtype for name, weight in bind_weights(config, tensors).items()}
+def loaded_bytes(
+    config: ModelConfig, weights: Mapping[str, BoundWeight], precision: Precision | None = None
+) -> int:
+    """What bound weights will take in memory; nothing is read."""
+    stored = {name: weight.dtype for name, weight in weights.items()}
     return _memory_bytes(config, stored, precision or Precision())
 
 
@@ -164,10 +166,10 @@ def _memory_bytes(config: ModelConfig, stored: Mapping[str, str], precision: Pre
     return total
 
 
-def stored_dtype(config: ModelConfig, tensors: Tensors) -> str:
-    """How most of the matrices' bytes are stored: f32, bf16 or f16. Raises as bind_weights."""
+def stored_dtype(weights: Mapping[str, BoundWeight]) -> str:
+    """How most bytes of bound weights are stored: f32, bf16 or f16."""
     sizes = dict.fromkeys(WEIGHT_BYTES, 0)
-    for weight in bind_weights(config, tensors).values():
+    for weight in weights.values():
         sizes[weight.dtype] += weight.num_bytes
     return max(sizes, key=sizes.__getitem__)
 
