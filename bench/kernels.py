@@ -152,14 +152,17 @@ class Machine:
         panels = -(-shape.n // width)
         outputs = panels * width * (2 if shape.gated else 1)
         x = memory.words[: rows * ldx].copy()  # room for any type
-        scales = np.ones(max(rows, outputs), np.float32)
+        scales = np.full(
+            max(rows, outputs), 1e-3, np.float32
+        )  # activations stay where theirs is the usual path
+        sums = np.zeros(outputs, np.int32)
         y = np.zeros((rows, ldy), np.float32)
         num_bytes = outputs * -(-shape.k // group) * group * gemm.WEIGHT_BYTES[dtype]
         calls = []
         for weight in memory.pieces(num_bytes, COLD_BYTES):
             quantised = dtype == "i8"
             calls.append(
-                [x, *([scales] if quantised else []), weight, *([scales] * 2 if quantised else []), y]
+                [x, *([scales] if quantised else []), weight, *([scales, sums] if quantised else []), y]
             )
         return self.plan(spec, calls, panels, gemm.ROW_BLOCK, rows)
 

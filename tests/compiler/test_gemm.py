@@ -117,20 +117,20 @@ def test_any_split_gives_the_same_bits(m: int, cuts: set[int], residual: bool) -
     assert problem.run(*edges).tobytes() == problem.run().tobytes()
 
 
-def test_blocks_of_k_give_the_bits_of_one_chain() -> None:
-    """K beyond a panel's share of L2 goes in blocks; the accumulator is carried, so the chain is the same."""
-    k, n = 9000, 40
-    assert gemm._K_BLOCK_BYTES // (4 * gemm.panel_width(n)) < k
-    problem = Problem(3, k, n)
+def test_pieces_of_k_give_the_bits_of_one_chain() -> None:
+    """Tiles that share a panel take it in pieces; the accumulators are carried, so the chain is the same."""
+    m, k, n = 20, 900, 40
+    assert 2 * gemm._PIECE_BYTES // (4 * gemm.panel_width(n)) < k
+    problem = Problem(m, k, n)
     y = problem.run()
     problem.check(y)
-    chain = np.zeros((3, n), dtype=np.float32)
-    x, w = problem.x.astype(np.float64), problem.weight.astype(np.float64)
+    chain = np.zeros((m, n), dtype=np.float32)
+    x, w = problem.x[:m].astype(np.float64), problem.weight.astype(np.float64)
     for kk in range(
         k
     ):  # float64 holds the product exactly; the sum is rounded twice, which is once but for rare ties
         chain = (x[:, kk : kk + 1] * w[:, kk] + chain).astype(np.float32)
-    assert (chain == y[:3, :n]).mean() > 0.999
+    assert (chain == y[:m, :n]).mean() > 0.999
 
 
 @pytest.mark.skipif(

@@ -76,7 +76,7 @@ def test_special_values() -> None:
     assert y[3] == y[4] == 1  # exactly: a masked block multiplies by this
     assert y[1] == y[5]
     assert 2.3e38 < y[1] < np.inf
-    assert 0 < y[2] == y[6] < 1.2e-38
+    assert np.finfo(np.float32).smallest_normal <= y[2] == y[6] < 1.2e-38  # subnormal results are slow
     assert np.isnan(elementwise("check_exp_of_negative", exp_of_negative, x)[0])
     for name, function in (("check_tanh", tanh), ("check_erf", erf)):
         y = elementwise(name, function, x)

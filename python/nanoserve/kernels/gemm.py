@@ -19,8 +19,8 @@ A gated GEMM has a weight of 2 * N rows, gate then up, and stores act(gate) * up
 alternate, gate and up of the same columns.
 
 Work units are (panel, block of ROW_BLOCK rows), panel-major: unit t is panel t // RB, row block t % RB, RB = ceil(m /
-ROW_BLOCK). A block of few rows is one register tile, which reads the panel from memory; one of more is several, the first of
-which bring in the next panel. Rows beyond m are neither read nor written: the last tile may compute a row twice.
+ROW_BLOCK). A block of few rows is one register tile, which reads the panel from memory; one of more is several, which share
+pieces of the panel that stay in L1, and together bring in the next piece. Rows beyond m are neither read nor written: the last tile may compute a row twice.
 
 Columns n >= N of y, up to the padded N, are written with what the zero padding gives (act(0) is 0, or y + that).
 """
@@ -47,7 +47,7 @@ WEIGHTS_OF = {
 ROW_BLOCK = 64  # rows of x that stay in L1/L2 while a panel is used
 ACTIVATIONS = (None, "gelu_tanh", "gelu_erf", "silu")
 MAX_INT8_K = (2**31 - 1) // (255 * 127)  # beyond, an int32 sum could overflow
-_K_BLOCK_BYTES = 512 * 1024  # of a panel: what stays in a core's L2 beside x
+_PIECE_BYTES = 16 * 1024  # of a panel: it, the piece that is next and some rows of x are in L1 at once
 # How far ahead of its use a panel is asked for while it streams from memory, for tiles of up to 4 rows and of more.
 _AHEAD_BYTES, _AHEAD_BYTES_MORE_ROWS = 4096, 8192
 
@@ -139,14 +139,12 @@ class Place:
 
     Attributes:
         panel: of the weight.
-        following: the one this thread reads next, or the same.
         column: of y.
         first, last: rows of the block.
         to: column of the scratch memory for sums.
     """
 
     panel: Value
-    following: Value
     column: Value
     first: Value
     last: Value
@@ -164,7 +162,6 @@ def build(
         imin,
         index,
         narrow,
-        select,
         splat,
         to_float,
         widen,
@@ -185,7 +182,7 @@ def build(
     # The last step of a pair may be half a one; it is no part of the loop, and goes with the one block there is then.
     is_odd = group == 2 and k % 2 == 1
     whole = k // 2 if is_odd else depth
-    block = whole if is_odd else max(64, _K_BLOCK_BYTES // step_bytes // 64 * 64)
+    piece = max(1, whole) if is_odd else _PIECE_BYTES // step_bytes  # steps
     sum_type = "i32" if dtype == "i8" else "f32"
 
     # Narrow elements are read as 32-bit lanes that hold a group.
@@ -205,7 +202,7 @@ def build(
         given = dict(zip(arguments, values, strict=True))
         rows_in, weight, out, m = given["x"], given["w"], given["y"], given["m"]
         row_blocks = ceildiv(m, ROW_BLOCK)
-        # Accumulators on their way to the epilogue, or to the next block of k; with room for rows a last tile repeats.
+        # Accumulators on their way to the epilogue, or to the next piece of k; with room for rows a last tile repeats.
         sums = scratch(ROW_BLOCK + tiles.single[0], parts * width, element=sum_type)
 
         def operand(lanes: Value) -> Value:
@@ -237,17 +234,12 @@ def build(
             return each(at, [operand(v) for v in loaded], acc)
 
         def tile(
-            rows: int,
-            place: Place,
-            start: Value,
-            begin: Value,
-            end: Value,
-            ask: tuple[Value, Value],
-            share: int,
+            rows: int, place: Place, start: Value, begin: Value, end: Value, asked_from: Value, shared: bool
         ) -> None:
-            """sums = (or +=, from the second k block on) x[start : start + rows] @ panel, over the steps [begin, end).
+            """sums = x[start : start + rows] @ panel, over the steps [begin, end); of a panel that is shared, sums += that.
 
-            Meanwhile 1 / share of the lines of a panel are asked for, from element ask[1] of panel ask[0] on.
+            Meanwhile as many of the weight's lines are asked for as the tile reads, from that element of the panel on; of a
+            shared one half as many: there are two tiles or more.
             """
             row = [imin(start + i, place.last) for i in range(rows)]
 
@@ -257,22 +249,20 @@ def build(
                     out.prefetch(imin(start + i, place.last), place.column + j, write=True)
 
             slot = start - place.first
-            if whole > block:
+            if shared:
                 acc = [sums.load(slot + i, place.to + j) for i in range(rows) for j in vectors]
             else:
                 acc = [zeros(element=sum_type) for _ in range(rows) for _ in vectors]
             unroll = next(
                 u for u in ((4, 2, 1) if rows == 1 else (2, 1) if rows <= 8 else (1,)) if whole % u == 0
             )
-            lines = -(-unroll * width // (line * share))
-
-            near = 3 if share == 1 else 2  # L1, where what is used next fits; L2
+            lines = -(-unroll * width // (line * (2 if shared else 1)))
 
             @loop(begin, end, unroll, carry=acc)
             def total(at: Value, acc: list[Value]) -> list[Value]:
-                asked = ask[1] + at // unroll * (lines * line)
+                asked = asked_from + (at - begin) // unroll * (lines * line)
                 for i in range(lines):
-                    weight.prefetch(ask[0], 0, asked + i * line, locality=near)
+                    weight.prefetch(place.panel, 0, asked + i * line)
                 for step in (at + i if i else at for i in range(unroll)):
                     loaded = [weight.load(place.panel, step, j) for j in vectors]
                     acc = multiply(row, step, loaded, acc)
@@ -285,8 +275,8 @@ def build(
                 for j, at in enumerate(vectors):
                     sums.store(total[i * len(vectors) + j], slot + i, place.to + at)
 
-        def all_tiles(place: Place, begin: Value, end: Value) -> None:
-            """sums of all rows of a block over the steps [begin, end)."""
+        def all_tiles(place: Place) -> None:
+            """sums of all rows of a block."""
             count, biggest = place.last + 1 - place.first, tiles.single[0]
             # One tile uses a panel as it comes from memory, and asks for it some way ahead.
             for rows, smaller in zip(tiles.single, (*tiles.single[1:], 0), strict=True):
@@ -294,31 +284,33 @@ def build(
                 @when((count > smaller) & (count <= rows))
                 def _(rows: int = rows) -> None:
                     ahead = _AHEAD_BYTES if rows <= 4 else _AHEAD_BYTES_MORE_ROWS
-                    tile(rows, place, place.first, begin, end, (place.panel, index(ahead // 64 * line)), 1)
+                    tile(rows, place, place.first, index(0), index(whole), index(ahead // 64 * line), False)
 
-            # Several use it again from L2: the first two or three ask for the next panel.
+            # Several take turns at a piece of it while that is in L1, and each asks for a part of the next.
             @when(count > biggest)
             def _() -> None:
                 num_tiles = ceildiv(count, tiles.large)
                 num_small = imin(num_tiles, (num_tiles * tiles.large - count) // (tiles.large - tiles.small))
                 num_large = num_tiles - num_small
+                part_of_piece = ceildiv(index(piece * width // line), num_tiles) * line
 
-                askers = imin(num_tiles, 3)
-                part_of_panel = ceildiv(index(depth * width // line), askers) * line
+                @loop(0, num_large * tiles.large + num_small * tiles.small)
+                def _(i: Value) -> None:
+                    for j in vectors:
+                        sums.store(zeros(element=sum_type), i, place.to + j)
 
-                def run(rows: int, low: Value, high: Value) -> None:
-                    @loop(low, high)
-                    def _(t: Value) -> None:
-                        start = place.first + num_large * tiles.large + (t - num_large) * rows
-                        asks = t < askers
-                        ask = (
-                            select(asks, place.following, place.panel),
-                            select(asks, t * part_of_panel, index(0)),
-                        )
-                        tile(rows, place, start, begin, end, ask, 2)
+                @loop(0, max(1, whole), piece)
+                def _(begin: Value) -> None:
+                    end = imin(begin + piece, whole)
 
-                run(tiles.large, index(0), num_large)
-                run(tiles.small, num_large, num_tiles)
+                    def run(rows: int, low: Value, high: Value) -> None:
+                        @loop(low, high)
+                        def _(t: Value) -> None:
+                            start = place.first + num_large * tiles.large + (t - num_large) * rows
+                            tile(rows, place, start, begin, end, end * width + t * part_of_piece, True)
+
+                    run(tiles.large, index(0), num_large)
+                    run(tiles.small, num_large, num_tiles)
 
         def finish(row: Value, slot: Value, to: int, column: Value) -> Value:
             """The value of 16 sums before the activation."""
@@ -336,24 +328,15 @@ def build(
 
             @loop(0, parts)
             def _(part: Value) -> None:
-                source = panel * parts + part
-                is_last = source + 1 > ceildiv(given["end"], row_blocks) * parts - 1
-                place = Place(
-                    panel=source, following=select(is_last, source, source + 1), column=panel * width, first=first,
-                    last=stop - 1, to=part * width,
-                )  # fmt: skip
-                if whole <= block:
-                    all_tiles(place, index(0), index(whole))
-                    return
-
-                @loop(0, ROW_BLOCK)
-                def _(i: Value) -> None:
-                    for j in vectors:
-                        sums.store(zeros(element=sum_type), i, place.to + j)
-
-                @loop(0, whole, block)
-                def _(begin: Value) -> None:
-                    all_tiles(place, begin, imin(begin + block, whole))
+                all_tiles(
+                    Place(
+                        panel=panel * parts + part,
+                        column=panel * width,
+                        first=first,
+                        last=stop - 1,
+                        to=part * width,
+                    )
+                )
 
             @loop(first, stop)
             def _(row: Value) -> None:
