@@ -164,6 +164,18 @@ void LogitsReader::block_max(const LogitsView& rows, bool may_forbid, float* out
     });
 }
 
+void LogitsReader::forbid(const LogitsView& view, float* values, float* block_max,
+                          std::span<const std::int64_t> rows, std::span<const std::uint32_t> masks) const {
+    const std::int64_t blocks = num_logits_blocks(view.vocab);
+    const std::int64_t words = ceil_div(view.vocab, 32);
+    Sums none;
+    run(view, none, std::ssize(rows), std::ssize(rows) * view.vocab * kCostPerMax, [&](std::int64_t index) {
+        const std::int64_t row = rows[at(index)];
+        forbid_outside({values + row * view.row_stride, at(view.vocab)},
+                       {block_max + row * blocks, at(blocks)}, masks.subspan(at(index * words), at(words)));
+    });
+}
+
 std::vector<std::int64_t> LogitsReader::sample(const LogitsView& rows,
                                                std::span<const Choice> choices) const {
     check(rows);

@@ -61,6 +61,10 @@ class LogitsReader {
     // out: num_rows * num_logits_blocks(vocab). NaN for a block with a number that is not finite; where
     // tokens may be forbidden, which is -inf, it is not NaN for those.
     void block_max(const LogitsView& rows, bool may_forbid, float* out) const;
+    // Of the rows with a mask, masks[i] for rows[i]: forbid_outside. values and block_max are those of
+    // `view`; a row is named once.
+    void forbid(const LogitsView& view, float* values, float* block_max, std::span<const std::int64_t> rows,
+                std::span<const std::uint32_t> masks) const;
     // A token each; some token, which means nothing, for a row that is not finite.
     [[nodiscard]] std::vector<std::int64_t> sample(const LogitsView& rows,
                                                    std::span<const Choice> choices) const;

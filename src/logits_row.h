@@ -65,4 +65,40 @@ struct LogitsRow {
     return most[0] > limit ? std::numeric_limits<float>::quiet_NaN() : best[0];
 }
 
+// Leaves the tokens whose bit is set (bit i % 32 of word i / 32 for token i) and makes the others' logits
+// -inf, in `values` and in the maxima of their blocks. A block that keeps all of its tokens is neither read
+// nor written.
+inline void forbid_outside(std::span<float> values, std::span<float> block_max,
+                           std::span<const std::uint32_t> mask) {
+    constexpr float forbidden = -std::numeric_limits<float>::infinity();
+    constexpr std::size_t bits = 32;
+    constexpr auto width = static_cast<std::size_t>(kLogitsBlock);
+    for (std::size_t b = 0; b < block_max.size(); ++b) {
+        const std::size_t first = b * width;
+        const std::span<float> block = values.subspan(first, std::min(width, values.size() - first));
+        const std::span<const std::uint32_t> words =
+            mask.subspan(first / bits, (block.size() + bits - 1) / bits);
+        std::uint32_t all = ~std::uint32_t{0}, any = 0;
+        for (const std::uint32_t word : words) {
+            all &= word;
+            any |= word;
+        }
+        if (all == ~std::uint32_t{0}) {
+            continue;
+        }
+        if (any == 0) {
+            std::ranges::fill(block, forbidden);
+            block_max[b] = forbidden;
+            continue;
+        }
+        for (std::size_t w = 0; w < words.size(); ++w) {
+            const std::span<float> run = block.subspan(w * bits, std::min(bits, block.size() - w * bits));
+            for (std::size_t i = 0; i < run.size(); ++i) {
+                run[i] = (words[w] >> i & 1U) != 0 ? run[i] : forbidden;
+            }
+        }
+        block_max[b] = max_of(block);
+    }
+}
+
 }  // namespace nanoserve

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from nanoserve.scheduling.prefill_manager import PrefillManager
     from nanoserve.scheduling.request_pool import RequestPool
     from nanoserve.scheduling.scheduler import Scheduler, SchedulerOutput
+    from nanoserve.structured import StructuredOutputs
 
 _HOME = {
     "Batch": "batch",
@@ -67,6 +68,7 @@ _HOME = {
     "SamplingParams": "sampling",
     "Scheduler": "scheduling.scheduler",
     "SchedulerOutput": "scheduling.scheduler",
+    "StructuredOutputs": "structured",
     "TextDelta": "outputs",
     "TokenLogprob": "logprobs",
     "load_weights": "models.checkpoint",
@@ -105,6 +107,7 @@ __all__ = [
     "SamplingParams",
     "Scheduler",
     "SchedulerOutput",
+    "StructuredOutputs",
     "TextDelta",
     "TokenLogprob",
     "load_weights",

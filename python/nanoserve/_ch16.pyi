@@ -87,6 +87,13 @@ class LogitsReader:
         blocks_per_unit: int = 0,
     ) -> None: ...
     def block_max(self, values: NDArray[np.float32], may_forbid: bool = False) -> NDArray[np.float32]: ...
+    def forbid(
+        self,
+        values: NDArray[np.float32],
+        block_max: NDArray[np.float32],
+        rows: Sequence[int],
+        masks: NDArray[np.uint32],
+    ) -> None: ...
     def sample(
         self,
         values: NDArray[np.float32],

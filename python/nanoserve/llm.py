@@ -26,6 +26,7 @@ from nanoserve.precision import choose_precision
 from nanoserve.sampling import SamplingParams
 from nanoserve.text.chat_template import ChatTemplate
 from nanoserve.text.generation_config import GenerationConfig
+from nanoserve.text.grammar import Grammar, GrammarCompiler
 from nanoserve.text.tokenizer import load_tokenizer
 from nanoserve.text_request import AnyTokenizer, Prompt, TextRequest
 
@@ -119,6 +120,11 @@ class LLM:
             on_progress=on_progress,
             **engine_options,
         )
+        self._grammars = (
+            None
+            if self.tokenizer is None
+            else GrammarCompiler(self.tokenizer, self.config.vocab_size, self.engine.eos_token_ids)
+        )
         if kv_cache_bytes is not None:
             self.engine.kv_pool.populate()  # a first touch can cost more than the token that causes it
 
@@ -159,13 +165,13 @@ class LLM:
         jobs = []
         for index, (prompt, params) in enumerate(zip(listed, per_prompt, strict=True)):
             with _naming(f"prompts[{index}]"):
-                jobs.append(TextRequest(self.engine, self.tokenizer, prompt, params))
+                jobs.append(self._text_request(prompt, params))
         return self._run(jobs)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[TextDelta]:
         """One prompt, as it is generated. Closing the iterator aborts the rest."""
         (params,) = self._params(sampling_params, 1)
-        return self._deltas(TextRequest(self.engine, self.tokenizer, prompt, params))
+        return self._deltas(self._text_request(prompt, params))
 
     # ---- messages
 
@@ -221,7 +227,27 @@ class LLM:
             )
         prompt = self.chat_template.render(messages, **options)
         tokens = self.tokenizer.encode(prompt, add_special_tokens=False)
-        return TextRequest(self.engine, self.tokenizer, prompt, params, prompt_tokens=tokens)
+        return self._text_request(prompt, params, tokens)
+
+    def _text_request(
+        self, prompt: Prompt, params: SamplingParams, prompt_tokens: Sequence[int] | None = None
+    ) -> TextRequest:
+        grammar = self.compile_grammar(params)
+        return TextRequest(
+            self.engine, self.tokenizer, prompt, params, prompt_tokens=prompt_tokens, grammar=grammar
+        )
+
+    def compile_grammar(self, params: SamplingParams) -> Grammar | None:
+        """What a TextRequest needs for `params.structured_outputs`; None if they are None. Any thread may call it.
+
+        Raises:
+            ValueError: naming the field and what cannot be compiled.
+        """
+        if params.structured_outputs is None:
+            return None
+        if self._grammars is None:
+            raise ValueError("structured_outputs: this checkpoint has no tokenizer to read them with")
+        return self._grammars.compile(params.structured_outputs)
 
     # ---- tokens
 

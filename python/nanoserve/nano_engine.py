@@ -15,6 +15,7 @@ from typing import Any
 from nanoserve.cache.kv_pool import KVCachePool
 from nanoserve.cache.radix_manager import RadixCacheManager
 from nanoserve.checks import shown, truth, whole_number
+from nanoserve.constraint import Constraint
 from nanoserve.errors import RequestRefused
 from nanoserve.executor import ModelExecutor
 from nanoserve.models.config import ModelConfig
@@ -143,6 +144,7 @@ class NanoServingEngine:
         priority: int = 0,
         bad_word_ids: Sequence[Sequence[int]] = (),
         watcher: Watcher | None = None,
+        constraint: Constraint | None = None,
     ) -> Request:
         """A request that `submit` will accept; nothing is queued yet. Arguments as Request's.
 
@@ -152,7 +154,7 @@ class NanoServingEngine:
         request = Request(
             self._unused_id() if req_id is None else req_id, prompt_tokens,
             params=SamplingParams() if params is None else params, priority=priority, bad_word_ids=bad_word_ids,
-            watcher=watcher,
+            watcher=watcher, constraint=constraint,
         )  # fmt: skip
         self.batcher.check(request)
         return request

@@ -11,8 +11,9 @@ preemption it is everything again. One formula serves all three, so no phase fla
 
 Only RequestPool changes `state`; `cached_len` moves with what is computed or found in the cache, never ahead of it.
 
-A request knows tokens, not text. Who knows text (LLM, the server) gives it bad words as token sequences and a watcher,
-which is called with every committed token, once and in order, and may end the request.
+A request knows tokens, not text. Who knows text (LLM, the server) gives it bad words as token sequences, a watcher, which
+is called with every committed token, once and in order, and may end the request, and a constraint (constraint.py), which
+says what tokens may come.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from nanoserve.checks import shown, whole_number
+from nanoserve.constraint import Constraint
 from nanoserve.logits_processors import LogitsProcessor
 from nanoserve.logprobs import TokenLogprob
 from nanoserve.sampling import SamplingParams
@@ -60,6 +62,7 @@ class Request:
         bad_word_ids: token sequences the output must not have: `params.bad_words`, tokenized.
         watcher: called with each committed token; a string ends the request, with finish_reason "stop" and that string
             as `stop_reason`, once there are more than min_tokens outputs. If it raises, its request fails.
+        constraint: says which tokens may come: `params.structured_outputs`, compiled. If it raises, its request fails.
 
     Attributes:
         output_tokens: the output so far, the token that ended it included.
@@ -77,6 +80,7 @@ class Request:
         "bad_word_ids",
         "cached_len",
         "cached_prompt_tokens",
+        "constraint",
         "error",
         "finish_reason",
         "logits_processor",
@@ -116,6 +120,7 @@ class Request:
         priority: int = 0,
         bad_word_ids: Sequence[Sequence[int]] = (),
         watcher: Watcher | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         if params is None:
             given: dict[str, Any] = {
@@ -162,6 +167,7 @@ class Request:
         if watcher is not None and not callable(watcher):
             raise ValueError(f"watcher: {shown(watcher)} must be callable")
         self.watcher = watcher
+        self.constraint = constraint
         self.logits_processor = LogitsProcessor.of(params, self.bad_word_ids)
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob | None] | None = (

@@ -3,7 +3,8 @@
 Invariant: a row's token depends on its own logits, parameters, tokens, seed and position only: the same bits alone or in
 any batch.
 
-Order: the request's own changes to its logits (logits_processors.py), then for a greedy request the largest logit, for
+Order: the request's own changes to its logits (logits_processors.py), then its constraint (constraint.py) forbids tokens,
+then for a greedy request the largest logit, for
 the others temperature, top_k, top_p, min_p (the order of transformers) and one draw. Among equal logits greedy takes the
 lowest token id; top_k keeps every token equal to the k-th; top_p prefers the lower ids among equals.
 
@@ -20,11 +21,12 @@ Python sees parameters and tokens, never a logit; only a row whose request chang
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nanoserve.constraint import TokenMask, next_tokens
 from nanoserve.logits import Logits
 from nanoserve.random_stream import uniform
 
@@ -48,20 +50,23 @@ class Sampler:
 
         Raises:
             ValueError: a request whose every token is forbidden, or without the seed it needs.
+            Exception: whatever a constraint raises.
         """
         if len(logits) != len(requests):
             raise ValueError(f"sample: {len(logits)} rows of logits for {len(requests)} requests")
-        changing = [
-            row
-            for row, request in enumerate(requests)
-            if request.logits_processor is not None and request.logits_processor.has_work(request)
-        ]
+        vocab = logits.values.shape[1]
+        changing: dict[int, TokenMask | None] = {}
+        for row, request in enumerate(requests):
+            mask = None if request.constraint is None else next_tokens(request, eos_token_ids, vocab)
+            if mask is not None or _has_work(request):
+                changing[row] = mask
         if not changing:
             return _choose(logits, range(len(requests)), requests)
         tokens: dict[int, int] = {}
-        together = max(1, _WORKING_SET // logits.values.shape[1])
-        for begin in range(0, len(changing), together):
-            part = changing[begin : begin + together]
+        together = max(1, _WORKING_SET // vocab)
+        rows = list(changing)
+        for begin in range(0, len(rows), together):
+            part = {row: changing[row] for row in rows[begin : begin + together]}
             tokens.update(zip(part, self._sample_changed(logits, part, requests, eos_token_ids), strict=True))
         others = [row for row in range(len(requests)) if row not in tokens]
         tokens.update(zip(others, _choose(logits, others, [requests[row] for row in others]), strict=True))
@@ -69,24 +74,39 @@ class Sampler:
 
     @staticmethod
     def _sample_changed(
-        logits: Logits, rows: Sequence[int], requests: Sequence[Request], eos_token_ids: Collection[int]
+        logits: Logits,
+        masks: Mapping[int, TokenMask | None],
+        requests: Sequence[Request],
+        eos_token_ids: Collection[int],
     ) -> list[int]:
-        """Tokens of these rows, each from a copy that its request has changed."""
-        copy = logits.take(rows)
-        owners = [requests[row] for row in rows]
-        with np.errstate(all="ignore"):  # rows that are, or become, infinite
-            for values, request in zip(copy.values, owners, strict=True):
-                assert request.logits_processor is not None
-                request.logits_processor.apply(values, request, eos_token_ids)
-        block_max = logits.reader.block_max(copy.values, may_forbid=True)
-        for best, was_finite in zip(block_max.max(axis=1).tolist(), copy.finite.tolist(), strict=True):
+        """Tokens of the rows that `masks` names, each from a copy that its request, and its mask if any, has changed."""
+        copy = logits.take(list(masks))
+        block_max = copy.block_max
+        owners = [requests[row] for row in masks]
+        processed = [_has_work(request) for request in owners]
+        if any(processed):
+            with np.errstate(all="ignore"):  # rows that are, or become, infinite
+                for values, request, has_work in zip(copy.values, owners, processed, strict=True):
+                    if has_work and request.logits_processor is not None:
+                        request.logits_processor.apply(values, request, eos_token_ids)
+            block_max = logits.reader.block_max(copy.values, may_forbid=True)
+        masked = {index: mask for index, mask in enumerate(masks.values()) if mask is not None}
+        finite = copy.finite.tolist()
+        if masked:
+            logits.reader.forbid(copy.values, block_max, list(masked), np.stack(list(masked.values())))
+        for best, was_finite in zip(block_max.max(axis=1).tolist(), finite, strict=True):
             if was_finite and not math.isfinite(best):
                 raise ValueError(
                     "sample: bias and penalties made a logit infinite"
                     if not best < 0
-                    else "sample: bad_words, min_tokens and logit_bias leave no token of the vocabulary to choose"
+                    else "sample: structured_outputs, bad_words, min_tokens and logit_bias leave no token of the vocabulary to choose"
                 )
-        return _choose(Logits(copy.values, block_max, logits.reader), range(len(rows)), owners)
+        return _choose(Logits(copy.values, block_max, logits.reader), range(len(owners)), owners)
+
+
+def _has_work(request: Request) -> bool:
+    processor = request.logits_processor
+    return processor is not None and processor.has_work(request)
 
 
 def _choose(logits: Logits, rows: Sequence[int], requests: Sequence[Request]) -> list[int]:

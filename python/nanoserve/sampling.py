@@ -1,7 +1,8 @@
 """What a user may ask of the sampler: every field works, or its value is refused by name with its limit.
 
-Meanings are vLLM's where nothing else is said. The parameters know nothing of tokenizers: `stop` and `bad_words` are
-text, and whoever has the tokenizer (LLM, the server) turns them into a Request's `watcher` and `bad_word_ids`. How the
+Meanings are vLLM's where nothing else is said. The parameters know nothing of tokenizers: `stop`, `bad_words` and
+`structured_outputs` are about text, and whoever has the tokenizer (LLM, the server) turns them into a Request's `watcher`,
+`bad_word_ids` and `constraint`. How the
 numbers become a token is sampler.py's part, with logits_processors.py and random_stream.py below it.
 """
 
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanoserve.checks import shown, truth, whole_number
 from nanoserve.random_stream import child_seed, derive_seed, mix64, random_bits, uniform
+from nanoserve.structured import StructuredOutputs
 
 if TYPE_CHECKING:
     from nanoserve.sampler import Sampler
@@ -60,6 +62,8 @@ class SamplingParams:
             and after a space: the last of them is not sampled. The same letters in other tokens are not found.
         prompt_logprobs: as logprobs, for the prompt's tokens.
         skip_special_tokens: the text leaves special tokens out.
+        structured_outputs: the form the text must have. It then ends (EOS, stop ids) only where it is complete, and at once
+            where nothing can follow, min_tokens or not; stop strings and max_tokens may still cut it.
 
     Raises:
         ValueError: naming the field, its value and its limit.
@@ -85,6 +89,7 @@ class SamplingParams:
     bad_words: Sequence[str] = ()
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         self._check_real("temperature", 0.0, MAX_TEMPERATURE)
@@ -113,6 +118,10 @@ class SamplingParams:
                 self._check_int(name, 0, high)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             truth(name, getattr(self, name))
+        if not isinstance(self.structured_outputs, StructuredOutputs | None):
+            raise ValueError(
+                f"structured_outputs: {shown(self.structured_outputs)} must be StructuredOutputs"
+            )
 
     @property
     def is_greedy(self) -> bool:

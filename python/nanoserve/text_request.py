@@ -16,6 +16,7 @@ from nanoserve.outputs import Completion, RequestOutput, TextDelta, Usage
 from nanoserve.request import Request
 from nanoserve.sampling import SamplingParams, child_seed
 from nanoserve.text.byte_tokenizer import ByteTokenizer
+from nanoserve.text.grammar import Grammar
 from nanoserve.text.text_output import TextOutput
 from nanoserve.text.tokenizer import Tokenizer
 
@@ -38,6 +39,7 @@ class TextRequest:
         prompt: as the user gave it: a text, tokenized with the tokenizer's special tokens; token ids; or, as vLLM has it,
             {"prompt": text} or {"prompt_token_ids": ids}.
         prompt_tokens: its tokens where they are known already (a rendered chat template).
+        grammar: of `params.structured_outputs`, compiled (GrammarCompiler).
 
     Raises:
         ValueError: a bad prompt or parameter. RequestRefused: it can never fit.
@@ -51,11 +53,16 @@ class TextRequest:
         params: SamplingParams,
         *,
         prompt_tokens: Sequence[int] | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         self.prompt = _unwrapped(prompt)
         if prompt_tokens is None:
             prompt_tokens = _tokens(tokenizer, self.prompt)
         self.params = params
+        if (grammar is None) != (params.structured_outputs is None):
+            raise ValueError(
+                "grammar: must be given with structured_outputs, compiled of them, and not without"
+            )
         bad_words = _bad_word_ids(tokenizer, params.bad_words)
         hidden = set() if params.ignore_eos else set(engine.eos_token_ids)
         hidden.update(params.stop_token_ids)
@@ -76,7 +83,7 @@ class TextRequest:
                 )  # fmt: skip
             request = engine.prepare(
                 prompt_tokens, own, bad_word_ids=bad_words,
-                watcher=None if text is None else text.push,
+                watcher=None if text is None else text.push, constraint=None if grammar is None else grammar.matcher(),
             )  # fmt: skip
             self._sequences.append(_Sequence(request, text))
         self._submitted = 0

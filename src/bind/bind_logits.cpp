@@ -67,6 +67,32 @@ py::array_t<float> block_max(const LogitsReader& reader, const py::array& values
     return out;
 }
 
+void forbid(const LogitsReader& reader, py::array& values, py::array& block_max_array, const IntList& rows,
+            const py::array& masks) {
+    const LogitsView view = view_of(values, block_max_array);
+    const std::int64_t words = ceil_div(view.vocab, 32);
+    if (!py::isinstance<py::array_t<std::uint32_t, py::array::c_style>>(masks) || masks.ndim() != 2 ||
+        masks.shape(0) != std::ssize(rows) || masks.shape(1) != words) {
+        throw std::invalid_argument("masks must be a C-contiguous uint32 array [" +
+                                    std::to_string(rows.size()) + ", " + std::to_string(words) +
+                                    "], got shape " + shape_text(masks));
+    }
+    std::vector<bool> seen(at(view.num_rows));
+    for (const std::int64_t row : rows) {
+        require_range("row", row, 0, view.num_rows - 1);
+        if (seen[at(row)]) {
+            throw std::invalid_argument("row " + std::to_string(row) + " has more than one mask");
+        }
+        seen[at(row)] = true;
+    }
+    auto* const data = static_cast<float*>(values.mutable_data());
+    auto* const maxima = static_cast<float*>(block_max_array.mutable_data());
+    const std::span<const std::uint32_t> bits{static_cast<const std::uint32_t*>(masks.data()),
+                                              rows.size() * at(words)};
+    const py::gil_scoped_release unlocked;
+    reader.forbid(view, data, maxima, rows, bits);
+}
+
 IntList sample(const LogitsReader& reader, const py::array& values, const py::array& block_max_array,
                const IntList& rows, const DoubleList& temperature, const IntList& top_k,
                const DoubleList& top_p, const DoubleList& min_p, const DoubleList& uniform) {
@@ -152,6 +178,11 @@ void populate_logits(py::module_& m) {
              "float32[rows, blocks]: the largest of each block of LOGITS_BLOCK logits, not finite where one "
              "of "
              "them is not. may_forbid: -inf is a logit like any other.")
+        .def(
+            "forbid", &forbid, py::arg("values"), py::arg("block_max"), py::arg("rows"), py::arg("masks"),
+            "In place: of rows[i] only the tokens in masks[i] stay, the other logits become -inf, the maxima "
+            "follow. "
+            "masks: uint32[len(rows), ceil(vocab / 32)], bit i % 32 of word i // 32 for token i.")
         .def("sample", &sample, py::arg("values"), py::arg("block_max"), py::arg("rows"),
              py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("uniform"),
              "A token for each of `rows`; temperature 0 takes the largest. Runs without Python's lock.")

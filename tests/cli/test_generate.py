@@ -161,6 +161,25 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run: Run, words: list[str], m
     assert result.stderr.count("\n") == 1
 
 
+def test_an_answer_obeys_the_schema_in_a_file(run: Run, tmp_path: Path) -> None:
+    schema = Path(__file__).parent / "point.schema.json"
+    words = ["--json-schema", schema, "--max-tokens", "200", "--seed", "3"]
+    result = run("generate", TINY_GPT, "-p", "point = ", *words)
+    assert result.exit_code == 0, result.stderr
+    point = json.loads(result.stdout)
+    assert set(point) == {"x", "kind"}
+    assert 0 <= point["x"] <= 99
+    bad = tmp_path / "bad.json"
+    bad.write_text('{"type": "string", "not": {}}')
+    for name, why in (
+        (bad, "structured_outputs.json: keyword 'not' is not supported"),
+        (tmp_path / "gone.json", "No such file or directory"),
+    ):
+        result = run("generate", TINY_GPT, "-p", "x", "--json-schema", name)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr == f"error: --json-schema: {name}: {why}\n"
+
+
 def test_a_directory_that_is_no_checkpoint(run: Run, tmp_path: Path) -> None:
     result = run("generate", tmp_path, "-p", "x")
     assert result.exit_code == 2

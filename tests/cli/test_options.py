@@ -14,9 +14,11 @@ from nanoserve.cli import generate as generate_module
 from nanoserve.cli.byte_size import format_size, parse_size
 from nanoserve.cli.options import sampling_params
 from nanoserve.sampling import SamplingParams
+from nanoserve.structured import StructuredOutputs
 
 Run = Callable[..., Any]
 # One use of every option, and the field it must become.
+SCHEMA = Path(__file__).parent / "point.schema.json"
 GIVEN: dict[str, tuple[list[str], Any]] = {
     "temperature": (["--temperature", "0.5"], 0.5),
     "top_k": (["--top-k", "7"], 7),
@@ -38,6 +40,7 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "logprobs": (["--logprobs", "0"], 0),
     "prompt_logprobs": (["--prompt-logprobs", "2"], 2),
     "skip_special_tokens": (["--keep-special"], False),
+    "structured_outputs": (["--json-schema", str(SCHEMA)], StructuredOutputs(json=SCHEMA.read_text())),
 }
 
 

@@ -100,6 +100,36 @@ TEST(a_draw_depends_on_its_own_row_and_number) {
     }
 }
 
+TEST(forbidden_tokens_are_minus_infinity_in_rows_and_maxima) {
+    for (const int threads : {1, 3}) {
+        for (const std::int64_t vocab : {1, 31, 33, 256, 257, 70'000}) {
+            const Rows before(4, vocab, threads);
+            Rows rows(4, vocab, threads);
+            const std::vector<std::int64_t> masked = {2, 0};
+            const std::int64_t words = ceil_div(vocab, 32);
+            std::vector<std::uint32_t> masks(at(2 * words));
+            std::mt19937 bits(3);
+            for (std::size_t w = 0; w < masks.size(); ++w) {  // stretches of none, of all, and mixed
+                masks[w] = w / 20 % 3 == 0 ? 0U : w / 20 % 3 == 1 ? ~0U : static_cast<std::uint32_t>(bits());
+            }
+            rows.reader.forbid(rows.view(), rows.values.data(), rows.block_max.data(), masked, masks);
+            for (std::int64_t row = 0; row < 4; ++row) {
+                for (std::int64_t token = 0; token < vocab; ++token) {
+                    const std::int64_t entry = row == masked[0] ? 0 : row == masked[1] ? 1 : -1;
+                    const bool allowed =
+                        entry < 0 || (masks[at(entry * words + token / 32)] >> (token % 32) & 1U) != 0;
+                    const float own = before.row(row)[at(token)];
+                    CHECK_EQ(rows.row(row)[at(token)],
+                             allowed ? own : -std::numeric_limits<float>::infinity());
+                }
+            }
+            std::vector<float> maxima(rows.block_max.size());
+            rows.reader.block_max(rows.view(), true, maxima.data());
+            CHECK(maxima == rows.block_max);
+        }
+    }
+}
+
 TEST(a_row_that_is_not_finite_gives_some_token_and_no_score) {
     for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
                             -std::numeric_limits<float>::infinity()}) {

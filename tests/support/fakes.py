@@ -218,6 +218,7 @@ class System:
         *,
         watcher: Any = None,
         bad_word_ids: Any = (),
+        constraint: Any = None,
         **params: Any,
     ) -> Request:
         """Queue a greedy request that ignores EOS, unless told otherwise."""
@@ -229,6 +230,7 @@ class System:
             priority=priority,
             bad_word_ids=bad_word_ids,
             watcher=watcher,
+            constraint=constraint,
         )
         self.batcher.add_request(request)
         return request

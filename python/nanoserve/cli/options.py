@@ -14,6 +14,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ from rich.markup import escape
 from nanoserve.checks import shown
 from nanoserve.cli.byte_size import parse_size
 from nanoserve.sampling import SamplingParams
+from nanoserve.structured import StructuredOutputs
 
 Command = Callable[..., Any]
 
@@ -93,14 +95,16 @@ def _sampling_table() -> tuple[Option, ...]:
         ("logprobs", "", int, out, None),
         ("prompt_logprobs", "", int, out, None),
         ("skip_special_tokens", "--skip-special/--keep-special", bool, out, None),
+        ("structured_outputs", "--json-schema", str, out, "FILE"),
     ]
     sentences = _documented(SamplingParams)
+    sentences["structured_outputs"] = "a JSON schema; the text becomes a JSON value that it describes."
     defaults = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
     table = []
     for field, names, kind, panel, metavar in rows:
         sentence = sentences.get(field, "")
         sentence = sentence[:1].upper() + sentence[1:]
-        if metavar:
+        if metavar and kind is not str:
             sentence = sentence.rstrip(".") + ". May be given several times."
         default = "" if metavar or kind is bool or defaults[field] is None else str(defaults[field])
         flag = names or f"--{field.replace('_', '-')}"
@@ -196,7 +200,18 @@ def _with_group(
 def _sampling_values(given: dict[str, Any]) -> dict[str, Any]:
     if "logit_bias" in given:
         given["logit_bias"] = dict(_bias_entry(text) for text in given["logit_bias"])
+    if "structured_outputs" in given:
+        given["structured_outputs"] = _schema_of(given["structured_outputs"])
     return given
+
+
+def _schema_of(name: str) -> StructuredOutputs:
+    try:
+        return StructuredOutputs(json=Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--json-schema: {name}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"--json-schema: {name}: {error}") from error
 
 
 def _bias_entry(text: str) -> tuple[int, float]:

@@ -1,8 +1,9 @@
 """What a computed step changes: tokens are appended, requests move on, end, or fail alone.
 
 A request is committed as a whole or not at all: everything that can go wrong (non-finite logits, an impossible token, a
-watcher that raises) is asked before the first of its fields changes. A watcher hears of a token here and nowhere else, so
-exactly once: a step that was discarded had no tokens yet, and a preempted request's known tokens are not sampled again.
+watcher or a constraint that raises) is asked before the first of its fields changes. They hear of a token here and nowhere
+else, so exactly once: a step that was discarded had no tokens yet, and a preempted request's known tokens are not sampled
+again. A constraint does not hear of the EOS or stop id that ends its request: what it constrains is the text before.
 """
 
 from __future__ import annotations
@@ -122,8 +123,18 @@ class Committer:
                 return "stop", None
             if token in params.stop_token_ids:
                 return "stop", token
-            if verdict is not None:
-                return "stop", verdict
+        is_complete = False
+        if request.constraint is not None:
+            try:
+                request.constraint.accept(token)
+                is_complete = request.constraint.must_end()
+            except Exception as error:
+                self.residents.fail(request, f"its constraint failed: {type(error).__name__}: {error}")
+                return None
+        if verdict is not None and num_output > params.min_tokens:
+            return "stop", verdict
+        if is_complete:
+            return "stop", None
         if num_output >= params.max_tokens or request.total_len + 1 >= self._max_len:
             return "length", None
         return None, None

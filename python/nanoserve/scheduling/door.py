@@ -83,6 +83,10 @@ def _check_text_is_resolved(name: str, request: Request) -> None:
         raise RequestRefused(
             f"{name}: bad_words: strings need a tokenizer, use LLM, or give the request bad_word_ids"
         )
+    if params.structured_outputs is not None and request.constraint is None:
+        raise RequestRefused(
+            f"{name}: structured_outputs: needs a tokenizer, use LLM, or give the request a constraint"
+        )
     if params.n > 1:
         raise RequestRefused(
             f"{name}: n: {params.n} must be 1: LLM fans out n, the engine serves one sequence per request"
