@@ -89,10 +89,16 @@ def test_masks_are_exact(tokenizers: dict[str, Tokenizer | ByteTokenizer], kind:
         matcher, text, tokens = grammar.matcher(), b"", []
         while not matcher.must_end():
             expected = {t for t, piece in spelled.items() if piece and is_beginning(text + piece, wholes)}
+            if (
+                drops and not tokens
+            ):  # and nothing but that space, which a byte's token or two blanks would not
+                expected = {t for t in expected if tokenizer.decode([t]).encode() == spelled[t][1:]}
+            if not expected:  # the vocabulary cannot spell the rest
+                with pytest.raises(ValueError, match="no token of the vocabulary leads"):
+                    matcher.allowed()
+                break
             assert bits(matcher.allowed(), tokenizer.vocab_size) == expected, text
             assert matcher.may_end() == (text in wholes)
-            if not expected:
-                break  # the vocabulary cannot spell the rest
             token = rng.choice(sorted(expected))
             matcher.accept(token)
             tokens.append(token)
@@ -107,7 +113,7 @@ def test_masks_are_exact(tokenizers: dict[str, Tokenizer | ByteTokenizer], kind:
 def compiler_drops_a_space(tokenizer: Tokenizer | ByteTokenizer) -> bool:
     made = compiler(tokenizer)
     made._prepared()
-    return made._drops_a_space
+    return made._first is not None
 
 
 def test_kinds_differ_in_what_they_do_to_a_leading_space(
@@ -141,9 +147,9 @@ def test_a_token_is_its_bytes_one_by_one(
     drops = compiler_drops_a_space(tokenizer)
     by_token, by_byte = compiler(tokenizer).compile(spec), GrammarCompiler(ByteTokenizer(), 256).compile(spec)
     rng = random.Random(0)
-    for _ in range(6):
+    for _ in range(2):
         matcher, text = by_token.matcher(), b""
-        for _ in range(25):
+        for _ in range(20):
             if matcher.must_end():
                 break
             allowed = bits(matcher.allowed(), tokenizer.vocab_size)
@@ -208,8 +214,9 @@ def test_json_allows_blanks_but_not_without_end() -> None:
     )
     assert accepts(spec, '{"a":1}')
     assert accepts(spec, '{\n  "a" : 1\n}')
-    assert accepts(spec, "{" + " " * 64 + '"a":1}')
-    assert not accepts(spec, "{" + " " * 65 + '"a":1}')
+    assert accepts(spec, "{\r\n" + " " * 32 + '"a":  1}')
+    for blanks in ("   ", "\n" + " " * 33, "\n\n", " \n", "\t"):
+        assert not accepts(spec, "{" + blanks + '"a":1}')
     assert not accepts(spec, ' {"a":1}')
     assert not accepts(spec, '{"a":1,"a":2}')
     assert not accepts(spec, b'{"a":1,"b":"\xed\xa0\x80"}'), "half of a surrogate pair"
@@ -239,24 +246,33 @@ def test_special_and_ending_tokens_are_never_text(tokenizers: dict[str, Tokenize
     assert len(allowed) > 250
 
 
-def test_a_tokenizer_whose_text_is_not_its_tokens_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_whose_text_is_not_its_tokens_is_refused() -> None:
+    """CLIP's kind, which takes the last word's space away again, and one that strips the end of a text."""
     import tokenizers as library
 
-    backend = library.Tokenizer(
-        library.models.BPE({"a</w>": 0, "{": 1, '"': 2, "</w>": 3}, [], unk_token="{")
-    )
-    backend.decoder = library.decoders.BPEDecoder()
-    made = GrammarCompiler(Tokenizer(backend, 4, {}), 4)
-    backend.decoder = library.decoders.Sequence([library.decoders.Fuse(), library.decoders.Strip('"', 1, 1)])
-    stripping = GrammarCompiler(Tokenizer(backend, 4, {}), 4)
-    for one in (made, stripping):
+    def of(suffix: str, decoder: Any) -> GrammarCompiler:
+        pieces = [chr(code) + end for end in dict.fromkeys(["", suffix]) for code in range(33, 127)]
+        vocab = {piece: i for i, piece in enumerate(pieces)}
+        backend = library.Tokenizer(
+            library.models.BPE(vocab, [], **({"end_of_word_suffix": suffix} if suffix else {}))
+        )
+        backend.pre_tokenizer = library.pre_tokenizers.WhitespaceSplit()
+        backend.decoder = decoder
+        return GrammarCompiler(Tokenizer(backend, len(vocab), {}), len(vocab))
+
+    decoders = library.decoders
+    for made in (
+        of("</w>", decoders.BPEDecoder("</w>")),
+        of("", decoders.Sequence([decoders.Fuse(), decoders.Strip("z", 0, 1)])),
+    ):
         with pytest.raises(ValueError, match="decodes a token differently beside others"):
-            one.compile(StructuredOutputs(choice=["a"]))
+            made.compile(StructuredOutputs(choice=["a"]))
+    of("", decoders.Fuse()).compile(StructuredOutputs(choice=["a"]))
 
 
 def test_several_threads_may_compile_at_once() -> None:
     made = GrammarCompiler(ByteTokenizer(), 256)
-    texts = [f"text {i}" for i in range(24)]
+    texts = [f"text {i}" for i in range(10)]
     found: dict[str, set[int]] = {}
 
     def work(text: str) -> None:

@@ -14,23 +14,27 @@ import pytest
 from nanoserve.llm import LLM
 from nanoserve.sampling import SamplingParams
 from nanoserve.structured import StructuredOutputs
+from support.families import CASES
+from support.oracle import random_model
 from support.random_schemas import random_schema
 from support.text_checkpoint import make_text_checkpoint
 
-TINY_GPT = Path(__file__).resolve().parents[2] / "models" / "tiny-gpt"
 NUM_SCHEMAS = {"llama3": 600, "llama2": 200, "bytes": 200}
 CHOICES = ["yes", "yes please", "né", "你好", "👋🌍"]
 
 
 @pytest.fixture(scope="module", params=list(NUM_SCHEMAS))
 def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    directory = tmp_path_factory.mktemp(request.param)
     if request.param == "bytes":
-        return LLM(TINY_GPT)
-    directory = make_text_checkpoint(tmp_path_factory.mktemp(request.param), request.param, positions=2048)
+        config = CASES["llama"].config(vocab_size=256, eos_token_id=0, max_position_embeddings=2048)
+        random_model(config, "bytes").save_pretrained(directory)
+    else:
+        make_text_checkpoint(directory, request.param, positions=2048)
     return LLM(directory, kv_cache_bytes=2**24)
 
 
-def params(seed: int = 0, max_tokens: int = 400, **fields: Any) -> SamplingParams:
+def params(seed: int = 0, max_tokens: int = 1500, **fields: Any) -> SamplingParams:
     return SamplingParams(
         temperature=1.0,
         seed=seed,
@@ -55,7 +59,7 @@ def test_random_schemas_are_obeyed(llm: LLM, request: pytest.FixtureRequest) -> 
 
 
 def test_any_object_choice_and_regex(llm: LLM) -> None:
-    regex = r"[A-Z][a-zé]{0,5}( \d{1,3})?!"
+    regex = r"[A-Z][a-zé]{0,5}( [0-9]{1,3})?!"
     wanted = [params(i, json_object=True) for i in range(10)]
     wanted += [params(i, choice=CHOICES) for i in range(40)]
     wanted += [params(i, regex=regex) for i in range(40)]
@@ -67,7 +71,7 @@ def test_any_object_choice_and_regex(llm: LLM) -> None:
     assert any(output.finish_reason == "stop" for output in outputs[:10])
     assert all(output.finish_reason == "stop" for output in outputs[10:])
     assert set(texts[10:50]) <= set(CHOICES)
-    assert len(set(texts[10:50])) > 2
+    assert len(set(texts[10:50])) > 1
     assert all(re.fullmatch(regex, text) for text in texts[50:])
 
 

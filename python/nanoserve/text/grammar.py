@@ -9,11 +9,11 @@ for the deepest spec that its size allows, because the library recurses; states,
 limited, so is the memory of a step, and a grammar that exceeds them fails with a ValueError: when it is compiled (the first
 mask included), else in the request that got there. Compiled grammars are kept, the latest ones.
 
-Blanks between the parts of a JSON text are allowed, but a bounded number of them in a row: a model that likes blanks would
-never come to an end.
+Between the parts of a JSON text there may be a space or two, or a new line and its indentation, and no more: a model that
+likes blanks would never come to an end.
 
-Not exact in one place: a decoder that drops the first space of a text (Llama 2's) is given one to drop, so that the text is
-right, but if the text itself is to begin with blanks, the vocabulary's tokens of several blanks may lose more than one.
+A decoder that drops the space a text begins with (Llama 2's) is given one to drop: the grammar asks for it, and only tokens that
+lose this space and nothing else may come first.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _LIMITS = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
-_BLANKS = r"[ \n\r\t]{1,64}"
+_BLANKS = r"( {1,2}|\r?\n( {0,32}|\t{0,8}))"
 # The library would else look for the tokenizer's own split of texts without a choice, and allow only that.
 _OPTIONS = '%llguidance {"no_forcing": true}\n'
 _PROBES = ('{"a": [1, -2.5e3], "b": null}', "x y  z", "é 你好")
@@ -59,26 +59,31 @@ T = TypeVar("T")
 class Grammar:
     """One spec, compiled. Read-only: any number of matchers come from it."""
 
-    def __init__(self, prototype: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, prototype: LLMatcher, vocab_size: int, first: NDArray[np.uint32] | None) -> None:
         self._prototype = prototype
         self._vocab_size = vocab_size
+        self._first = first
 
     def matcher(self) -> Matcher:
         """For one sequence, at its beginning."""
-        return Matcher(self._prototype.deep_copy(), self._vocab_size)
+        return Matcher(self._prototype.deep_copy(), self._vocab_size, self._first)
 
 
 class Matcher:
     """Follows one sequence through a grammar; what the engine calls a Constraint.
 
+    Args:
+        first: of all tokens, those that may come first; None for all.
+
     Raises:
         ValueError: the grammar went beyond a limit, or was given a token it does not allow.
     """
 
-    __slots__ = ("_address", "_mask", "_matcher", "_view")
+    __slots__ = ("_address", "_first", "_mask", "_matcher", "_view")
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: LLMatcher, vocab_size: int, first: NDArray[np.uint32] | None = None) -> None:
         self._matcher = matcher
+        self._first = first
         # One token more than the vocabulary: the library's own end.
         self._mask = np.zeros(vocab_size // 32 + 1, np.uint32)
         self._address = self._mask.ctypes.data
@@ -88,12 +93,15 @@ class Matcher:
         """uint32[ceil(V / 32)], valid until the next call."""
         self._matcher.unsafe_compute_mask_ptr(self._address, self._mask.nbytes)
         self._check()
+        if self._first is not None:
+            np.bitwise_and(self._view, self._first, out=self._view)
         return self._view
 
     def accept(self, token: int) -> None:
         if not self._matcher.consume_token(token):
             self._check()
             raise ValueError(f"structured_outputs: token {token} is not allowed here")
+        self._first = None
 
     def may_end(self) -> bool:
         return bool(self._matcher.is_accepting())
@@ -122,7 +130,7 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._textless = frozenset(textless) | tokenizer.special_ids
         self._library: LLTokenizer | None = None
-        self._drops_a_space = False
+        self._first: NDArray[np.uint32] | None = None
         self._kept: OrderedDict[StructuredOutputs, Grammar] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -142,7 +150,7 @@ class GrammarCompiler:
             prototype = _on_deep_stack(lambda: self._prototype(library, spec))
         except ValueError as error:
             raise ValueError(f"structured_outputs.{spec.form}: {error}") from error
-        grammar = Grammar(prototype, self._vocab_size)
+        grammar = Grammar(prototype, self._vocab_size, self._first)
         with self._lock:
             self._kept[spec] = grammar
             while len(self._kept) > MAX_KEPT or sum(one.num_bytes for one in self._kept) > MAX_KEPT_BYTES:
@@ -151,15 +159,17 @@ class GrammarCompiler:
 
     def _prepared(self) -> LLTokenizer:
         if self._library is None:
-            self._drops_a_space = _drops_a_space(self._tokenizer)
-            _check_joins(self._tokenizer, self._drops_a_space)
+            drops_a_space = _drops_a_space(self._tokenizer)
+            _check_joins(self._tokenizer, drops_a_space)
+            if drops_a_space:
+                self._first = _losing_a_space(self._tokenizer, self._vocab_size, self._textless)
             self._library = _library_tokenizer(self._tokenizer, self._vocab_size, self._textless)
         return self._library
 
     def _prototype(self, library: LLTokenizer, spec: StructuredOutputs) -> LLMatcher:
         from llguidance import LLMatcher
 
-        space = '" " ' if self._drops_a_space else ""
+        space = "" if self._first is None else '" " '
         text = f"{_OPTIONS}start: {space}body\nbody: {_body(spec)}\n"
         matcher = LLMatcher(library, LLMatcher.grammar_from_lark(text), log_level=0, limits=_limits())
         # The first mask is computed here, not in a step; copies begin with what it has learnt.
@@ -226,6 +236,18 @@ def _drops_a_space(tokenizer: Tokenizer | ByteTokenizer) -> bool:
     return False
 
 
+def _losing_a_space(
+    tokenizer: Tokenizer | ByteTokenizer, vocab_size: int, textless: Collection[int]
+) -> NDArray[np.uint32]:
+    """Bits of the tokens that, coming first, say what they say elsewhere without its first space: not a byte's token, maybe,
+    nor one of several blanks."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    for token in range(vocab_size):
+        text = b"" if token in textless else tokenizer.token_bytes(token)
+        bits[token] = text[:1] == b" " and tokenizer.decode([token]).encode() == text[1:]
+    return np.packbits(bits, bitorder="little").view(np.uint32)
+
+
 def _check_joins(tokenizer: Tokenizer | ByteTokenizer, drops_a_space: bool) -> None:
     """A text is what its tokens say one by one; else no mask over tokens could be right."""
     for probe in _PROBES:
@@ -251,7 +273,7 @@ def _reason(message: str) -> str:
     reason = re.sub(
         r"^at \d+\(\d+\): |failed to compile JSON schema: |<(state|non-verbose)/?>.*", "", lines[0]
     ).strip()
-    reason = reason.replace("NoExtensionBias", "no text has this form")
+    reason = reason.replace("NoExtensionBias", "no token of the vocabulary leads to a text of this form")
     reason = reason if len(reason) <= 240 else reason[:237] + "..."
     why = next((line for line in lines if line.startswith("error: ")), "")  # of a regular expression
     return f"{reason.rstrip(':')}: {why[7:107]}" if why else reason
