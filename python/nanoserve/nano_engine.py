@@ -10,6 +10,7 @@ A request without a seed gets one from the engine's own (`seed`) and its place i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from nanoserve.cache.kv_pool import KVCachePool
@@ -133,7 +134,7 @@ class NanoServingEngine:
             seed=seed,
             switch_len=config.switch_len,
         )
-        self._next_id = 0
+        self._ids = count()
 
     def prepare(
         self,
@@ -145,19 +146,29 @@ class NanoServingEngine:
         bad_word_ids: Sequence[Sequence[int]] = (),
         watcher: Watcher | None = None,
         constraint: Constraint | None = None,
+        cache_space: int = 0,
     ) -> Request:
-        """A request that `submit` will accept; nothing is queued yet. Arguments as Request's.
+        """A request that `submit` will accept; nothing is queued yet. Any thread may call it. Arguments as Request's.
+
+        Args:
+            cache_space: requests find each other's prefixes within a space only; at most `max_cache_space`.
 
         Raises:
             ValueError: a bad token or parameter. RequestRefused (a ValueError): it can never fit; the message has the numbers.
         """
+        whole_number("cache_space", cache_space, 0, self.max_cache_space)
         request = Request(
             self._unused_id() if req_id is None else req_id, prompt_tokens,
             params=SamplingParams() if params is None else params, priority=priority, bad_word_ids=bad_word_ids,
-            watcher=watcher, constraint=constraint,
+            watcher=watcher, constraint=constraint, cache_offset=cache_space * self.config.vocab_size,
         )  # fmt: skip
         self.batcher.check(request)
         return request
+
+    @property
+    def max_cache_space(self) -> int:
+        """Spaces are told apart in the 31 bits of a token: by multiples of the vocabulary's size."""
+        return (2**31 - 1) // self.config.vocab_size - 1
 
     def submit(self, request: Request) -> None:
         """Queue a prepared request."""
@@ -209,10 +220,7 @@ class NanoServingEngine:
 
     def _unused_id(self) -> int:
         """The next number that no live request goes by."""
-        while self._next_id in self.batcher.scheduler.pool.live:
-            self._next_id += 1
-        self._next_id += 1
-        return self._next_id - 1
+        return next(number for number in self._ids if number not in self.batcher.scheduler.pool.live)
 
     def get_stats(self) -> dict[str, Any]:
         """Counters since the start or `reset_stats`: cache_hit_rate, avg_tokens_per_step, preemptions, kv_* and more."""

@@ -60,6 +60,7 @@ class Request:
         cached_len: leading prompt tokens whose KV is already in pages; less than the prompt's length.
         priority: smaller runs earlier under the `priority` policy.
         bad_word_ids: token sequences the output must not have: `params.bad_words`, tokenized.
+        cache_offset: added to the first token as the prefix cache knows it: requests share prefixes under one offset only.
         watcher: called with each committed token; a string ends the request, with finish_reason "stop" and that string
             as `stop_reason`, once there are more than min_tokens outputs. If it raises, its request fails.
         constraint: says which tokens may come: `params.structured_outputs`, compiled. If it raises, its request fails.
@@ -78,6 +79,7 @@ class Request:
     __slots__ = (
         "arrival",
         "bad_word_ids",
+        "cache_offset",
         "cached_len",
         "cached_prompt_tokens",
         "constraint",
@@ -121,6 +123,7 @@ class Request:
         bad_word_ids: Sequence[Sequence[int]] = (),
         watcher: Watcher | None = None,
         constraint: Constraint | None = None,
+        cache_offset: int = 0,
     ) -> None:
         if params is None:
             given: dict[str, Any] = {
@@ -144,6 +147,7 @@ class Request:
         self.max_tokens = params.max_tokens
         self.priority = whole_number("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
         self.cached_len = cached_len
+        self.cache_offset = whole_number("cache_offset", cache_offset, 0, 2**31 - 1)
         self.prefix_hit_len = 0  # tokens the prefix cache gave at the latest admission
         self.cached_prompt_tokens = 0  # of the prompt, found at the first: later ones find its own work
         self.prefix_counted = False  # its first admission is in the cache statistics
@@ -202,12 +206,14 @@ class Request:
     def cache_key(self, num_tokens: int | None = None) -> array[int]:
         """The first tokens as the prefix cache knows them; None: all.
 
-        KV is the tokens' only under the same rotary angles. A long context's first token goes by its complement, negative
-        and so nobody else's, which sets everything below it in the tree apart.
+        The first token sets everything below it in the tree apart: by its offset, for those who must not find each other's
+        prefixes; by its complement, negative and so nobody else's, for long contexts: KV is the tokens' only under the same
+        rotary angles.
         """
         key = self.token_ids[:num_tokens]
-        if self.long_context and key:
-            key[0] = ~key[0]
+        if key:
+            first = key[0] + self.cache_offset
+            key[0] = ~first if self.long_context else first
         return key
 
     @property

@@ -40,6 +40,7 @@ class TextRequest:
             {"prompt": text} or {"prompt_token_ids": ids}.
         prompt_tokens: its tokens where they are known already (a rendered chat template).
         grammar: of `params.structured_outputs`, compiled (GrammarCompiler).
+        priority, cache_space: as NanoServingEngine.prepare's.
 
     Raises:
         ValueError: a bad prompt or parameter. RequestRefused: it can never fit.
@@ -54,6 +55,8 @@ class TextRequest:
         *,
         prompt_tokens: Sequence[int] | None = None,
         grammar: Grammar | None = None,
+        priority: int = 0,
+        cache_space: int = 0,
     ) -> None:
         self.prompt = _unwrapped(prompt)
         if prompt_tokens is None:
@@ -84,6 +87,7 @@ class TextRequest:
             request = engine.prepare(
                 prompt_tokens, own, bad_word_ids=bad_words,
                 watcher=None if text is None else text.push, constraint=None if grammar is None else grammar.matcher(),
+                priority=priority, cache_space=cache_space,
             )  # fmt: skip
             self._sequences.append(_Sequence(request, text))
         self._submitted = 0
@@ -135,6 +139,10 @@ class TextRequest:
         if new and self.is_finished:
             new[-1] = replace(new[-1], output=self.result())
         return new
+
+    def stop_reason(self, index: int) -> int | str | None:
+        """What ended a finished sequence: a stop string or token, None for EOS and other endings."""
+        return _ending(self._sequences[index])[1]
 
     def result(self) -> RequestOutput:
         """Everything, once all sequences are finished."""

@@ -23,6 +23,7 @@ from nanoserve.cli.doctor import doctor
 from nanoserve.cli.explain import explain
 from nanoserve.cli.generate import generate
 from nanoserve.cli.plan import plan
+from nanoserve.cli.serve import serve
 from nanoserve.cli.terminal import say, tolerate_encodings
 
 
@@ -72,7 +73,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command, panel in ((generate, "Run a model"), (chat, "Run a model"), (bench, "Look inside"), (plan, "Look inside"), (explain, "Look inside"),
+for command, panel in ((generate, "Run a model"), (chat, "Run a model"), (serve, "Run a model"), (bench, "Look inside"), (plan, "Look inside"), (explain, "Look inside"),
                        (doctor, "Look inside")):  # fmt: skip
     app.command(rich_help_panel=panel, help=_as_help(command))(command)
 
@@ -98,6 +99,7 @@ def program(
       nanoserve doctor                     can this machine serve?
       nanoserve plan Qwen/Qwen3-0.6B       what does it need?
       nanoserve chat Qwen/Qwen3-0.6B
+      nanoserve serve Qwen/Qwen3-0.6B      at http://127.0.0.1:8000, as OpenAI's API
       nanoserve generate models/tiny-gpt -p "def main" --temperature 0
     """
     tolerate_encodings()

@@ -147,12 +147,12 @@ def with_sampling(*, without: Collection[str] = (), **defaults: str) -> Callable
         for option in SAMPLING
         if option.field not in without
     ]
-    return lambda command: _with_group(command, "sampling", table, _sampling_values)
+    return lambda command: with_group(command, "sampling", table, _sampling_values)
 
 
 def with_engine(command: Command) -> Command:
     """Adds the engine options; the command's `engine` is a dict of LLM keywords."""
-    return _with_group(command, "engine", ENGINE, _engine_values)
+    return with_group(command, "engine", ENGINE, _engine_values)
 
 
 def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
@@ -171,7 +171,7 @@ def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sa
         raise ValueError(f"{row.names[0].partition('/')[0]}:{reason}") from error
 
 
-def _with_group(
+def with_group(
     command: Command, name: str, table: Sequence[Option], values: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> Command:
     fields = [option.field for option in table]

@@ -60,7 +60,7 @@ class ChatTemplate:
         tool_source: str | None = None,
         origin: str = JINJA_FILE,
     ) -> None:
-        self.source = source
+        self.source, self.tool_source = source, tool_source
         self._special_tokens = dict(special_tokens or {})
         self._template, self.takes_parts = _compiled(origin, source)
         self._tool_template, self._tool_takes_parts = self._template, self.takes_parts

@@ -1,0 +1,92 @@
+"""Answer: what the answers of all generating routes have in common."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from nanoserve.outputs import TextDelta
+from nanoserve.server.call import Call
+from nanoserve.server.errors import ApiError
+from nanoserve.server.parameters import SamplingFields
+from nanoserve.server.token_text import prompt_logprobs
+from nanoserve.text_request import AnyTokenizer
+
+_log = logging.getLogger("nanoserve.server")
+
+
+class Answer:
+    """One request's answer, to be had whole or as events.
+
+    Args:
+        call: its jobs, opened.
+        answer_id: of the answer; created: seconds since 1970; model: its served name.
+        tokenizer: the checkpoint's, for log-probabilities.
+    """
+
+    kind = ""
+
+    def __init__(
+        self,
+        request: SamplingFields,
+        *,
+        call: Call,
+        answer_id: str,
+        created: int,
+        model: str,
+        tokenizer: AnyTokenizer | None,
+    ) -> None:
+        self.request, self.call, self.tokenizer = request, call, tokenizer
+        self._id, self._created, self._model = answer_id, created, model
+
+    @property
+    def wants_usage(self) -> bool:
+        options = self.request.stream_options
+        return options is not None and options.include_usage
+
+    def head(self) -> dict[str, Any]:
+        kind = self.kind
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+    def usage(self) -> dict[str, Any]:
+        made = self.call.usage
+        completion = 0 if self.request.max_tokens == 0 else made.completion_tokens
+        return {
+            "prompt_tokens": made.prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": made.prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": made.cached_tokens},
+        }
+
+    async def checked_news(self) -> AsyncIterator[list[tuple[int, TextDelta]]]:
+        """The call's news; a sequence that failed inside fails the call, and the log says why."""
+        async for news in self.call.news():
+            for at, delta in news:
+                if delta.finish_reason == "error":
+                    request = self.call.jobs[at].text.requests[delta.index]
+                    _log.error("%s: %s", self._id, request.error)
+                    raise ApiError(500, "the engine failed on this request", "engine_error")
+            yield news
+
+    def stop_reason(self, at: int, delta: TextDelta) -> int | str | None:
+        """The stop string or token that ended a sequence, as vLLM tells it."""
+        return self.call.jobs[at].text.stop_reason(delta.index)
+
+    def extras(self, at: int, index: int) -> dict[str, Any]:
+        """What a whole choice has if it was asked for: its tokens, the prompt's log-probabilities."""
+        made: dict[str, Any] = {}
+        request = self.call.jobs[at].text.requests[index]
+        if self.request.return_token_ids:
+            made["token_ids"] = [] if self.request.max_tokens == 0 else list(request.output_tokens)
+        if self.request.prompt_logprobs is not None and index == 0:
+            made["prompt_logprobs"] = prompt_logprobs(self.tokenizer, request.prompt_logprobs or ())
+        return made
+
+    def events(self) -> AsyncIterator[bytes]:
+        """Whole server-sent events, without the last one."""
+        raise NotImplementedError
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer's JSON."""
+        raise NotImplementedError

@@ -1,0 +1,289 @@
+"""The routes. Each reads its body strictly, checks it against its table, and answers in OpenAI's form."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.resources import files
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from nanoserve.server.answer import Answer
+from nanoserve.server.errors import ApiError
+from nanoserve.server.event_stream import EventStream, error_response, unless_disconnected
+from nanoserve.server.guard import INTERNAL, Guard
+from nanoserve.server.health import Health
+from nanoserve.server.json_body import parse_json_object
+from nanoserve.server.metrics import CONTENT_TYPE, Metrics
+from nanoserve.server.parameters import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    capabilities,
+    parse_parameters,
+)
+from nanoserve.server.service import Caller, Service
+from nanoserve.server.settings import ServerSettings
+
+IGNORED = "X-Nanoserve-Ignored"
+CLIENT_CLOSED = 499  # nobody hears it; the access log does
+_PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+}
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+}
+M = TypeVar("M", bound=BaseModel)
+
+
+def build_app(service: Service, metrics: Metrics, health: Health) -> Guard:
+    """The application, guarded."""
+    settings = service.settings
+    app = FastAPI(
+        title="nanoserve",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        separate_input_output_schemas=False,
+    )
+
+    def generating(path: str, model: type[CompletionRequest] | type[ChatRequest]) -> None:
+        @app.post(path, openapi_extra=_body_schema(model), responses=_RESPONSES, name=path)
+        async def _(request: Request) -> Response:
+            request.state.route = path
+            parsed, ignored = await _parameters(request, model, settings)
+            about = request.state.about
+            about["user"] = parsed.user
+            caller = Caller(request.state.key, request.state.owner, request.state.received_s)
+            if isinstance(parsed, ChatRequest):
+                work = service.chat(parsed, caller)
+            else:
+                assert isinstance(parsed, CompletionRequest)
+                work = service.complete(parsed, caller)
+            answer = await work
+            answer.call.open()
+            headers = _ignored(ignored)
+            if parsed.stream:
+                return EventStream(
+                    answer.events(), request_id=request.state.request_id, headers=headers,
+                    stall_timeout_s=settings.stall_timeout_s, on_close=lambda: _close(answer, about), on_stall=lambda: metrics.refused("stalled"),
+                )  # fmt: skip
+            try:
+                whole = await unless_disconnected(request.receive, answer.whole())
+            finally:
+                _close(answer, about)
+            return (
+                Response(status_code=CLIENT_CLOSED) if whole is None else JSONResponse(whole, headers=headers)
+            )
+
+    generating("/v1/completions", CompletionRequest)
+    generating("/v1/chat/completions", ChatRequest)
+
+    @app.get("/v1/models")
+    async def _() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(service)]}
+
+    @app.get("/v1/models/{name:path}", responses=_RESPONSES)
+    async def _(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return _model(service)
+
+    @app.get("/v1/capabilities")
+    async def _() -> dict[str, Any]:
+        return {
+            "model": _model(service),
+            "determinism": {
+                "bit_exact": True,
+                "meaning": "a request's tokens and log-probabilities do not depend on what else runs, on the prefix cache, on "
+                "chunking or on preemption; without a seed, a request that samples gets one by its order of arrival",
+            },
+            "arithmetic": {
+                "gemm": service.llm.precision.arithmetic, "kv_cache": service.llm.precision.kv_cache,
+            },
+            "tool_calls": None if service.tool_format is None else service.tool_format.name,
+            "chat": service.llm.chat_template is not None,
+            "limits": {
+                name: getattr(settings, name)
+                for name in (
+                    "max_body_bytes", "max_header_bytes", "max_json_depth", "max_n", "max_prompts", "max_queue_requests",
+                    "max_queue_tokens", "max_requests_per_key", "queue_timeout_s", "request_timeout_s", "read_timeout_s",
+                    "stall_timeout_s",
+                )
+            },
+            "prefix_cache": "shared" if settings.share_prefix_cache else "per key",
+            "routes": capabilities(settings),
+        }  # fmt: skip
+
+    @app.post("/tokenize", openapi_extra=_body_schema(TokenizeRequest), responses=_RESPONSES)
+    async def _(request: Request) -> Response:
+        parsed, ignored = await _parameters(request, TokenizeRequest, settings)
+        return _answer(await service.tokenize(parsed), ignored)
+
+    @app.post("/detokenize", openapi_extra=_body_schema(DetokenizeRequest), responses=_RESPONSES)
+    async def _(request: Request) -> Response:
+        parsed, ignored = await _parameters(request, DetokenizeRequest, settings)
+        return _answer(await service.detokenize(parsed), ignored)
+
+    @app.get("/health/live")
+    async def _() -> Response:
+        return JSONResponse({"status": "live"})
+
+    @app.get("/health/ready", responses=_RESPONSES)
+    @app.get("/health", responses=_RESPONSES)
+    async def _() -> Response:
+        status, body = health.report()
+        return JSONResponse(body, status, headers={} if status == 200 else {"Retry-After": "1"})
+
+    @app.get("/metrics")
+    async def _() -> Response:
+        return Response(metrics.page(), media_type=CONTENT_TYPE)
+
+    if settings.page:
+        folder = files("nanoserve.server") / "page"
+
+        @app.get("/engine/state")
+        async def _() -> dict[str, Any]:
+            return health.engine_state()
+
+        for path, (name, kind) in _PAGE.items():
+            content = (folder / name).read_bytes()
+
+            @app.get(path, include_in_schema=False)
+            async def _(content: bytes = content, kind: str = kind) -> Response:
+                return Response(content, media_type=kind, headers=_PAGE_HEADERS)
+
+    @app.exception_handler(ApiError)
+    async def _(request: Request, error: ApiError) -> Response:
+        return error_response(error, request.state.request_id)
+
+    @app.exception_handler(Exception)
+    async def _(request: Request, error: Exception) -> Response:
+        return error_response(INTERNAL, request.state.request_id)
+
+    @app.exception_handler(HTTPException)
+    async def _(request: Request, error: HTTPException) -> Response:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        made = ApiError(
+            error.status_code,
+            f"{request.method} {request.url.path[:200]}: {error.detail}",
+            code,
+            headers=error.headers,
+        )
+        return error_response(made, request.state.request_id)
+
+    return Guard(app, settings, metrics)
+
+
+def _close(answer: Answer, about: dict[str, Any]) -> None:
+    """However it ended, nothing of it stays; the access log says what it was."""
+    jobs = answer.call.jobs
+    first = jobs[0]
+    about["prompt_tokens"] = sum(job.prompt_tokens for job in jobs)
+    about["output_tokens"] = sum(job.output_tokens for job in jobs)
+    about["ttft"] = None if first.first_token_s is None else round(first.first_token_s - first.received_s, 6)
+    about["queued"] = None if first.started_s is None else round(first.started_s - first.received_s, 6)
+    about["finish"] = sorted({reason for job in jobs for reason in job.finish_reasons}) or None
+    answer.call.close()
+
+
+async def _parameters(request: Request, model: type[M], settings: ServerSettings) -> tuple[M, list[str]]:
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"Content-Type: {kind[:80]!r} must be application/json", "unsupported_media_type")
+    body = await _body(request, settings)
+    return parse_parameters(model, parse_json_object(body, settings.max_json_depth), settings)
+
+
+async def _body(request: Request, settings: ServerSettings) -> bytes:
+    most = settings.max_body_bytes
+    announced = request.headers.get("content-length", "0")
+    if announced.isdigit() and int(announced[:20]) > most:
+        raise _too_large(most)
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(settings.read_timeout_s):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise _too_large(most)
+                parts.append(part)
+    except TimeoutError:
+        raise ApiError(408, f"body: not there after {settings.read_timeout_s:g} s", "read_timeout") from None
+    return b"".join(parts)
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(
+        413, f"body: at most {most} bytes are allowed", "body_too_large", headers={"Connection": "close"}
+    )
+
+
+def _answer(content: dict[str, Any], ignored: list[str]) -> Response:
+    return JSONResponse(content, headers=_ignored(ignored))
+
+
+def _ignored(names: list[str]) -> dict[str, str]:
+    """The header that names them: what a header cannot hold is percent-encoded, and of very many the first are named."""
+    if not names:
+        return {}
+    listed = [quote(name[:64], safe=" !#$&'()*+-./:<=>?@[]^_`{|}~") for name in names[:32]]
+    return {IGNORED: ", ".join(listed) + (f", and {len(names) - 32} more" if len(names) > 32 else "")}
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.model, "object": "model", "created": service.created, "owned_by": "nanoserve",
+        "max_model_len": service.max_model_len,
+    }  # fmt: skip
+
+
+def _body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """For /openapi.json: bodies are read by us, and strictly."""
+    schema = model.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema)}}}}
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """Without $defs, which OpenAPI would look for elsewhere."""
+    definitions = schema.get("$defs", {})
+
+    def resolved(node: Any) -> Any:
+        if isinstance(node, dict):
+            if set(node) == {"$ref"} or ("$ref" in node and len(node) <= 3):
+                return resolved(definitions[node["$ref"].rpartition("/")[2]])
+            return {key: resolved(value) for key, value in node.items() if key != "$defs"}
+        return [resolved(one) for one in node] if isinstance(node, list) else node
+
+    made: dict[str, Any] = resolved(schema)
+    return made
+
+
+_ERROR = {
+    "description": "OpenAI's error object",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "error": {
+                        "type": "object",
+                        "properties": {"message": {"type": "string"}},
+                        "required": ["message"],
+                    }
+                },
+                "required": ["error"],
+            }
+        }
+    },
+}
+_RESPONSES: dict[int | str, dict[str, Any]] = dict.fromkeys(
+    (400, 401, 404, 405, 408, 413, 415, 421, 429, 431, 500, 503, 504), _ERROR
+)

@@ -1,0 +1,231 @@
+"""Gateway: what is let in, who waits, what reaches the engine, and how everything ends. Lives in the event loop.
+
+    open(job)     admits, or says 429 or 503 with the numbers; from then on the job ends exactly once, in `_end`
+    cancel(job)   its client is gone, or its time is up: from every state, within one step
+
+The engine gets no more sequences than it runs at once, and a few to come: whoever else waits does so here, where keys take
+turns and a wait can be ended without asking the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from nanoserve.nano_engine import NanoServingEngine
+from nanoserve.server.engine_loop import EngineLoop, Gone, News
+from nanoserve.server.errors import ApiError
+from nanoserve.server.fair_queue import FairQueue
+from nanoserve.server.job import Job, JobState
+from nanoserve.server.metrics import Metrics
+from nanoserve.server.settings import ServerSettings
+
+_log = logging.getLogger("nanoserve.server")
+MAX_RETRY_AFTER_S = 120
+
+
+class Gateway:
+    """Between HTTP and the engine.
+
+    Args:
+        engine: run by the gateway's EngineLoop from `start` on.
+        snapshot: as EngineLoop's.
+    """
+
+    def __init__(
+        self,
+        engine: NanoServingEngine,
+        settings: ServerSettings,
+        metrics: Metrics,
+        snapshot: Callable[[NanoServingEngine], dict[str, Any]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings, self.metrics, self.clock = settings, metrics, clock
+        running = engine.batcher.scheduler.decode_mgr.max_batch_size
+        self._room = running + max(1, running // 8)  # sequences: what runs, and who steps in when one ends
+        self._queue = FairQueue()
+        self._with_engine: set[Job] = set()
+        self._sequences = 0  # of those
+        self._per_key: Counter[int] = Counter()
+        self._served: list[tuple[float, int]] = []  # (when, tokens) of jobs that ended lately
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.is_draining = self.is_ready = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.engine_loop = EngineLoop(engine, self._from_engine, snapshot, clock)
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.engine_loop.start()
+
+    # ---- state
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._with_engine)
+
+    @property
+    def is_wedged(self) -> bool:
+        """A step takes longer than any should, or the thread is gone."""
+        loop = self.engine_loop
+        return self.is_ready and (not loop.is_alive or loop.stuck_for_s() > self.settings.wedged_after_s)
+
+    def retry_after_s(self) -> int:
+        """When there is likely room again: what waits over what was served in the last minute."""
+        now = self.clock()
+        recent = sum(tokens for when, tokens in self._served if now - when < 60)
+        if not recent:
+            return 1
+        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(60 * self._queue.num_tokens / recent / 2)))
+
+    # ---- jobs
+
+    def open(self, job: Job) -> None:
+        """Takes a job in.
+
+        Raises:
+            ApiError: 503 while shutting down or wedged, 429 when the queue or the key's share is full.
+        """
+        settings, waiting = self.settings, self._queue
+        retry = {"Retry-After": str(self.retry_after_s())}
+        if self.is_draining:
+            raise ApiError(503, "the server is shutting down", "shutting_down", headers=retry)
+        if not self.is_ready or self.is_wedged:
+            raise ApiError(503, "the engine is not ready", "not_ready", headers=retry)
+        full = None
+        if waiting.num_jobs + 1 > settings.max_queue_requests:
+            full = f"queue: {waiting.num_jobs} requests wait, at most {settings.max_queue_requests} may"
+        elif waiting.num_jobs and waiting.num_tokens + job.tokens > settings.max_queue_tokens:
+            full = (
+                f"queue: requests of {waiting.num_tokens} tokens wait, this one has {job.tokens}, at most "
+                f"{settings.max_queue_tokens} may"
+            )
+        if full is not None:
+            self.metrics.refused("queue_full")
+            raise ApiError(429, full, "queue_full", headers=retry)
+        if self._per_key[job.key] >= settings.max_requests_per_key:
+            self.metrics.refused("key_limit")
+            raise ApiError(
+                429, f"requests: {self._per_key[job.key]} of this key are waiting or running, at most "
+                f"{settings.max_requests_per_key} may", "concurrency_limit", headers=retry,
+            )  # fmt: skip
+        job.state = JobState.WAITING
+        self._per_key[job.key] += 1
+        self._idle.clear()
+        waiting.push(job)
+        assert self._loop is not None
+        late = self._loop.call_later
+        spent = self.clock() - job.received_s
+        job.timers = [
+            late(max(0.0, job.queue_timeout_s - spent), self._queue_time_is_up, job),
+            late(max(0.0, job.timeout_s - spent), self._time_is_up, job),
+        ]
+        self._feed()
+
+    def cancel(self, job: Job, failure: ApiError | None = None) -> None:
+        """Ends a job in whatever state it is; what it had is freed within a step. Idempotent."""
+        if failure is not None:
+            job.fail(failure)
+        if job.state is JobState.WAITING:
+            self._queue.remove(job)
+            self._end(job)
+        elif job.state is JobState.RUNNING:
+            job.state = JobState.ENDING
+            self.engine_loop.cancel(job)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """No more jobs; waits for those there are, and cancels what is left then. Whether none was."""
+        self.is_draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+            return True
+        except TimeoutError:
+            left = [*self._with_engine, *self._queue.jobs()]
+            _log.warning("%d requests are cut off", len(left))
+            for job in left:
+                self.cancel(job, ApiError(503, "the server is shutting down", "shutting_down"))
+            return False
+
+    # ---- inside
+
+    def _feed(self) -> None:
+        """The engine gets who is next, as long as it has room; one that alone has more sequences goes when it is empty."""
+        while (job := self._queue.peek()) is not None:
+            if self._sequences and self._sequences + job.num_sequences > self._room:
+                break
+            self._queue.pop()
+            job.state, job.started_s = JobState.RUNNING, self.clock()
+            job.timers[0].cancel()
+            self._with_engine.add(job)
+            self._sequences += job.num_sequences
+            self.metrics.started(job)
+            self.engine_loop.submit(job)
+
+    def _from_engine(self, news: News) -> None:
+        """In the engine's thread."""
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
+            self._loop.call_soon_threadsafe(self._deliver, news)
+
+    def _deliver(self, news: News) -> None:
+        now = self.clock()
+        for job, what in news:
+            if isinstance(what, Gone):
+                if what.error is not None:
+                    job.fail(ApiError(500, "the engine failed on this request", "engine_error"))
+                    _log.error("a request failed in the engine", exc_info=what.error)
+                self._end(job)
+            elif job.state is JobState.RUNNING:
+                self.metrics.tokens(job, sum(len(delta.token_ids) for delta in what), now)
+                job.push(what)
+        self._feed()
+
+    def _end(self, job: Job) -> None:
+        if job.state is JobState.ENDED:
+            return
+        if job in self._with_engine:
+            self._with_engine.remove(job)
+            self._sequences -= job.num_sequences
+        job.state = JobState.ENDED
+        for timer in job.timers:
+            timer.cancel()
+        self._per_key[job.key] -= 1
+        if not self._per_key[job.key]:
+            del self._per_key[job.key]
+        now = self.clock()
+        self._served = [one for one in self._served[-1000:] if now - one[0] < 60]
+        self._served.append((now, job.tokens))
+        self.metrics.ended(job, now)
+        if not self._with_engine and not self._queue:
+            self._idle.set()
+        self._feed()
+
+    def _queue_time_is_up(self, job: Job) -> None:
+        if job.state is JobState.WAITING:
+            self.metrics.refused("queue_timeout")
+            retry = {"Retry-After": str(self.retry_after_s())}
+            self.cancel(
+                job,
+                ApiError(
+                    503,
+                    f"queue_timeout: it waited {job.queue_timeout_s:g} s for the engine",
+                    "queue_timeout",
+                    headers=retry,
+                ),
+            )
+
+    def _time_is_up(self, job: Job) -> None:
+        self.cancel(
+            job, ApiError(504, f"timeout: it took longer than {job.timeout_s:g} s", "deadline_exceeded")
+        )
