@@ -18,7 +18,37 @@ from nanoserve.json_schema import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, check_dept
 MAX_CHOICES = 1024
 MAX_CHOICES_BYTES = 64 * 1024
 
-_FORMS = ("json", "json_object", "regex", "choice")
+MAX_TAG = 64  # characters
+
+_FORMS = ("json", "json_object", "regex", "choice", "tagged")
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedJson:
+    """JSON values between two texts, as models write tool calls.
+
+    Args:
+        begin, end: what each value stands between; empty texts are left out.
+        json: the values' schema, as an object or as text. Stored as text.
+        several: one value or more, a new line between two, instead of exactly one.
+
+    Raises:
+        ValueError: naming the field, its value and its limit.
+    """
+
+    begin: str
+    json: str | Mapping[str, Any]
+    end: str = ""
+    several: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("begin", "end"):
+            text, field = getattr(self, name), f"structured_outputs.tagged.{name}"
+            if not isinstance(text, str) or len(text) > MAX_TAG:
+                raise ValueError(f"{field}: {shown(text)} must be a text of at most {MAX_TAG} characters")
+            _utf8(field, text)
+        truth("structured_outputs.tagged.several", self.several)
+        object.__setattr__(self, "json", _schema_text("structured_outputs.tagged.json", self.json))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +61,7 @@ class StructuredOutputs:
         json_object: the output is a JSON object, any.
         regex: the whole output matches; the syntax is that of Rust's regex crate, without look-around.
         choice: the output is one of these texts. Stored as a tuple.
+        tagged: JSON values between two texts.
 
     Raises:
         ValueError: naming the field, its value and its limit.
@@ -40,6 +71,7 @@ class StructuredOutputs:
     json_object: bool = False
     regex: str | None = None
     choice: Sequence[str] | None = None
+    tagged: TaggedJson | None = None
 
     def __post_init__(self) -> None:
         truth("structured_outputs.json_object", self.json_object)
@@ -56,16 +88,19 @@ class StructuredOutputs:
             _utf8("structured_outputs.regex", self.regex)
         if self.choice is not None:
             self._check_choice("structured_outputs.choice", self.choice)
+        if self.tagged is not None and not isinstance(self.tagged, TaggedJson):
+            raise ValueError(f"structured_outputs.tagged: {shown(self.tagged)} must be TaggedJson")
 
     @property
     def form(self) -> str:
-        """Which one it is: json, json_object, regex or choice."""
+        """Which one it is: json, json_object, regex, choice or tagged."""
         return next(name for name in _FORMS if getattr(self, name) not in (None, False))
 
     @property
     def num_bytes(self) -> int:
         """Of what was asked for."""
-        texts = self.choice or [self.json if isinstance(self.json, str) else self.regex or ""]
+        schema = self.json if self.tagged is None else self.tagged.json
+        texts = self.choice or [schema if isinstance(schema, str) else self.regex or ""]
         return sum(len(text.encode()) for text in texts)
 
     def _check_choice(self, field: str, choice: Any) -> None:

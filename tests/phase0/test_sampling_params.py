@@ -32,6 +32,7 @@ DEFAULTS = {
     "bad_words": (),
     "prompt_logprobs": None,
     "skip_special_tokens": True,
+    "structured_outputs": None,
 }
 NAN, INF = float("nan"), float("inf")
 BAD: dict[str, list[Any]] = {
@@ -55,6 +56,7 @@ BAD: dict[str, list[Any]] = {
     "bad_words": [5, "one", [""], [3], ["x"] * 257, None],
     "prompt_logprobs": [-1, 21, 1.0, True],
     "skip_special_tokens": [1, None],
+    "structured_outputs": [{"json": {}}, "json", 1, True],
 }
 
 

@@ -45,6 +45,7 @@ RANKS = [
     {"nano_engine"},
     {"outputs", "text_request", "workloads"},
     {"llm"},
+    {"server"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

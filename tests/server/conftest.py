@@ -24,8 +24,7 @@ TINY_GPT = ROOT / "models" / "tiny-gpt"
 TEMPLATE = """\
 {%- if tools %}<|im_start|>system
 # Tools
-{% for tool in tools %}{{ tool | tojson }}
-{% endfor %}Answer with <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>
+{% for tool in tools %}{{ tool.function.name }} {% endfor %}in <tool_call></tool_call><|im_end|>
 {% endif -%}
 {%- for message in messages -%}
 <|im_start|>{{ message.role }}

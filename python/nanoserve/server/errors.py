@@ -8,7 +8,7 @@ from typing import Any
 
 from nanoserve.errors import RequestRefused
 
-_FIELD = re.compile(r"([A-Za-z_][\w.\[\]-]{0,127}): ")
+_FIELD = re.compile(r"([A-Za-z_][\w.$\[\]-]{0,127}): ")
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -63,14 +63,16 @@ class ApiError(Exception):
 
 
 def bad_request(error: ValueError, renamed: Mapping[str, str] | None = None) -> ApiError:
-    """What the engine's own checks refuse; `renamed` says what a field is called in HTTP where that differs."""
+    """What the engine's own checks refuse; `renamed` says what a field, and what is inside it, is called in HTTP."""
     message = str(error)
     if isinstance(error, RequestRefused):
         message = re.sub(r"^request \S+: ", "", message)
         return ApiError(400, message, "context_length_exceeded", "prompt")
     found = _FIELD.match(message)
     param = found[1] if found else None
-    if param is not None and renamed and param in renamed:
-        param = renamed[param]
-        message = f"{param}: {message.partition(': ')[2]}"
+    for inner, outer in (renamed or {}).items():
+        if param is not None and (param == inner or param.startswith((f"{inner}.", f"{inner}["))):
+            param = outer + param.removeprefix(inner)
+            message = f"{param}: {message.partition(': ')[2]}"
+            break
     return ApiError(400, message, "invalid_value", param)

@@ -37,6 +37,12 @@ from nanoserve.text_request import AnyTokenizer, TextRequest
 
 T = TypeVar("T")
 TEXT_THREADS = 2
+# What the engine's own checks call a field, and what it is called here.
+_RENAMED = {
+    "text": "prompt",
+    "structured_outputs.json": "response_format.json_schema.schema",
+    "structured_outputs.tagged": "tools",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +84,7 @@ class Service:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except ValueError as error:
-            raise bad_request(error, {"text": "prompt"}) from error
+            raise bad_request(error, _RENAMED) from error
 
     # ---- calls
 
@@ -257,7 +263,9 @@ class Service:
         try:
             return {"structured_outputs": StructuredOutputs(json=wanted.json_schema.schema_)}
         except ValueError as error:
-            raise bad_request(error, {"json": "response_format.json_schema.schema"}) from error
+            raise bad_request(
+                error, {"structured_outputs.json": "response_format.json_schema.schema"}
+            ) from error
 
     def _tools(
         self, request: ChatRequest, more: dict[str, Any]
@@ -297,8 +305,11 @@ class Service:
                         "invalid_value",
                         "tool_choice",
                     )
-            grammar = forced_calls(self.tool_format, functions, several=not isinstance(choice, NamedTool))
-            more["structured_outputs"] = StructuredOutputs(grammar=grammar)
+            try:
+                tagged = forced_calls(self.tool_format, functions, several=not isinstance(choice, NamedTool))
+                more["structured_outputs"] = StructuredOutputs(tagged=tagged)
+            except ValueError as error:
+                raise bad_request(error, {"structured_outputs.tagged.json": "tools"}) from error
         more.setdefault("skip_special_tokens", False)  # what calls begin and end with may be special
         return self.tool_format, tools
 

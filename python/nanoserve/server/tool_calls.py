@@ -14,6 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nanoserve.structured import TaggedJson
+
+MAX_CALLS = 16  # of a message whose calls are forced
+
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
@@ -139,8 +143,12 @@ def parse_calls(text: str, arguments: str) -> list[ToolCall] | None:
     return made or None
 
 
-def forced_calls(form: ToolFormat, functions: Sequence[dict[str, Any]], several: bool) -> str:
-    """A grammar, in llguidance's dialect of Lark, of one call or more to these functions."""
+def forced_calls(form: ToolFormat, functions: Sequence[dict[str, Any]], several: bool) -> TaggedJson:
+    """The form of a message that is a call to one of these functions, or several calls.
+
+    Raises:
+        ValueError: a schema of parameters that is not one.
+    """
     calls = [
         {
             "type": "object",
@@ -153,12 +161,10 @@ def forced_calls(form: ToolFormat, functions: Sequence[dict[str, Any]], several:
         }
         for function in functions
     ]
-    one = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    one: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
     if form is MISTRAL:
-        listed = {"type": "array", "items": one, "minItems": 1, **({} if several else {"maxItems": 1})}
-        return f"start: {json.dumps(form.begin)} calls\ncalls: %json {json.dumps(listed)}\n"
+        one = {"type": "array", "items": one, "minItems": 1, "maxItems": MAX_CALLS if several else 1}
     if form is LLAMA:
-        return f"start: call\ncall: %json {json.dumps(one)}\n"
-    begin, end = json.dumps(form.begin + "\n"), json.dumps("\n" + form.end)
-    more = '("\\n" call)*' if several else ""
-    return f"start: call {more}\ncall: {begin} body {end}\nbody: %json {json.dumps(one)}\n"
+        return TaggedJson("", one)
+    separator = "\n" if form.end else ""
+    return TaggedJson(form.begin + separator, one, separator + form.end, several=several and bool(form.end))

@@ -22,7 +22,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -190,7 +190,17 @@ def _body(spec: StructuredOutputs) -> str:
         from llguidance import regex_to_lark
 
         return f"/{regex_to_lark(spec.regex)}/"
-    schema = json.loads(spec.json) if isinstance(spec.json, str) else {"type": "object"}
+    if spec.tagged is not None:
+        begin, end = (f"{json.dumps(text)} " if text else "" for text in (spec.tagged.begin, spec.tagged.end))
+        more = ' ("\\n" one)*' if spec.tagged.several else ""
+        return f"one{more}\none: {begin}value {end}\nvalue: {_json(spec.tagged.json)}"
+    return _json(spec.json if spec.json is not None else '{"type": "object"}')
+
+
+def _json(schema_text: str | Mapping[str, Any]) -> str:
+    """The values of a schema, which a spec holds as text."""
+    assert isinstance(schema_text, str)
+    schema = json.loads(schema_text)
     schema["x-guidance"] = {"whitespace_pattern": _BLANKS, "lenient": False}
     return f"%json {json.dumps(schema, separators=(',', ':'))}"
 
