@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 from tests.server.conftest import Running
 
 from nanoserve.server.settings import ApiKey
@@ -61,12 +63,12 @@ def opened(browser: Any) -> Iterator[Callable[[str], Any]]:
 
 def test_a_conversation(served: Running, opened: Callable[[str], Any]) -> None:
     page = opened(served.url)
-    page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+    expect(page.locator("#model")).to_have_text("tiny")
     page.fill("#input", "def main")
     page.fill("#temperature", "0")
     page.fill("#max-tokens", "40")
     page.click("#send")
-    page.wait_for_function("document.getElementById('timing').textContent.includes('per second')")
+    expect(page.locator("#timing")).to_contain_text("per second")
     said = page.locator(".message.assistant").last.inner_text()
     whole = served.post(
         "/v1/chat/completions",
@@ -80,11 +82,10 @@ def test_a_conversation(served: Running, opened: Callable[[str], Any]) -> None:
     assert said.strip() == whole["choices"][0]["message"]["content"].strip()
     page.fill("#input", "and then")
     page.press("#input", "Enter")
-    page.wait_for_function(
-        "document.querySelectorAll('.message.assistant').length === 2 && !document.getElementById('send').disabled"
-    )
+    expect(page.locator(".message.assistant")).to_have_count(2)
+    expect(page.locator("#send")).to_be_enabled()
     assert "40 tokens" in page.inner_text("#timing")
-    page.wait_for_function("document.getElementById('status').textContent === 'ready'")
+    expect(page.locator("#status")).to_have_text("ready")
     if folder := os.environ.get("NANOSERVE_SCREENSHOTS"):
         page.wait_for_timeout(600)
         page.screenshot(path=str(Path(folder) / "page.png"))
@@ -95,7 +96,7 @@ def test_a_conversation(served: Running, opened: Callable[[str], Any]) -> None:
 def test_what_the_engine_does_is_drawn(served: Running, opened: Callable[[str], Any]) -> None:
     page = opened(served.url)
     served.complete(prompt="a prompt of some pages, which stay in the tree " * 3, max_tokens=8)
-    page.wait_for_function("document.getElementById('counts').textContent.includes('steps')")
+    expect(page.locator("#counts")).to_contain_text("steps")
     page.wait_for_timeout(400)
     for name in ("pages", "tree"):
         colours = page.evaluate(
@@ -119,11 +120,11 @@ def test_stop_frees_the_request(
     served = start()
     slow_down(served, monkeypatch, 0.01)
     page = opened(served.url)
-    page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+    expect(page.locator("#model")).to_have_text("tiny")
     page.fill("#max-tokens", "400")
     page.fill("#input", "def main")
     page.click("#send")
-    page.wait_for_function("document.querySelector('.message.assistant').textContent.length > 3")
+    expect(page.locator(".message.assistant")).to_have_text(re.compile("...."))
     page.click("#stop")
     served.wait_until_idle()
     assert served.server.metrics.endings["abort"] == 1
@@ -131,11 +132,10 @@ def test_stop_frees_the_request(
 
 def test_an_error_is_shown(served: Running, opened: Callable[[str], Any]) -> None:
     page = opened(served.url)
-    page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+    expect(page.locator("#model")).to_have_text("tiny")
     page.fill("#max-tokens", "100000")
     page.fill("#input", "hello")
     page.evaluate("document.getElementById('form').noValidate = true")
-    page.on("console", lambda line: None)
     page.click("#send")
     page.wait_for_selector(".message.error")
     assert "max_tokens: 100000" in page.inner_text(".message.error")
@@ -147,5 +147,5 @@ def test_a_key_is_asked_for(start: Callable[..., Running], opened: Callable[[str
     page.wait_for_selector("#key", state="visible")
     page.fill("#key", "my-secret-key")
     page.press("#key", "Tab")
-    page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
-    page.wait_for_function("document.getElementById('status').textContent === 'ready'")
+    expect(page.locator("#model")).to_have_text("tiny")
+    expect(page.locator("#status")).to_have_text("ready")

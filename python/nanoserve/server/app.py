@@ -38,7 +38,7 @@ _PAGE = {
     "/page.css": ("page.css", "text/css"),
 }
 _PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
     "Cache-Control": "no-cache",
 }
 M = TypeVar("M", bound=BaseModel)
