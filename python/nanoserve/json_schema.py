@@ -19,6 +19,7 @@ MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 64  # of the JSON text, not of what refers to itself
 MAX_REGEX_CHARS = 4096
 MAX_PATTERNS = 64  # in one schema
+MAX_OPTIONAL = 400  # properties of one object: any of them may come next
 MAX_MULTIPLES = 10_000  # sum over a schema of the significant digits of every multipleOf, read as an integer
 
 Path = tuple[str | int, ...]
@@ -59,6 +60,13 @@ def check_schema(field: str, schema: Any) -> None:
         ref = node.get("$ref", "#")
         if not isinstance(ref, str) or not ref.startswith("#"):
             raise ValueError(f"{place}.$ref: {shown(ref)} must be inside the schema, beginning with #")
+        names, required = node.get("properties"), node.get("required")
+        if isinstance(names, Mapping) and isinstance(required, list | tuple | None):
+            optional = len(names) - sum(name in names for name in required or () if isinstance(name, str))
+            if optional > MAX_OPTIONAL:
+                raise ValueError(
+                    f"{place}.properties: {optional} that are not required, at most {MAX_OPTIONAL} are allowed"
+                )
         expressions = (
             list(node["patternProperties"]) if isinstance(node.get("patternProperties"), Mapping) else []
         )

@@ -7,7 +7,6 @@ import json
 import random
 import re
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -38,9 +38,8 @@ if TYPE_CHECKING:
 MAX_KEPT = 64  # compiled grammars
 MAX_KEPT_BYTES = 2**20  # of their specs
 MAX_TOKEN_BYTES = 255  # longer tokens are never allowed: the library's trie has none
-_STACK_BYTES = (
-    256 * 2**20
-)  # reserved, not used: 64 KiB of schema nested or referring on and on take some 40 MiB
+# Reserved, not used: 64 KiB of schema nested or referring on and on take some 40 MiB.
+_STACK_BYTES = 256 * 2**20
 _LIMITS = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 100_000,
