@@ -1,10 +1,11 @@
 """Which JSON schemas structured outputs take: known keywords, bounded size, depth and cost.
 
-A keyword that the grammar compiler would pass over is refused here by name, so nothing in a schema is ignored silently: what is
-not in the tables below has no meaning for the output. The compiler itself refuses more (combinations it cannot express).
+A keyword that the grammar compiler would pass over is refused here by name, so nothing in a schema is ignored
+silently: what is not in the tables below has no meaning for the output. The compiler itself refuses more
+(combinations it cannot express).
 
-The limits are on what makes compiling expensive: its time and memory grow with the size of the schema, but also with the
-states of a `multipleOf` (a remainder each) and with every regular expression that is intersected with others.
+The limits are on what makes compiling expensive: its time and memory grow with the size of the schema, but also with
+the states of a `multipleOf` (a remainder each) and with every regular expression that is intersected with others.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def check_regex(field: str, regex: object) -> None:
 
 
 def check_depth(field: str, value: Any) -> None:
-    """Lists and objects in each other at most MAX_SCHEMA_DEPTH deep, and not endlessly many; no recursion of its own."""
+    """Lists and objects in each other at most MAX_SCHEMA_DEPTH deep, and not endlessly many; without recursion."""
     waiting, seen = [(1, value)], 0
     while waiting:
         depth, one = waiting.pop()
