@@ -1,12 +1,12 @@
-"""A constraint on what a request may output, as the engine knows it: which tokens may come next, and whether it may end.
+"""A constraint on what a request may output, as the engine knows it: which tokens may come, and whether it may end.
 
 What a constraint obeys (a grammar, in text/grammar.py) is its own business. It hears of every token of its request's
-output once and in order, but for the token that ends the request, which is not part of the output's text. It is asked any
-number of times in between, and being asked changes nothing: a discarded step or a preemption is invisible to it.
+output once and in order, but for the token that ends the request, which is not part of the output's text. It is asked
+any number of times in between, and being asked changes nothing: a discarded step or a preemption is invisible to it.
 
-The engine's part is the end. A token that ends a request (EOS, a stop id) is allowed exactly where the constraint may end and
-min_tokens are there, and whatever text it stands for does not count; with ignore_eos, EOS is never allowed. Where the
-constraint must end, the request does, min_tokens or not: there is nothing more it could say.
+The engine's part is the end. A token that ends a request (EOS, a stop id) is allowed exactly where the constraint may
+end and min_tokens are there, and whatever text it stands for does not count; with ignore_eos, EOS is never allowed.
+Where the constraint must end, the request does, min_tokens or not: there is nothing more it could say.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Constraint(Protocol):
     """Of one request. What it raises fails that request."""
 
     def allowed(self) -> TokenMask | None:
-        """uint32[ceil(V / 32)], bit i % 32 of word i // 32 for token i; None if every token may come. Valid until `accept`."""
+        """uint32[ceil(V / 32)], bit i % 32 of word i // 32 for token i; None: all. Valid until `accept`."""
         ...
 
     def accept(self, token: int) -> None:

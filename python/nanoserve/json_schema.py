@@ -1,10 +1,11 @@
 """Which JSON schemas structured outputs take: known keywords, bounded size, depth and cost.
 
-A keyword that the grammar compiler would pass over is refused here by name, so nothing in a schema is ignored silently: what is
-not in the tables below has no meaning for the output. The compiler itself refuses more (combinations it cannot express).
+A keyword that the grammar compiler would pass over is refused here by name, so nothing in a schema is ignored
+silently: what is not in the tables below has no meaning for the output. The compiler itself refuses more
+(combinations it cannot express).
 
-The limits are on what makes compiling expensive: its time and memory grow with the size of the schema, but also with the
-states of a `multipleOf` (a remainder each) and with every regular expression that is intersected with others.
+The limits are on what makes compiling expensive: its time and memory grow with the size of the schema, but also with
+the states of a `multipleOf` (a remainder each) and with every regular expression that is intersected with others.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 64  # of the JSON text, not of what refers to itself
 MAX_REGEX_CHARS = 4096
 MAX_PATTERNS = 64  # in one schema
+MAX_OPTIONAL = 400  # properties of one object: any of them may come next
 MAX_MULTIPLES = 10_000  # sum over a schema of the significant digits of every multipleOf, read as an integer
 
 Path = tuple[str | int, ...]
@@ -59,6 +61,13 @@ def check_schema(field: str, schema: Any) -> None:
         ref = node.get("$ref", "#")
         if not isinstance(ref, str) or not ref.startswith("#"):
             raise ValueError(f"{place}.$ref: {shown(ref)} must be inside the schema, beginning with #")
+        names, required = node.get("properties"), node.get("required")
+        if isinstance(names, Mapping) and isinstance(required, list | tuple | None):
+            optional = len(names) - sum(name in names for name in required or () if isinstance(name, str))
+            if optional > MAX_OPTIONAL:
+                raise ValueError(
+                    f"{place}.properties: {optional} that are not required, at most {MAX_OPTIONAL} are allowed"
+                )
         expressions = (
             list(node["patternProperties"]) if isinstance(node.get("patternProperties"), Mapping) else []
         )
@@ -89,7 +98,7 @@ def check_regex(field: str, regex: object) -> None:
 
 
 def check_depth(field: str, value: Any) -> None:
-    """Lists and objects in each other at most MAX_SCHEMA_DEPTH deep, and not endlessly many; no recursion of its own."""
+    """Lists and objects in each other at most MAX_SCHEMA_DEPTH deep, and not endlessly many; without recursion."""
     waiting, seen = [(1, value)], 0
     while waiting:
         depth, one = waiting.pop()

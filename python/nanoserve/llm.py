@@ -229,6 +229,8 @@ class LLM:
         tokens = self.tokenizer.encode(prompt, add_special_tokens=False)
         return self._text_request(prompt, params, tokens)
 
+    # ---- requests
+
     def _text_request(
         self, prompt: Prompt, params: SamplingParams, prompt_tokens: Sequence[int] | None = None
     ) -> TextRequest:

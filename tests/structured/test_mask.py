@@ -97,12 +97,12 @@ def bits(mask: np.ndarray | None, vocab: int = 40) -> set[int]:
 def test_ends_are_allowed_exactly_where_the_text_may_end(
     may_end: bool, outputs: int, ignore_eos: bool
 ) -> None:
-    """EOS 7 is in the mask as text already, EOS 39 is not; 5 and 200 are stop ids; before min_tokens none is allowed."""
+    """EOS 7 is in the mask as text already, EOS 39 is not; 5 and 200 are stop ids; none comes before min_tokens."""
     constraint = AllowList([{3, 5, 7, 33}] * 9, 40, may_end=may_end)
     one = request(constraint, outputs, min_tokens=2, stop_token_ids=[5, 200], ignore_eos=ignore_eos)
     ends = {5} | (set() if ignore_eos else {7, 39})
     assert bits(next_tokens(one, (7, 39), 40)) == {3, 33} | (ends if may_end and outputs >= 2 else set())
-    assert bits(constraint.allowed()) == {3, 5, 7, 33}, "the constraint's own mask is not written to"
+    assert bits(constraint.mask) == {3, 5, 7, 33}, "the constraint's own mask is not written to"
 
 
 def test_no_mask_means_every_token_but_an_end_too_early() -> None:
@@ -122,7 +122,7 @@ def test_a_mask_for_another_vocabulary_is_refused() -> None:
     "fields", [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.2}], ids=str
 )
 def test_the_mask_comes_before_the_filters_and_after_the_penalties(fields: dict[str, object]) -> None:
-    """Only allowed tokens are ever chosen, and top_k counts among them; a biased token may be forbidden all the same."""
+    """Only allowed tokens are ever chosen, and top_k counts among them; a token's bias does not help it."""
     rng = np.random.default_rng(0)
     values = (rng.standard_normal((1, 1000)) * 3).astype(np.float32)
     allowed = set(rng.permutation(1000)[:9].tolist())

@@ -30,6 +30,8 @@ def shared(levels: int) -> list[Any]:
     return value
 
 
+OPTIONAL: dict[str, Any] = {str(i): {} for i in range(402)}
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({}, "nothing is given"),
     ({"json": {}, "regex": "a"}, "json, regex is given, must be exactly one"),
@@ -66,6 +68,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"json": {"pattern": "a" * 4097}}, "4097 characters, at most 4096"),
     ({"json": {"patternProperties": {"a" * 4097: {}}}}, "4097 characters, at most 4096"),
     ({"json": {"prefixItems": [{"pattern": "a"}] * 65}}, "65 of them in the schema, at most 64"),
+    ({"json": {"properties": OPTIONAL, "required": ["0", 3]}}, "401 that are not required, at most 400"),
     ({"json": {"multipleOf": 10_001}}, "10001 remainders in the schema, at most 10000"),
     ({"json": {"multipleOf": 0.00123457}}, "remainders in the schema, at most 10000"),
     ({"json": {"prefixItems": [{"multipleOf": 101}] * 100}}, "at most 10000"),
@@ -88,6 +91,7 @@ def test_what_is_on_the_limit_is_taken() -> None:
     StructuredOutputs(choice=["é" * 1024] * 32)
     StructuredOutputs(json=nested(62))
     StructuredOutputs(json={"multipleOf": 10_000})
+    StructuredOutputs(json={"properties": {f"p{i}": {} for i in range(401)}, "required": ["p0"]})
     StructuredOutputs(json={"prefixItems": [{"pattern": "a"}] * 64})
     StructuredOutputs(json={"description": "x" * (65536 - len('{"description":""}'))})
 
@@ -121,8 +125,8 @@ COSTLY: dict[str, dict[str, Any]] = {
     ]}},
     "patterns-intersected": {"json": {"allOf": [{"type": "string", "pattern": f"a.{{{i}}}b"} for i in range(5, 25)]}},
     "pattern-and-length": {"json": {"type": "string", "pattern": "a.{900}b", "minLength": 1000, "maxLength": 2000}},
-    "multiples-intersected": {"json": {"allOf": [{"type": "integer", "multipleOf": m} for m in (89, 97, 83, 79, 73, 71)]}},
-    "optional-many": {"json": {"type": "object", "properties": {f"p{i}": {} for i in range(2500)}}},
+    "multiples-intersected": {"json": {"type": "integer", "allOf": [{"multipleOf": m} for m in (89, 97, 83, 79, 73)]}},
+    "optional-many": {"json": {"type": "object", "properties": {f"p{i}": {} for i in range(400)}}},
     "items-many": {"json": {"type": "array", "minItems": 10**9, "items": {"minItems": 10**9}}},
     "string-long": {"json": {"type": "string", "minLength": 10**9}},
     "numbers-wide": {"json": {"type": "number", "minimum": -1.5e300, "maximum": 2.5e300}},

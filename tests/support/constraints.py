@@ -15,7 +15,7 @@ class AllowList:
         raises: of "allowed", "accept" and "must_end" the question that raises, at the step of that number.
 
     Attributes:
-        accepted: what it was told.
+        accepted: what it was told. mask: what it said last.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class AllowList:
     ) -> None:
         self.steps, self.vocab, self._may_end, self._raises = steps, vocab, may_end, raises
         self.accepted: list[int] = []
-        self._mask = np.zeros(-(-vocab // 32), np.uint32)
+        self.mask = np.zeros(-(-vocab // 32), np.uint32)
 
     def _fault(self, question: str) -> None:
         if self._raises == (question, len(self.accepted)):
@@ -39,10 +39,10 @@ class AllowList:
         tokens = self.steps[len(self.accepted)]
         if tokens is None:
             return None
-        bits = np.zeros(len(self._mask) * 32, np.uint8)
+        bits = np.zeros(len(self.mask) * 32, np.uint8)
         bits[list(tokens)] = 1
-        self._mask[:] = np.packbits(bits, bitorder="little").view(np.uint32)
-        return self._mask
+        self.mask[:] = np.packbits(bits, bitorder="little").view(np.uint32)
+        return self.mask
 
     def accept(self, token: int) -> None:
         self._fault("accept")

@@ -1,4 +1,4 @@
-"""Random JSON schemas whose every keyword constrains something: objects, arrays, numbers with bounds, strings, enums, anyOf."""
+"""Random JSON schemas: objects, arrays, numbers with bounds, strings, enums, anyOf; every keyword says something."""
 
 from __future__ import annotations
 

@@ -1,19 +1,20 @@
 """Structured outputs compiled for one vocabulary: which tokens keep a text on its way to the form that was asked for.
 
-The library llguidance does the work: it turns a JSON schema or a regular expression into an Earley parser over bytes and walks
-a trie of the vocabulary's bytes for the mask of the next token. A token is allowed exactly if the text with it can still
-become one that the grammar accepts; how the tokenizer itself would have split that text does not matter.
+The library llguidance does the work: it turns a JSON schema or a regular expression into an Earley parser over bytes
+and walks a trie of the vocabulary's bytes for the mask of the next token. A token is allowed exactly if the text with
+it can still become one that the grammar accepts; how the tokenizer itself would have split that text does not matter.
 
-Bounds. What a spec may say is limited before it comes here (structured.py). Compiling runs on a thread of its own with a stack
-for the deepest spec that its size allows, because the library recurses; states, items and steps of parser and lexer are
-limited, so is the memory of a step, and a grammar that exceeds them fails with a ValueError: when it is compiled (the first
-mask included), else in the request that got there. Compiled grammars are kept, the latest ones.
+Bounds. What a spec may say is limited before it comes here (structured.py). Compiling runs on a thread of its own
+with a stack for the deepest spec that its size allows, because the library recurses; states, items and steps of
+parser and lexer are limited, so is the memory of a step, and a grammar that exceeds them fails with a ValueError:
+when it is compiled (the first mask included), else in the request that got there. Compiled grammars are kept, the
+latest ones.
 
-Between the parts of a JSON text there may be a space or two, or a new line and its indentation, and no more: a model that
-likes blanks would never come to an end.
+Between the parts of a JSON text there may be a space or two, or a new line and its indentation, and no more: a model
+that likes blanks would never come to an end.
 
-A decoder that drops the space a text begins with (Llama 2's) is given one to drop: the grammar asks for it, and only tokens that
-lose this space and nothing else may come first.
+A decoder that drops the space a text begins with (Llama 2's) is given one to drop: the grammar asks for it, and only
+tokens that lose this space and nothing else may come first.
 """
 
 from __future__ import annotations
@@ -38,9 +39,8 @@ if TYPE_CHECKING:
 MAX_KEPT = 64  # compiled grammars
 MAX_KEPT_BYTES = 2**20  # of their specs
 MAX_TOKEN_BYTES = 255  # longer tokens are never allowed: the library's trie has none
-_STACK_BYTES = (
-    256 * 2**20
-)  # reserved, not used: 64 KiB of schema nested or referring on and on take some 40 MiB
+# Reserved, not used: 64 KiB of schema nested or referring on and on take some 40 MiB.
+_STACK_BYTES = 256 * 2**20
 _LIMITS = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 100_000,
@@ -249,8 +249,10 @@ def _drops_a_space(tokenizer: Tokenizer | ByteTokenizer) -> bool:
 def _losing_a_space(
     tokenizer: Tokenizer | ByteTokenizer, vocab_size: int, textless: Collection[int]
 ) -> NDArray[np.uint32]:
-    """Bits of the tokens that, coming first, say what they say elsewhere without its first space: not a byte's token, maybe,
-    nor one of several blanks."""
+    """Bits of the tokens that, coming first, say what they say elsewhere without its first space.
+
+    A byte's token may keep it, one of several blanks may lose them all.
+    """
     bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
     for token in range(vocab_size):
         text = b"" if token in textless else tokenizer.token_bytes(token)
