@@ -115,7 +115,7 @@ def agreement(directory: str) -> dict[str, Any]:
 
     from nanoserve import LLM, SamplingParams
 
-    llm = LLM(directory, kv_cache_bytes=KV_BYTES)
+    llm = LLM(directory, dtype="float32", kv_cache_bytes=KV_BYTES)
     generator = np.random.default_rng(0)
     prompts = [generator.integers(0, llm.config.vocab_size, length).tolist() for length in (5, 70, 200)]
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=1, prompt_logprobs=1)
