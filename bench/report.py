@@ -1,9 +1,9 @@
-"""Puts the numbers of bench/results/*.json into README.md and draws bench/results/engine.svg and peers.svg.
+"""Puts the numbers of bench/results/*.json into README.md and bench/peers/README.md and draws engine.svg and peers.svg.
 
     python -m bench.report [--check]
 
-The text between `<!-- numbers -->` and `<!-- /numbers -->` belongs to this script, and so do the blocks named `loading`,
-`sampler`, `peers` and `precision`; `--check` only compares.
+The text between `<!-- numbers -->` and `<!-- /numbers -->` belongs to this script, and so does every other block that DOCUMENTS
+names; `--check` only compares.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from bench.peers.tables import peers_figure, peers_table
+from bench.peers.tables import peers_figure, peers_overview, peers_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
+PEERS = ROOT / "bench" / "peers" / "README.md"
 
 
 def gigabytes(count: float) -> str:
@@ -102,21 +104,78 @@ def precision_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def profile_table(results: dict[str, Any]) -> str:
+    """Where a step's time goes, Markdown."""
+    kinds = list(next(iter(next(iter(results["shapes"].values())).values()))["decode-1"]["shares"])
+    kinds = ["GEMM", "head", "attention", *sorted(set(kinds) - {"GEMM", "head", "attention"})]
+    lines = [f"| shape, width | step | ms | {' | '.join(kinds)} |", "|---|---|---|" + "---|" * len(kinds)]
+    for shape, widths in results["shapes"].items():
+        for width, cases in widths.items():
+            lines += [
+                f"| {shape}, {width} | {case} | {one['step_ms']:.1f} | "
+                + " | ".join(f"{100 * one['shares'].get(kind, 0):.0f}%" for kind in kinds)
+                + " |"
+                for case, one in cases.items()
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def kernels_table(results: dict[str, Any]) -> str:
+    """How close GEMMs come to the machine's limits, Markdown."""
+    threads = max(row["threads"] for row in results["products"])
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in results["products"]:
+        if row["threads"] == threads:
+            found.setdefault(row["arithmetic"], {}).setdefault(row["rows"], []).append(row["limit"])
+    counts = list(next(iter(found.values())))
+    lines = ["| rows of x | " + " | ".join(map(str, counts)) + " |", "|---|" + "---|" * len(counts)]
+    for arithmetic, by_rows in found.items():
+        cells = " | ".join(f"{100 * statistics.median(by_rows[count]):.0f}%" for count in counts)
+        lines.append(f"| {arithmetic} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def serving_table(results: dict[str, Any]) -> str:
+    """What HTTP costs, Markdown."""
+    lines = [
+        "| model | clients, tokens in and out | tokens/s over HTTP | of the engine's own | first event, p50 and p99 | between events, p50 and p99 | event loop per token |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, one in results["models"].items():
+        lines.append(
+            f"| {name} | {one['clients']}, {one['prompt_tokens']}, {one['output_tokens']} | {one['http_tokens_per_s']:,.0f} "
+            f"| {one['ratio']:.2f} | {one['ttft_p50_ms']:.0f}, {one['ttft_p99_ms']:.0f} ms "
+            f"| {one['between_events_p50_ms']:.1f}, {one['between_events_p99_ms']:.1f} ms | {one['event_loop_us_per_token']:.0f} us |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 BLOCKS = {
     "numbers": ("engine.json", table),
     "loading": ("loading.json", loading_table),
     "sampler": ("sampler.json", sampler_table),
-    "peers": ("peers.json", peers_table),
+    "peers": ("peers.json", peers_overview),
     "precision": ("precision.json", precision_table),
 }
 
 
-def updated(text: str) -> str:
-    """README's text with every block made anew from its results file."""
-    for name, (file, make) in BLOCKS.items():
+DOCUMENTS = {
+    README: BLOCKS,
+    PEERS: {
+        "peers": ("peers.json", peers_table),
+        "profile": ("profile.json", profile_table),
+        "kernels": ("kernels.json", kernels_table),
+    },
+}
+
+
+def updated(document: Path) -> str:
+    """Its text with every block made anew from its results file."""
+    text = document.read_text(encoding="utf-8")
+    for name, (file, make) in DOCUMENTS[document].items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not block.search(text):
-            sys.exit(f"README.md has no block <!-- {name} -->")
+            sys.exit(f"{document} has no block <!-- {name} -->")
         made = make(json.loads((RESULTS / file).read_text(encoding="utf-8")))
         text = block.sub(lambda match, made=made: match.group(1) + made + match.group(2), text)  # type: ignore[misc]
     return text
@@ -149,14 +208,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--check", action="store_true", help="fail when README.md differs from the results file"
+        "--check", action="store_true", help="fail when a document differs from the results files"
     )
     check = parser.parse_args().check
-    text = README.read_text(encoding="utf-8")
-    wanted = updated(text)
+    for document in DOCUMENTS:
+        wanted = updated(document)
+        if not check:
+            document.write_text(wanted, encoding="utf-8")
+        elif wanted != document.read_text(encoding="utf-8"):
+            sys.exit(f"{document.name} does not show bench/results: run python -m bench.report")
     if check:
-        sys.exit(0 if wanted == text else "README.md does not show bench/results: run python -m bench.report")
-    README.write_text(wanted, encoding="utf-8")
+        return
     for name, draw in (("engine", figure), ("peers", peers_figure)):
         results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         (RESULTS / f"{name}.svg").write_text(draw(results), encoding="utf-8")
