@@ -225,6 +225,7 @@ def main() -> None:
         for pages in ("huge", "small")
     }
     results: dict[str, Any] = {
+        "command": "python -m bench.kernels",
         "commit": commit(),
         "machine": machine(),
         "peaks": {},

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def halve_numbers(value: Any) -> None:
-    """Every float in a nest of dicts."""
-    for key, held in value.items():
-        if isinstance(held, dict):
+    """Every float in a nest of dicts and lists."""
+    for key, held in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(held, dict | list):
             halve_numbers(held)
         elif isinstance(held, float):
             value[key] = held * 0.5
