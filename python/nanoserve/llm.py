@@ -23,6 +23,7 @@ from nanoserve.models.weights import bind_weights, loaded_bytes, stored_dtype
 from nanoserve.nano_engine import NanoServingEngine, as_list, params_per_prompt
 from nanoserve.outputs import RequestOutput, TextDelta
 from nanoserve.precision import choose_precision
+from nanoserve.quantization_error import QuantizationReport
 from nanoserve.sampling import SamplingParams
 from nanoserve.text.chat_template import ChatTemplate
 from nanoserve.text.generation_config import GenerationConfig
@@ -141,6 +142,11 @@ class LLM:
         named = self.generation.eos_token_ids or self.config.eos_token_ids
         own = None if self.tokenizer is None else self.tokenizer.eos_token_id
         return named or (() if own is None else (own,))
+
+    @property
+    def quantization_report(self) -> QuantizationReport | None:
+        """How far the int8 weights are from the checkpoint's; None where nothing was quantised."""
+        return self.engine.executor.quantization_report
 
     # ---- text
 

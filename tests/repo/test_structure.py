@@ -14,7 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own rank and below. `errors` and `native` are below everything; `observe` imports nothing.
 RANKS = [
-    {"checks", "checkpoint_json", "errors", "machine_memory", "native", "observe"},
+    {"checks", "checkpoint_json", "errors", "machine_memory", "native", "observe", "quantization_error"},
     {
         "sampling",
         "sampler",
