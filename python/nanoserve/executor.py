@@ -137,6 +137,11 @@ class ModelExecutor:
         """(operation, nanoseconds, calls) since profiling was enabled."""
         return list(self._native.timings())
 
+    @property
+    def parts_bytes(self) -> int:
+        """Memory of what threads that share a long context's attention left for each other; it grows with the steps so far."""
+        return self._native.parts_bytes
+
     def _position_offsets(self, batch: Batch) -> NDArray[np.int32] | None:
         """Where each sequence's rows of the rotary table begin; None: at 0, all of them."""
         if self._switch_len >= self.max_model_len:

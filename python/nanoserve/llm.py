@@ -105,7 +105,7 @@ class LLM:
             self.config, weight_bytes=loaded_bytes(self.config, bound, self.precision),
             kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
             page_size=engine_options.get("page_size", 16), max_num_batched_tokens=max_num_batched_tokens,
-            precision=self.precision,
+            precision=self.precision, num_threads=engine_options.get("num_threads"),
         )  # fmt: skip
         self.engine = NanoServingEngine(
             self.config,
