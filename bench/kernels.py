@@ -16,21 +16,18 @@ import json
 import mmap
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from bench.limits import Machine, median_of
 from bench.run import RESULTS, commit, machine
-from nanoserve.compiler.target import host
 from nanoserve.kernels import gemm, peak
-from nanoserve.kernels.library import KernelSpec, load_kernels
-from nanoserve.native import KVCachePool, PageTable, StepExecutor, ThreadPool
+from nanoserve.native import StepExecutor
 
 COLD_BYTES = 96 << 20  # of weights in one round trip: three times the last cache
-READ_BYTES = 32 << 20
 MIN_SECONDS = 0.004  # of one timing
 ROWS = (1, 2, 4, 8, 9, 16, 17, 32, 64, 128, 512, 2048)
 QUICK_ROWS = (1, 8, 16, 128)
@@ -80,6 +77,11 @@ class Memory:
         for at in range(0, self.words.size, values.size):
             self.words[at : at + values.size] = values[: self.words.size - at]
 
+    @property
+    def cold(self) -> np.ndarray:
+        """As much of it as no cache holds."""
+        return self.words[: COLD_BYTES // 4]
+
     def pieces(self, num_bytes: int, total: int) -> Iterator[np.ndarray]:
         """Runs of memory one behind the other, at least one, about `total` bytes of them."""
         words = -(-num_bytes // 4)
@@ -87,84 +89,29 @@ class Memory:
             yield self.words[i * words : (i + 1) * words]
 
 
-class Machine:
-    """Times plans of kernels on its threads."""
-
-    def __init__(self, num_threads: int) -> None:
-        self.num_threads = num_threads
-        self._threads = ThreadPool(num_threads)
-        self._pool = KVCachePool(-(-max(ROWS) // 16), 16)
-        self._table = PageTable(self._pool)
-        self._table.grow_to(max(ROWS))
-        self._limits: dict[object, Callable[[], float]] = {}
-
-    def plan(
-        self, spec: KernelSpec, calls: list[list[np.ndarray]], panels: int, row_block: int, rows: int
-    ) -> Callable[[], float]:
-        """A function that runs every call once, over `rows` rows, and returns the seconds of one."""
-        executor = StepExecutor(self._pool, self._threads, max(ROWS))
-        address = load_kernels([spec])[spec]
-        for arrays in calls:
-            args: list[tuple[Any, ...]] = [("weight", executor.weight(array)) for array in arrays]
-            if spec.kind == "gemm":
-                args.append(("num_rows",))
-            executor.op(spec.kind, address, args, "tiles", panels, row_block)
-        ids = np.zeros(rows, np.int32)
-
-        def once() -> float:
-            begin = time.perf_counter()
-            executor.forward(ids, [self._table], [0], [rows], [0], 1)
-            return (time.perf_counter() - begin) / len(calls)
-
-        return once
-
-    def read(self, memory: Memory) -> Callable[[], float]:
-        """Seconds per byte of reading `memory`, READ_BYTES at a time."""
-        if memory in self._limits:
-            return self._limits[memory]
-        blocks = READ_BYTES // peak.READ_BYTES
-        out = np.zeros((blocks, 16), np.int32)
-        calls = [[data, out] for data in memory.pieces(READ_BYTES, COLD_BYTES)]
-        once = self.plan(peak.read_spec(), calls, blocks, 1, 1)
-        self._limits[memory] = lambda: once() / READ_BYTES
-        return self._limits[memory]
-
-    def dots(self, arithmetic: str) -> Callable[[], float]:
-        """Seconds per multiply-add of all threads together."""
-        if arithmetic in self._limits:
-            return self._limits[arithmetic]
-        units = 8 * self.num_threads
-        x, w = np.ones((peak.STEPS, 8), np.float32), np.ones((peak.STEPS, 48), np.float32)
-        once = self.plan(peak.dot_spec(arithmetic), [[x, w, np.zeros((units, 16), np.float32)]], units, 1, 1)
-        count = units * peak.unit_dots(arithmetic, host())
-        self._limits[arithmetic] = lambda: once() / count
-        return self._limits[arithmetic]
-
-    def product(self, arithmetic: str, shape: Shape, rows: int, memory: Memory) -> Callable[[], float]:
-        """Seconds of one product, its weight not in any cache."""
-        x_type, dtype = ARITHMETICS[arithmetic]
-        ldx, ldy = StepExecutor.stride(shape.k), StepExecutor.stride(shape.n)
-        spec = gemm.gemm_spec(
-            shape.k, shape.n, ldx, ldy, x=x_type, dtype=dtype, gated=shape.gated,
-            activation="silu" if shape.gated else None,
-        )  # fmt: skip
-        width, group = gemm.panel_width(shape.n), gemm.GROUP[dtype]
-        panels = -(-shape.n // width)
-        outputs = panels * width * (2 if shape.gated else 1)
-        x = memory.words[: rows * ldx].copy()  # room for any type
-        scales = np.full(
-            max(rows, outputs), 1e-3, np.float32
-        )  # activations stay where theirs is the usual path
-        sums = np.zeros(outputs, np.int32)
-        y = np.zeros((rows, ldy), np.float32)
-        num_bytes = outputs * -(-shape.k // group) * group * gemm.WEIGHT_BYTES[dtype]
-        calls = []
-        for weight in memory.pieces(num_bytes, COLD_BYTES):
-            quantised = dtype == "i8"
-            calls.append(
-                [x, *([scales] if quantised else []), weight, *([scales, sums] if quantised else []), y]
-            )
-        return self.plan(spec, calls, panels, gemm.ROW_BLOCK, rows)
+def product(
+    machine_: Machine, arithmetic: str, shape: Shape, rows: int, memory: Memory
+) -> Callable[[], float]:
+    """Seconds of one product, its weight not in any cache."""
+    x_type, dtype = ARITHMETICS[arithmetic]
+    ldx, ldy = StepExecutor.stride(shape.k), StepExecutor.stride(shape.n)
+    spec = gemm.gemm_spec(
+        shape.k, shape.n, ldx, ldy, x=x_type, dtype=dtype, gated=shape.gated,
+        activation="silu" if shape.gated else None,
+    )  # fmt: skip
+    width, group = gemm.panel_width(shape.n), gemm.GROUP[dtype]
+    panels = -(-shape.n // width)
+    outputs = panels * width * (2 if shape.gated else 1)
+    x = memory.words[: rows * ldx].copy()  # room for any type
+    scales = np.full(max(rows, outputs), 1e-3, np.float32)  # activations stay where theirs is the usual path
+    sums = np.zeros(outputs, np.int32)
+    y = np.zeros((rows, ldy), np.float32)
+    num_bytes = outputs * -(-shape.k // group) * group * gemm.WEIGHT_BYTES[dtype]
+    calls = []
+    for weight in memory.pieces(num_bytes, COLD_BYTES):
+        quantised = dtype == "i8"
+        calls.append([x, *([scales] if quantised else []), weight, *([scales, sums] if quantised else []), y])
+    return machine_.plan(spec, calls, panels, gemm.ROW_BLOCK, rows)
 
 
 def measure(
@@ -172,8 +119,8 @@ def measure(
 ) -> dict[str, Any]:
     """One row of the results; nanoseconds, bytes and multiply-adds of the product itself, without padding."""
     works = {
-        "product": machine_.product(arithmetic, shape, rows, memory),
-        "read": machine_.read(memory),
+        "product": product(machine_, arithmetic, shape, rows, memory),
+        "read": machine_.read(memory.cold),
         "dots": machine_.dots(PEAK_OF[arithmetic]),
     }
     weights = shape.k * shape.n * (2 if shape.gated else 1)
@@ -183,10 +130,7 @@ def measure(
     taken: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            begin, times = time.perf_counter(), []
-            while not times or time.perf_counter() - begin < MIN_SECONDS:
-                times.append(work())
-            taken[name].append(statistics.median(times))
+            taken[name].append(median_of(work, MIN_SECONDS))
     rounds_of = list(zip(taken["product"], taken["read"], taken["dots"], strict=True))
     return {
         "shape": shape.name, "k": shape.k, "n": shape.n, "gated": shape.gated, "arithmetic": arithmetic,
@@ -203,7 +147,7 @@ def measure(
 
 def peaks(machine_: Machine, memory: dict[str, Memory], rounds: int) -> dict[str, float]:
     """GB/s with small and huge pages, and 10^9 multiply-adds per second."""
-    works = {f"read_{pages}_pages": machine_.read(block) for pages, block in memory.items()}
+    works = {f"read_{pages}_pages": machine_.read(block.cold) for pages, block in memory.items()}
     works |= {f"dots_{name}": machine_.dots(name) for name in peak.ARITHMETICS}
     return {
         name: round(1e-9 / statistics.median(work() for _ in range(3 * rounds)), 1)
@@ -233,7 +177,7 @@ def main() -> None:
         "small_pages": [],
     }
     for num_threads in options.threads or sorted({1, len(os.sched_getaffinity(0))}):
-        machine_ = Machine(num_threads)
+        machine_ = Machine(num_threads, max(ROWS))
         results["peaks"][num_threads] = peaks(machine_, memory, options.rounds)
         print(f"{num_threads} threads:", results["peaks"][num_threads])
         for shape in shapes:

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "checked.h"
+#include "thread_pool.h"
 
 namespace nanoserve {
 
@@ -76,6 +77,45 @@ void AttentionWork::build(std::span<const SequenceSpan> sequences, int max_threa
         arrange(std::max<std::int64_t>(1, cost_ / (std::int64_t{num_threads_} * pieces)));
     }
     num_threads_ = static_cast<int>(std::min<std::int64_t>(num_threads_, num_taken()));
+}
+
+std::int64_t AttentionWork::most_part_floats(const AttentionShape& shape, std::int64_t max_tokens,
+                                             std::int64_t max_context, int max_threads) {
+    require_at_least("max_tokens", max_tokens, 1);
+    require_at_least("max_context", max_context, 1);
+    require_range("max_threads", max_threads, 1, ThreadPool::kMaxThreads);
+    shape.validate(max_tokens);
+    if (max_threads == 1) {
+        return 0;  // one share is always even
+    }
+    const auto area = [](const AttentionTiling& tiling) {
+        return checked_product("an item", {{"rows", tiling.rows}, {"tiles", tiling.tiles}});
+    };
+    // A walk that is cut costs more than one in kMostPieces * max_threads of all, so there are fewer of them.
+    const std::int64_t all_rows = checked_product(
+        "attention rows", {{"tokens", max_tokens}, {"group", shape.group}, {"kv_heads", shape.kv_heads}});
+    const std::int64_t walks = std::min<std::int64_t>(std::int64_t{kMostPieces} * max_threads - 1, all_rows);
+    // Rows of its own for each, of all of its heads.
+    const std::int64_t most_rows = std::max(area(shape.small), area(shape.large));
+    const std::int64_t rows =
+        std::min(checked_product("rows", {{"walks", walks}, {"rows", most_rows}}), all_rows);
+    std::int64_t segments = ceil_div(max_context, kSegmentTokens);
+    if (shape.window > 0) {  // what the first of its rows sees, and the tokens to the last; begun anywhere
+        const std::int64_t seen = shape.window + ceil_div(area(shape.large), shape.group);
+        segments = std::min(segments, ceil_div(seen, kSegmentTokens) + 1);
+    }
+    // Beside the values: maxima and sums for a whole item, once per share of its heads, and what is rounded
+    // up.
+    const auto beside = [&](const AttentionTiling& tiling) {
+        return 2 * ceil_div(area(tiling), kPartUnit) + 1;
+    };
+    const std::int64_t most_beside =
+        std::max(checked_product("parts", {{"tiles", shape.small.tiles}, {"units", beside(shape.small)}}),
+                 beside(shape.large));
+    const std::int64_t values =
+        ceil_div(checked_product("parts", {{"rows", rows}, {"head_dim", shape.head_dim}}), kPartUnit);
+    const std::int64_t units = checked_product("parts", {{"walks", walks}, {"units", most_beside}}) + values;
+    return checked_product("parts", {{"segments", segments}, {"units", units}, {"floats", kPartUnit}});
 }
 
 bool AttentionWork::is_small(const AttentionItem& item) const {
@@ -152,7 +192,10 @@ void AttentionWork::arrange(std::int64_t most_cost) {
         item.merge += item.merge < 0 ? 0 : static_cast<std::int32_t>(walks_.size());
     }
     items_.insert(items_.end(), merges_.begin(), merges_.end());
-    parts_.resize(std::max(parts_.size(), at(part_blocks_ * kPartUnit)));
+    if (part_blocks_ * kPartUnit > std::ssize(parts_)) {
+        parts_ = std::vector<float>();  // nothing to keep: no copy, and no more than is needed
+        parts_.resize(at(part_blocks_ * kPartUnit));
+    }
     if (remaining_.size() < merges_.size()) {
         remaining_ = std::vector<std::atomic<int>>(merges_.size());
     }

@@ -91,6 +91,11 @@ class AttentionWork {
     [[nodiscard]] std::span<const AttentionItem> items() const { return items_; }
     [[nodiscard]] std::int64_t num_taken() const { return std::ssize(costs_); }
     [[nodiscard]] float* parts() { return parts_.data(); }
+    [[nodiscard]] std::int64_t num_part_floats() const { return std::ssize(parts_); }
+    // What parts() never exceeds, whatever is built of at most max_tokens rows, in sequences of at most
+    // max_context tokens, for at most max_threads.
+    [[nodiscard]] static std::int64_t most_part_floats(const AttentionShape& shape, std::int64_t max_tokens,
+                                                       std::int64_t max_context, int max_threads);
     [[nodiscard]] int num_threads() const { return num_threads_; }
     [[nodiscard]] std::int64_t cost() const { return cost_; }  // in multiply-adds, estimated
     // The largest share of the cost over the mean when threads take the items in their order.

@@ -13,19 +13,15 @@ std::int64_t now_ns() {
         .count();
 }
 
-struct Share {
-    std::int64_t begin, end;
-};
+}  // namespace
 
-Share share_of(std::int64_t num_units, int thread_id, int num_threads) {
+StepExecutor::Share StepExecutor::share_of(std::int64_t num_units, int thread_id, int num_threads) {
     // As floor(units * id / threads), without the product: that could overflow for absurd unit counts.
     const std::int64_t each = num_units / num_threads;
     const std::int64_t rest = num_units % num_threads;
     const auto start = [&](std::int64_t id) { return each * id + rest * id / num_threads; };
     return {start(thread_id), start(thread_id + 1)};
 }
-
-}  // namespace
 
 StepExecutor::Step::Step(std::atomic<bool>& busy) : busy_(&busy) {
     if (busy.exchange(true, std::memory_order_acquire)) {
@@ -54,18 +50,32 @@ void StepExecutor::size_operations() {
             planned.num_threads = planned.attention->work.num_threads();
         } else {
             planned.num_units = planned.op.num_units(batch_.num_rows(), batch_.num_samples());
-            planned.num_threads = threads_for(planned.num_units, planned.op.cost_per_unit);
+            planned.num_threads =
+                threads_for(planned.num_units, planned.op.cost_per_unit, threads_->num_threads());
         }
     }
 }
 
-int StepExecutor::threads_for(std::int64_t num_units, std::int64_t cost_per_unit) const {
-    std::int64_t threads = std::min<std::int64_t>(threads_->num_threads(), num_units);
+int StepExecutor::threads_for(std::int64_t num_units, std::int64_t cost_per_unit, int max_threads) {
+    std::int64_t threads = std::min<std::int64_t>(max_threads, num_units);
     std::int64_t cost = 0;
     if (cost_per_unit > 0 && !__builtin_mul_overflow(num_units, cost_per_unit, &cost)) {
         threads = std::min(threads, cost / kMinCostPerThread);
     }
     return static_cast<int>(std::max<std::int64_t>(1, threads));
+}
+
+std::vector<StepExecutor::Share> StepExecutor::shares(std::int64_t num_units, std::int64_t cost_per_unit,
+                                                      int max_threads) {
+    require_at_least("num_units", num_units, 0);
+    require_at_least("cost_per_unit", cost_per_unit, 0);
+    require_range("max_threads", max_threads, 1, ThreadPool::kMaxThreads);
+    const int num_threads = threads_for(num_units, cost_per_unit, max_threads);
+    std::vector<Share> out;
+    for (int thread_id = 0; thread_id < num_threads; ++thread_id) {
+        out.push_back(share_of(num_units, thread_id, num_threads));
+    }
+    return out;
 }
 
 StepExecutor::Step StepExecutor::prepare(const StepInputs& inputs) {

@@ -56,6 +56,14 @@ class StepExecutor {
     [[nodiscard]] static std::int64_t stride(std::int64_t cols, std::int64_t item_bytes = sizeof(float));
     [[nodiscard]] static std::int64_t logits_stride(std::int64_t vocab);
 
+    struct Share {
+        std::int64_t begin, end;
+    };
+    // What threads take of an operation's units, by thread; there are fewer than max_threads where the work
+    // is not worth more. Attention has a rule of its own.
+    [[nodiscard]] static std::vector<Share> shares(std::int64_t num_units, std::int64_t cost_per_unit,
+                                                   int max_threads);
+
     // The plan. buffer and weight return ids; a weight's memory must outlive the executor.
     std::int64_t buffer(std::int64_t cols, std::int64_t item_bytes = sizeof(float));
     std::int64_t row_scales();  // a buffer of one float per row, without a gap: the scales of quantised rows
@@ -82,6 +90,7 @@ class StepExecutor {
         std::int64_t row_stride, item_bytes;
     };
     [[nodiscard]] BufferView buffer_view(std::int64_t id) const;
+    [[nodiscard]] std::int64_t parts_bytes() const;  // of all attention operations, so far
 
   private:
     struct Buffer {
@@ -116,7 +125,8 @@ class StepExecutor {
     [[nodiscard]] void* address_of(const Arg& arg, Work* work);
     [[nodiscard]] void* constant(const void* value);
     [[nodiscard]] const Buffer& buffer_at(std::int64_t id) const;
-    [[nodiscard]] int threads_for(std::int64_t num_units, std::int64_t cost_per_unit) const;
+    [[nodiscard]] static int threads_for(std::int64_t num_units, std::int64_t cost_per_unit, int max_threads);
+    [[nodiscard]] static Share share_of(std::int64_t num_units, int thread_id, int num_threads);
     void size_operations();
     void walk(int thread_id, Barrier* barrier);
     static void do_share(PlannedOp& planned, int thread_id);

@@ -61,6 +61,14 @@ StepExecutor::BufferView StepExecutor::buffer_view(std::int64_t id) const {
     return {found.memory.data(), found.row_stride, found.item_bytes};
 }
 
+std::int64_t StepExecutor::parts_bytes() const {
+    std::int64_t floats = 0;
+    for (const Work& work : works_) {
+        floats += work.work.num_part_floats();
+    }
+    return floats * static_cast<std::int64_t>(sizeof(float));
+}
+
 std::int64_t StepExecutor::weight(const void* data) {
     require_idle();
     if (data == nullptr) {

@@ -76,6 +76,8 @@ class ThreadPool:
     @property
     def num_threads(self) -> int: ...
 
+def default_num_threads() -> int: ...
+
 class LogitsReader:
     def __init__(
         self,
@@ -132,6 +134,22 @@ class StepExecutor:
     def stride(cols: int, item_bytes: int = 4) -> int: ...
     @staticmethod
     def logits_stride(vocab: int) -> int: ...
+    @staticmethod
+    def shares(num_units: int, cost_per_unit: int, num_threads: int) -> list[tuple[int, int]]: ...
+    @staticmethod
+    def most_parts_bytes(
+        small_tiling: tuple[int, int],
+        large_tiling: tuple[int, int],
+        group: int,
+        kv_heads: int,
+        head_dim: int,
+        max_tokens: int,
+        max_context: int,
+        num_threads: int,
+        window: int = 0,
+    ) -> int: ...
+    @property
+    def parts_bytes(self) -> int: ...
     @property
     def max_tokens(self) -> int: ...
     def buffer(self, cols: int, item_bytes: int = 4) -> int: ...

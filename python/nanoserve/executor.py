@@ -50,6 +50,7 @@ class ModelExecutor:
         weight_bytes: of the packed weights.
         weights_were_cached: whether they came from the cache.
         weight_writer: the thread that writes them there, None where none does.
+        quantization_report: how far the int8 weights are from the checkpoint's; None where none is int8.
 
     Raises:
         ValueError: a size that does not fit. CheckpointError: weights that do not fit the config. MemoryError: or the memory.
@@ -88,6 +89,7 @@ class ModelExecutor:
         self.weight_bytes = packed.num_bytes
         self.weight_writer = packed.load(threads, WeightCache.open() if weight_cache else None, on_load)
         self.weights_were_cached = packed.was_cached
+        self.quantization_report = packed.quantization_report
         row_stride = StepExecutor.logits_stride(config.vocab_size)
         sums = logits_kernels.block_sums_spec(config.vocab_size, row_stride)
         largest = logits_kernels.block_max_spec(config.vocab_size, row_stride, may_forbid=True)
@@ -134,6 +136,11 @@ class ModelExecutor:
     def timings(self) -> list[tuple[str, int, int]]:
         """(operation, nanoseconds, calls) since profiling was enabled."""
         return list(self._native.timings())
+
+    @property
+    def parts_bytes(self) -> int:
+        """Memory of what threads that share a long context's attention left for each other; it grows with the steps so far."""
+        return self._native.parts_bytes
 
     def _position_offsets(self, batch: Batch) -> NDArray[np.int32] | None:
         """Where each sequence's rows of the rotary table begin; None: at 0, all of them."""

@@ -23,6 +23,7 @@ from nanoserve.models.weights import bind_weights, loaded_bytes, stored_dtype
 from nanoserve.nano_engine import NanoServingEngine, as_list, params_per_prompt
 from nanoserve.outputs import RequestOutput, TextDelta
 from nanoserve.precision import choose_precision
+from nanoserve.quantization_error import QuantizationReport
 from nanoserve.sampling import SamplingParams
 from nanoserve.text.chat_template import ChatTemplate
 from nanoserve.text.generation_config import GenerationConfig
@@ -105,7 +106,7 @@ class LLM:
             self.config, weight_bytes=loaded_bytes(self.config, bound, self.precision),
             kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
             page_size=engine_options.get("page_size", 16), max_num_batched_tokens=max_num_batched_tokens,
-            precision=self.precision,
+            precision=self.precision, num_threads=engine_options.get("num_threads"),
         )  # fmt: skip
         self.engine = NanoServingEngine(
             self.config,
@@ -147,6 +148,11 @@ class LLM:
         named = self.generation.eos_token_ids or self.config.eos_token_ids
         own = None if self.tokenizer is None else self.tokenizer.eos_token_id
         return named or (() if own is None else (own,))
+
+    @property
+    def quantization_report(self) -> QuantizationReport | None:
+        """How far the int8 weights are from the checkpoint's; None where nothing was quantised."""
+        return self.engine.executor.quantization_report
 
     # ---- text
 

@@ -4,7 +4,8 @@
 
 Weights are as packed (the zeros that fill a matrix's last panel are not counted, under a percent), in the precision's types;
 where the caller does not know the files, they are taken for float32. Activations are
-the executor's buffers, rotary tables and a step's logits. The pool gets what is left, within three limits: no more than
+the executor's buffers, rotary tables, a step's logits, and what threads that share a long context's attention leave for each other:
+the most there can be, which few steps come near. The pool gets what is left, within three limits: no more than
 `max_num_seqs` sequences of `max_model_len` can ever use; without a budget of the user's, no more than a quarter of what is
 available, for a default must not eat the machine; and slots are int32.
 
@@ -19,12 +20,13 @@ from dataclasses import dataclass
 
 from nanoserve.cache.kv_pool import pages_for_budget
 from nanoserve.checks import whole_number
+from nanoserve.kernels import attention
 from nanoserve.logprobs import MAX_PROMPT_LOGPROB_ROWS
 from nanoserve.machine_memory import available_memory
 from nanoserve.models.config import ModelConfig
-from nanoserve.models.decoder import buffers, num_parameters
+from nanoserve.models.decoder import Attention, buffers, forward_ops, num_parameters
 from nanoserve.models.weights import expected_bytes
-from nanoserve.native import LOGITS_BLOCK, StepExecutor
+from nanoserve.native import LOGITS_BLOCK, StepExecutor, default_num_threads
 from nanoserve.precision import ELEMENT_BYTES, Precision
 
 DEFAULT_SHARE = 4  # the pool's part of an unlimited machine: one in this many bytes
@@ -40,7 +42,7 @@ class MemoryPlan:
         num_parameters: of the model; a tied head is counted once.
         weight_bytes: in memory, without the padding of packed panels.
         stored_bytes: the checkpoint's files, when the caller knows.
-        activation_bytes: buffers, rotary tables and logits of the largest step.
+        activation_bytes: buffers, rotary tables, partial results of attention and logits of the largest step.
         kv_bytes_per_token, page_bytes, page_size, num_pages: of the pool; page_size in tokens.
         max_model_len: longest prompt + output that model and pool allow.
         max_num_seqs: most sequences that run at once.
@@ -96,6 +98,7 @@ def plan_memory(
     stored_bytes: int | None = None,
     max_num_batched_tokens: int = 2048,
     precision: Precision | None = None,
+    num_threads: int | None = None,
 ) -> MemoryPlan:
     """Divide memory between weights, activations and the KV pool.
 
@@ -107,6 +110,7 @@ def plan_memory(
         weight_bytes: what the checkpoint's weights take in memory (`loaded_bytes`); None: float32, all of them.
         stored_bytes: size of the checkpoint's files, passed on.
         precision: number formats; None: float32, all of them.
+        num_threads: as the engine's.
 
     Raises:
         ValueError: sizes that contradict each other or do not fit, with the numbers.
@@ -120,6 +124,9 @@ def plan_memory(
     whole_number("max_num_batched_tokens", max_num_batched_tokens, 1, _MAX_SLOTS)
     if whole_number("page_size", page_size, 1, 2**16) % 16:
         raise ValueError(f"page_size: {page_size} must be a multiple of 16, the width of a vector of scores")
+    if num_threads is not None:
+        whole_number("num_threads", num_threads, 1, 4096)
+    threads = default_num_threads() if num_threads is None else num_threads
     longest = config.max_seq_len if max_model_len is None else max_model_len
     precision = Precision() if precision is None else precision
     parameters = num_parameters(config)
@@ -127,6 +134,7 @@ def plan_memory(
         weight_bytes = expected_bytes(config, "f32", precision)
     weights = whole_number("weight_bytes", weight_bytes, 1)
     activations = _activation_bytes(config, precision, max_num_batched_tokens, max_num_seqs, longest)
+    activations += _parts_bytes(config, precision, max_num_batched_tokens, longest, threads)
     item = ELEMENT_BYTES[precision.kv_element]
     per_token = config.kv_values_per_token * item
     page = per_token * page_size
@@ -183,7 +191,7 @@ def _pages(config: ModelConfig, budget_bytes: int, page_size: int, itemsize: int
 def _activation_bytes(
     config: ModelConfig, precision: Precision, rows: int, samples: int, positions: int
 ) -> int:
-    """What ModelExecutor holds besides weights and pool while it runs the largest step."""
+    """What ModelExecutor holds besides weights, pool and attention's parts while it runs the largest step."""
     per_row = 0
     for buffer in buffers(config, precision.gemm_input).values():
         item = ELEMENT_BYTES[buffer.element]
@@ -198,3 +206,17 @@ def _activation_bytes(
     rotary = sum(halves * positions * rope.dims for rope in ropes if rope is not None)
     sampled = min(samples + MAX_PROMPT_LOGPROB_ROWS, rows)
     return rows * per_row + _FLOAT_BYTES * (sampled * logits + rotary)
+
+
+def _parts_bytes(config: ModelConfig, precision: Precision, rows: int, positions: int, threads: int) -> int:
+    """At most what attention's segments leave for each other; layers of one window share the memory."""
+    group, heads, dim = config.n_head // config.kv_heads, config.kv_heads, config.dim_per_head
+    small, large = attention.tilings(group, heads, dim, precision.kv_element)
+    operations = forward_ops(config, precision.gemm_input)
+    windows = {operation.window for operation in operations if isinstance(operation, Attention)}
+    return sum(
+        StepExecutor.most_parts_bytes(
+            (small.rows, small.tiles), (large.rows, large.tiles), group, heads, dim, rows, positions, threads, window
+        )
+        for window in windows
+    )  # fmt: skip

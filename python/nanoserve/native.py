@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         ThreadPool,
         WeightArena,
         checksum,
+        default_num_threads,
         paged_attention,
     )
 else:
@@ -78,6 +79,7 @@ else:
     ThreadPool = _module.ThreadPool
     WeightArena = _module.WeightArena
     checksum = _module.checksum
+    default_num_threads = _module.default_num_threads
     paged_attention = _module.paged_attention
 
 __all__ = [
@@ -90,5 +92,6 @@ __all__ = [
     "ThreadPool",
     "WeightArena",
     "checksum",
+    "default_num_threads",
     "paged_attention",
 ]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from nanoserve.kernels import panels as packing
 from nanoserve.models.weights import BoundWeight
+from nanoserve.quantization_error import QuantizationError
 
 Shape = tuple[int, ...]
 ArraySpec = tuple[Shape, str]  # shape and NumPy type
@@ -27,12 +28,15 @@ class PackedForm:
     Args:
         name: tells forms apart.
         arrays: what a weight of a shape becomes; each array will be an argument of a kernel.
-        fill: writes every element of those arrays, given in the same order and zeroed.
+        fill: writes every element of those arrays, given in the same order and zeroed; returns what that cost, where it is
+            measured.
+        is_measured: whether it is.
     """
 
     name: str
     arrays: Callable[[Shape], Sequence[ArraySpec]]
-    fill: Callable[[BoundWeight, Sequence[NDArray[Any]]], None]
+    fill: Callable[[BoundWeight, Sequence[NDArray[Any]]], QuantizationError | None]
+    is_measured: bool = False
 
 
 def rows(dtype: str) -> PackedForm:
@@ -52,16 +56,17 @@ def panels(dtype: str, *, gated: bool = False) -> PackedForm:
             specs += [(outputs, "float32"), (outputs, "int32")]
         return specs
 
-    def fill(weight: BoundWeight, arrays: Sequence[NDArray[Any]]) -> None:
+    def fill(weight: BoundWeight, arrays: Sequence[NDArray[Any]]) -> QuantizationError | None:
         if dtype == "i8":
             packed = packing.pack_int8(weight, gated=gated, out=arrays[0])
             arrays[1][:], arrays[2][:] = packed.scale, packed.sums
-        else:
-            as_stored = dtype in ("f32", weight.dtype)
-            rows = weight if as_stored else packing.RoundedRows(weight)
-            packing.pack(rows, dtype=dtype, gated=gated, out=arrays[0])
+            return packed.error
+        as_stored = dtype in ("f32", weight.dtype)
+        rows = weight if as_stored else packing.RoundedRows(weight)
+        packing.pack(rows, dtype=dtype, gated=gated, out=arrays[0])
+        return None
 
-    return PackedForm(f"panels {dtype}{' gated' if gated else ''}", arrays, fill)
+    return PackedForm(f"panels {dtype}{' gated' if gated else ''}", arrays, fill, is_measured=dtype == "i8")
 
 
 def bias(*, gated: bool = False) -> PackedForm:

@@ -4,7 +4,7 @@ First everything is asked for and its size known, then `load` takes the memory a
 where there is one, else by packing the checkpoint. A matrix that is stored as bfloat16 or float16 stays that, and its kernels
 widen it: the same bits as a float32 copy, from half the memory. Weights are packed one at a time, straight to where they stay,
 and the file's pages let go before the next one's turn, so that no second copy of the model ever exists. A tied embedding and
-head are one matrix.
+head are one matrix. What int8 cost is measured meanwhile and lies behind the weights, so that a cached copy tells it too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoserve import packed_form
+from nanoserve import packed_form, quantization_error
 from nanoserve.compiler.target import host
 from nanoserve.kernels import gemm, panels
 from nanoserve.machine_memory import available_memory
@@ -31,6 +31,7 @@ from nanoserve.models.rope import Rope
 from nanoserve.models.weights import BoundWeight
 from nanoserve.native import StepExecutor, ThreadPool, WeightArena
 from nanoserve.packed_form import ArraySpec, PackedForm
+from nanoserve.quantization_error import QuantizationError, QuantizationReport
 from nanoserve.weight_cache import WeightCache
 
 Arg = tuple[str, int] | tuple[str]  # where a kernel finds an argument (plan.md, "Kernel ABI")
@@ -39,9 +40,10 @@ OnProgress = Callable[[int, int, str], None]
 # Less than this is packed as fast as it is read, and would only litter the cache.
 WORTH_CACHING_BYTES = 32 * 2**20
 _ALIGNMENT = 4096  # of an array in the arena: no two share a page
+_ERROR_BYTES = 3 * 8  # of a QuantizationError
 # What decides the packed bytes beside the module of a form.
-_SOURCES = (__file__, packed_form.__file__, gemm.__file__, panels.__file__, weights.__file__, stored_tensor.__file__,
-            safetensors_file.__file__)  # fmt: skip
+_SOURCES = (__file__, packed_form.__file__, gemm.__file__, panels.__file__, quantization_error.__file__, weights.__file__,
+            stored_tensor.__file__, safetensors_file.__file__)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class PackedWeights:
     Attributes:
         num_bytes: of everything asked for so far, as it lies in memory.
         was_cached: after `load`, whether it came from the cache.
+        quantization_report: after `load`, what int8 cost; None where nothing is int8.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class PackedWeights:
         self._num_ids = 0
         self.num_bytes = 0
         self.was_cached = False
+        self.quantization_report: QuantizationReport | None = None
 
     def dtype(self, name: str) -> str:
         """How a matrix or table is stored: "f32", or "bf16" and "f16" where that loses nothing."""
@@ -140,17 +144,24 @@ class PackedWeights:
             raise MemoryError(
                 f"weights: packed they take {self.num_bytes} bytes, this machine has {available} available"
             )
-        arena = WeightArena(self.num_bytes)
+        measured = [each.name for each in self._packed.values() if each.form.is_measured]
+        # Behind the weights, so that an entry of the cache holds them under the same checksum.
+        size = len(measured) * _ERROR_BYTES
+        arena = WeightArena(self.num_bytes + _round_up(size, _ALIGNMENT))
+        errors = arena.view(self.num_bytes, size).view(np.float64).reshape(len(measured), 3)
         key = None if cache is None or self.num_bytes < WORTH_CACHING_BYTES else self.cache_key()
         writer = None
         if cache is not None and key is not None:
-            self.was_cached = cache.read(key, arena, threads, on_load)
+            self.was_cached = cache.read(key, arena, threads, on_load) and _are_plausible(errors)
         if not self.was_cached:
-            self._pack(arena, on_load)
+            self._pack(arena, errors, on_load)
             if cache is not None and key is not None and self._sources_are_current():
                 writer = threading.Thread(
                     target=cache.store, args=(key, arena), name="nanoserve-weight-cache"
                 )
+        if measured:
+            each = (QuantizationError(*row) for row in errors.tolist())
+            self.quantization_report = QuantizationReport(dict(zip(measured, each, strict=True)))
         self._hand_over(arena)
         return writer
 
@@ -168,14 +179,17 @@ class PackedWeights:
         """Whether what was packed is what the key says: a file that changed meanwhile is another one."""
         return all(source.is_current() for weight in self._weights.values() for source in weight.sources())
 
-    def _pack(self, arena: WeightArena, on_load: OnProgress | None) -> None:
+    def _pack(self, arena: WeightArena, errors: NDArray[np.float64], on_load: OnProgress | None) -> None:
         total = sum(self._weights[each.name].num_bytes for each in self._packed.values())
         done = 0
         for weight in self._weights.values():
             weight.check_twin()
+        rows = iter(errors)
         for each in self._packed.values():
             weight = self._weights[each.name]
-            each.form.fill(weight, self._arrays(arena, each))
+            error = each.form.fill(weight, self._arrays(arena, each))
+            if error is not None:
+                next(rows)[:] = astuple(error)
             weight.forget()
             done += weight.num_bytes
             if on_load is not None:
@@ -202,6 +216,11 @@ class PackedWeights:
     def _next_arg(self) -> Arg:
         self._num_ids += 1
         return ("weight", self._num_ids - 1)
+
+
+def _are_plausible(errors: NDArray[np.float64]) -> bool:
+    """Whether what a file holds can be what was measured; it is only shown, but then it should be so."""
+    return all(QuantizationError(*each).is_plausible for each in errors.tolist())
 
 
 def _num_bytes(array: ArraySpec) -> int:

@@ -68,6 +68,21 @@ void add_attention(StepExecutor& executor, const std::string& name, std::uintptr
                        group, kv_heads, tiling_of(small_tiling), tiling_of(large_tiling), window);
 }
 
+std::int64_t most_parts_bytes(const Tiling& small_tiling, const Tiling& large_tiling, std::int64_t group,
+                              std::int64_t kv_heads, std::int64_t head_dim, std::int64_t max_tokens,
+                              std::int64_t max_context, std::int64_t num_threads, std::int64_t window) {
+    require_range("num_threads", num_threads, 1, ThreadPool::kMaxThreads);
+    const std::int64_t floats =
+        AttentionWork::most_part_floats({.group = group,
+                                         .kv_heads = kv_heads,
+                                         .head_dim = head_dim,
+                                         .small = tiling_of(small_tiling),
+                                         .large = tiling_of(large_tiling),
+                                         .window = window},
+                                        max_tokens, max_context, narrow<int>(num_threads));
+    return checked_product("parts in bytes", {{"floats", floats}, {"bytes", sizeof(float)}});
+}
+
 std::int64_t add_weight(StepExecutor& executor, const py::array& array) {
     if ((array.flags() & py::array::c_style) == 0) {
         throw std::invalid_argument("a weight must be C-contiguous, got strides of a view of shape " +
@@ -142,6 +157,18 @@ py::array buffer_view(const py::object& self, std::int64_t id) {
                      self);
 }
 
+std::vector<std::pair<std::int64_t, std::int64_t>> share_list(std::int64_t num_units,
+                                                              std::int64_t cost_per_unit,
+                                                              std::int64_t num_threads) {
+    require_range("num_threads", num_threads, 1, ThreadPool::kMaxThreads);
+    std::vector<std::pair<std::int64_t, std::int64_t>> out;
+    for (const StepExecutor::Share& share :
+         StepExecutor::shares(num_units, cost_per_unit, narrow<int>(num_threads))) {
+        out.emplace_back(share.begin, share.end);
+    }
+    return out;
+}
+
 py::list timing_list(const StepExecutor& executor) {
     py::list out;
     for (const OpTiming& timing : executor.timings()) {
@@ -169,6 +196,17 @@ void populate_executor(py::module_& m) {
                     "Row stride of a buffer, in items.")
         .def_static("logits_stride", &StepExecutor::logits_stride, py::arg("vocab"),
                     "Row stride of the logits.")
+        .def_static("shares", &share_list, py::arg("num_units"), py::arg("cost_per_unit"),
+                    py::arg("num_threads"),
+                    "[(begin, end)] of an operation's units for each thread that takes part; attention has a "
+                    "rule of its own.")
+        .def_static("most_parts_bytes", &most_parts_bytes, py::arg("small_tiling"), py::arg("large_tiling"),
+                    py::arg("group"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("max_tokens"),
+                    py::arg("max_context"), py::arg("num_threads"), py::arg("window") = 0,
+                    "What the attention operations of one shape take at most for the results of segments, in "
+                    "any step of max_tokens rows of sequences of max_context tokens.")
+        .def_property_readonly("parts_bytes", &StepExecutor::parts_bytes,
+                               "What they have taken so far, all shapes together.")
         .def_property_readonly("max_tokens", &StepExecutor::max_tokens)
         .def("buffer", &StepExecutor::buffer, py::arg("cols"), py::arg("item_bytes") = 4,
              "Activations [max_tokens, stride(cols, item_bytes)]; returns the id.")

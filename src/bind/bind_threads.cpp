@@ -16,6 +16,7 @@ void populate_threads(py::module_& m) {
              }),
              py::arg("num_threads") = py::none(), "num_threads: None for one per core this process may use.")
         .def_property_readonly("num_threads", &ThreadPool::num_threads);
+    m.def("default_num_threads", &default_num_threads, "How many a ThreadPool has that is not told.");
 }
 
 }  // namespace nanoserve::bind

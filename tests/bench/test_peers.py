@@ -10,17 +10,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from bench.limits import Machine, median_of
 from bench.peers import comparison as comparison_module
+from bench.peers import limits as limits_module
 from bench.peers.__main__ import main
 from bench.peers.comparison import Comparison, Settings, kv_cache_bytes
 from bench.peers.engine_process import EngineFailed, EngineProcess
 from bench.peers.installation import DEFAULT, NotInstalled, read_engines
-from bench.peers.limits import LimitsProbe
+from bench.peers.limits import PEAK_OF_WIDTH, LimitsProbe, measured
 from bench.peers.roofline import ideal_timeline
 from bench.peers.rows import against_best_peer, rows
 from bench.peers.tables import peers_figure, peers_table
 
+from nanoserve.compiler.target import Target, host
+from nanoserve.kernels import peak
 from nanoserve.models.config import ModelConfig
 from nanoserve.workloads import Workload, WorkloadRequest
 
@@ -274,15 +279,11 @@ def test_a_shared_prefix_is_computed_once_on_the_roofline() -> None:
     assert 3.5 < times[0].wall_s / times[1].wall_s < 4
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_limits_are_measured_anew_each_time() -> None:
-    try:
-        probe = LimitsProbe(1)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    with probe:
+    with LimitsProbe(1) as probe:
         made = [probe.measure() for _ in range(5)]
     assert made[0] != made[1]
+    assert list(made[0]) == ["read_gb_per_s", *PEAK_OF_WIDTH.values()]
     # Two instructions of 16, 32 or 64 lanes per cycle, at 6 GHz: a chain the compiler removed would be faster.
     limits = {
         "read_gb_per_s": 2000,
@@ -293,6 +294,72 @@ def test_limits_are_measured_anew_each_time() -> None:
     for name, most in limits.items():
         found = [one[name] or 0 for one in made]
         assert made[0][name] is None or 0.5 < max(found) < most, name
+
+
+def test_a_width_without_an_instruction_has_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(limits_module, "median_of", lambda work, _: work())
+    machine = type("Machine", (), {
+        "read": lambda self, memory: lambda: 4e-9,
+        "dots": lambda self, name: asked.append(name) or (lambda: 5e-9),
+    })()  # fmt: skip
+    memory = np.zeros(0, np.uint8)
+    target = Target("none", 16, 32, "x", bf16_dot=False, int8_dot=True)
+    assert measured(machine, memory, target) == {
+        "read_gb_per_s": 0.25, "float32_gflop_per_s": 0.4, "bfloat16_gflop_per_s": None, "int8_gop_per_s": 0.4,
+    }  # fmt: skip
+    assert asked == ["f32", "int8"]
+
+
+def test_a_probe_that_cannot_measure_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"exit code 1: .*num_threads is 0, must be in \[1, 1024\]"):
+        LimitsProbe(0)
+    with LimitsProbe(1) as probe:
+        probe._process.kill()
+        with pytest.raises(RuntimeError, match="exit code -9"):
+            probe.measure()
+
+
+def test_a_machine_reads_every_byte_and_counts_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, plans = Machine(2), []
+    plan = Machine.plan
+
+    def kept(self: Machine, spec: Any, calls: Any, panels: int) -> Any:
+        run = plan(self, spec, calls, panels)
+        plans.append((run, calls[0], panels))
+        return lambda: 3.0
+
+    monkeypatch.setattr(Machine, "plan", kept)
+    memory = np.random.default_rng(0).integers(0, 2**31, 5 * peak.READ_BYTES // 4, dtype=np.int32)
+    assert machine.read(memory)() == 3.0 / memory.nbytes
+    run, (_, out), panels = plans.pop()
+    run()
+    assert panels == 5
+    assert (out == np.bitwise_xor.reduce(memory.reshape(5, -1, 16), axis=1)).all()
+    for arithmetic in peak.ARITHMETICS:
+        rate = machine.dots(arithmetic)()
+        run, (x, w, out), panels = plans.pop()
+        rows, vectors = peak.tile(host())
+        x[:], w[:] = (1, 1) if arithmetic == "f32" else (0, 0)
+        run()
+        per_unit = rows * vectors * 16 * peak.STEPS * peak.UNIT_PASSES
+        assert rate == 3.0 / (panels * per_unit * peak.ARITHMETICS[arithmetic])
+        if arithmetic == "f32":  # a product of ones is a count
+            assert out.shape == (16, 16)
+            assert (out.sum(axis=1) == per_unit).all()
+    assert machine.read(memory) is machine.read(memory)
+    assert machine.dots("f32") is machine.dots("f32")
+    assert plans == []
+
+
+def test_a_median_is_of_at_least_one_call() -> None:
+    values = iter([5.0, 1.0, 2.0])
+    assert median_of(lambda: next(values), 0) == 5
+    values = iter([5.0, 1.0, 2.0])
+    clock = iter([0, 0.1, 0.9, 1.1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.limits.time.perf_counter", lambda: next(clock))
+        assert median_of(lambda: next(values), 1) == 2
 
 
 def results(found: dict[str, Any]) -> dict[str, Any]:

@@ -271,3 +271,17 @@ def test_a_request_that_fails_inside_is_exit_code_1(run: Run, monkeypatch: pytes
     assert result.exit_code == 1
     assert result.stderr.startswith("error: 1 completions failed, the first with: ")
     assert "the detokenizer broke" in result.stderr
+
+
+def test_what_int8_cost_is_said_on_stderr(run: Run) -> None:
+    words = ["generate", TINY_GPT, "-p", PROMPT, *GREEDY, "--quantization", "int8"]
+    result = run(*words)
+    report = LLM(TINY_GPT, quantization="int8").quantization_report
+    assert report is not None
+    assert result.stderr.startswith(f"{report}\n")
+    assert re.match(
+        r"int8: \d+ weights, relative RMS error \d\.\d\d%\nint8: the most \d\.\d\d% in \S+; of one",
+        str(report),
+    )
+    assert run(*words, "--quiet").stderr == ""
+    assert "int8" not in run("generate", TINY_GPT, "-p", PROMPT, *GREEDY).stderr

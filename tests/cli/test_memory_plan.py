@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoserve import memory_plan
+from nanoserve import LLM, NanoServingEngine, SamplingParams, memory_plan
 from nanoserve.cache.kv_pool import KVCachePool
 from nanoserve.executor import ModelExecutor
+from nanoserve.kernels import attention
 from nanoserve.memory_plan import MemoryPlan, plan_memory
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.rope import Rope
 from nanoserve.models.weights import random_weights
+from nanoserve.native import StepExecutor
 
 CONFIG = ModelConfig(vocab_size=256, n_layer=4, n_head=6, n_embd=192, max_seq_len=512)
 WEIGHTS = 4 * 1_927_296
@@ -23,6 +27,12 @@ PER_TOKEN = 2 * 4 * 4 * 192  # K and V, float32, layers, width
 PAGE = 16 * PER_TOKEN
 # Rows of x, h, qkv, att, mlp and last, each rounded up to 64 and 16 more; 32 rows of logits and 256 of prompts.
 ACTIVATIONS = 4 * (2048 * (4 * (192 + 16) + (576 + 16) + (768 + 16)) + (32 + 256) * 256)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is said of threads: whatever this machine has, sizes are those by hand."""
+    monkeypatch.setattr(memory_plan, "default_num_threads", lambda: 1)
 
 
 @pytest.fixture
@@ -151,6 +161,59 @@ def test_rotary_tables_count_once_per_kind_and_double_for_a_switch() -> None:
     )
     assert long.switch_len == 1024
     assert activations(dataclasses.replace(plain, rope=long)) - learned == 2 * table
+
+
+def parts(config: ModelConfig, threads: int, **arguments: Any) -> int:
+    """What a plan counts for more threads than one."""
+    plans = [plan_memory(config, kv_cache_bytes=2**23, num_threads=n, **arguments) for n in (threads, 1)]
+    return plans[0].activation_bytes - plans[1].activation_bytes
+
+
+def test_what_attention_leaves_is_counted_per_window_and_thread() -> None:
+    plain = ModelConfig(vocab_size=64, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, max_seq_len=4096)
+    mixed = dataclasses.replace(plain, sliding_window=600, sliding_layers=(True, False, True))
+
+    small, large = attention.tilings(2, 2, 16)
+    shape = ((small.rows, small.tiles), (large.rows, large.tiles), 2, 2, 16)
+    most = StepExecutor.most_parts_bytes
+    assert most(*shape, 2048, 4096, 1) == 0
+    assert parts(plain, 8) == most(*shape, 2048, 4096, 8) > 0
+    assert parts(plain, 8, max_num_batched_tokens=7, max_model_len=1000) == most(*shape, 7, 1000, 8)
+    assert parts(mixed, 8) == most(*shape, 2048, 4096, 8) + most(*shape, 2048, 4096, 8, 600)
+    assert most(*shape, 2048, 4096, 8, 600) < most(*shape, 2048, 4096, 8)
+
+
+def test_a_model_is_loaded_by_the_plan_of_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+
+    def plan(*arguments: Any, **named: Any) -> MemoryPlan:
+        planned.append(plan_memory(*arguments, **named))
+        return planned[-1]
+
+    monkeypatch.setattr("nanoserve.llm.plan_memory", plan)
+    for threads in (1, 2):
+        LLM(Path(__file__).parents[2] / "models" / "tiny-gpt", num_threads=threads, kv_cache_bytes=2**20)
+    assert planned[0].activation_bytes < planned[1].activation_bytes
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_no_step_takes_more_than_what_is_counted(window: int | None) -> None:
+    """Prompts in chunks and answers together, of long and short sequences, shared by eight threads."""
+    config = ModelConfig(
+        vocab_size=64, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, max_seq_len=4096, sliding_window=window
+    )
+    weights, generator = random_weights(config), np.random.default_rng(0)
+    prompts = [generator.integers(0, 64, length).tolist() for length in (3900, 2500, 900, 40, 40, 3)]
+    taken = {}
+    for threads in (1, 8):
+        engine = NanoServingEngine(
+            config, weights, kv_cache_pages=600, num_threads=threads, max_num_batched_tokens=512
+        )
+        engine.generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
+        taken[threads] = engine.executor.parts_bytes
+        assert taken[threads] <= parts(config, threads, max_num_batched_tokens=512)
+    assert taken[1] == 0
+    assert taken[8] > 2**17, "nothing was shared, so nothing was tested"
 
 
 def test_the_plan_is_what_the_pool_and_the_executor_take() -> None:

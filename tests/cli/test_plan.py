@@ -108,7 +108,8 @@ def test_a_config_alone_is_enough(run: Run, tmp_path: Path) -> None:
         (["--dtype", "float16"], "dtype: 'float16' must be one of auto, float32, bfloat16"),
         (["--quantization", "int4"], "quantization: 'int4' must be one of None, int8"),
         (["--kv-cache-dtype", "int8"], "kv_cache_dtype: 'int8' must be one of auto, float32, bfloat16"),
-        (["--threads", "2"], "--threads: changes nothing about memory"),
+        (["--threads", "0"], "num_threads: 0 must be in [1, 4096]"),
+        (["--no-weight-cache"], "--weight-cache: changes nothing about memory"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_numbers(run: Run, words: list[str], message: str) -> None:
@@ -116,6 +117,14 @@ def test_what_does_not_fit_is_refused_with_the_numbers(run: Run, words: list[str
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith(f"error: {message}")
     assert result.stderr.count("\n") == 1
+
+
+def test_threads_count_by_what_they_leave_for_each_other(run: Run) -> None:
+    sizes = [
+        json.loads(run("plan", TINY_GPT, "--json", "--threads", threads).stdout)["activation_bytes"]
+        for threads in ("1", "2", "64")
+    ]
+    assert sizes == sorted(set(sizes))
 
 
 def test_a_damaged_header_is_an_error_not_a_guess(run: Run, tmp_path: Path) -> None:

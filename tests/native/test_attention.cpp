@@ -178,6 +178,56 @@ TEST(what_comes_out_even_is_not_cut) {
     CHECK_EQ(work.num_threads(), 2);
 }
 
+TEST(parts_never_exceed_their_bound) {
+    std::mt19937 random(11);
+    const auto below = [&](std::uint32_t n) { return static_cast<std::int64_t>(random() % n); };
+    for (int round = 0; round < 600; ++round) {
+        const std::int64_t group = 1 + below(9);
+        const AttentionShape shape{.group = group,
+                                   .kv_heads = 1 + below(8),
+                                   .head_dim = 8 + below(121),
+                                   .small = {std::min<std::int64_t>(group, 8), 1 + below(8)},
+                                   .large = {1 + below(8), 1 + below(4)},
+                                   .window = below(3) == 0 ? 1 + below(3000) : 0};
+        std::vector<std::pair<std::int64_t, std::int64_t>> sizes;
+        for (std::int64_t s = 1 + below(12); s > 0; --s) {
+            sizes.emplace_back(below(2) == 0 ? below(100) : below(30'000),
+                               below(2) == 0 ? 1 : 1 + below(300));
+        }
+        std::int64_t tokens = 0, context = 0;
+        for (const auto& [start, count] : sizes) {
+            tokens += count;
+            context = std::max(context, start + count);
+        }
+        AttentionWork work(shape);
+        for (const int threads : {1, 2, 3, 8, 17, 64}) {
+            work.build(spans(sizes), threads);  // one after another: what it keeps is the largest of them
+            CHECK(work.num_part_floats() <= AttentionWork::most_part_floats(shape, tokens, context, threads));
+            CHECK(threads > 1 || work.num_part_floats() == 0);
+        }
+    }
+}
+
+// A bound that no step comes near would cost memory that others could use.
+TEST(parts_come_near_their_bound) {
+    const AttentionShape shape{.group = 2, .kv_heads = 8, .head_dim = 128, .small = {2, 8}, .large = {8, 4}};
+    AttentionWork chunk(shape), decode(shape);
+    chunk.build(spans({{38'000, 912}}), 64);  // 57 tiles of 8 heads: 7.1 walks for each thread
+    CHECK(chunk.num_part_floats() * 4 > AttentionWork::most_part_floats(shape, 912, 38'912, 64) * 3);
+    decode.build(spans(std::vector<std::pair<std::int64_t, std::int64_t>>(51, {8000, 1})), 8);
+    CHECK(decode.num_part_floats() * 2 > AttentionWork::most_part_floats(shape, 51, 8001, 8));
+    AttentionWork two({.group = 1, .kv_heads = 1, .head_dim = 8, .small = {1, 1}, .large = {1, 1}});
+    two.build(spans({{256, 1}}), 2);  // one walk, of two segments
+    CHECK_EQ(two.num_part_floats(), 2 * (2 + 1) * 16);
+    CHECK(AttentionWork::most_part_floats(two.shape(), 1, 256, 2) < 2 * (2 + 1) * 16);
+    CHECK(AttentionWork::most_part_floats(two.shape(), 1, 257, 2) >= 2 * (2 + 1) * 16);
+    CHECK_EQ(AttentionWork::most_part_floats(shape, 912, 38'912, 1), 0);
+    CHECK_THROWS(std::invalid_argument, "max_threads is 0, must be in [1, 1024]",
+                 AttentionWork::most_part_floats(shape, 1, 1, 0));
+    CHECK_THROWS(std::invalid_argument, "max_context is 0, must be at least 1",
+                 AttentionWork::most_part_floats(shape, 1, 0, 2));
+}
+
 TEST(costly_walks_come_first) {
     AttentionWork work({.group = 1, .kv_heads = 1, .head_dim = 8, .small = {1, 1}, .large = {4, 1}});
     work.build(spans({{0, 1}, {0, 9}, {500, 1}}), 1);

@@ -22,6 +22,7 @@ RANKS = [
         "machine_memory",
         "native",
         "observe",
+        "quantization_error",
         "structured",
     },
     {

@@ -1,4 +1,4 @@
-"""A checkpoint opened for a command: progress on a terminal, and a note of what the checkpoint asks for in vain."""
+"""A checkpoint opened for a command: progress on a terminal, what int8 weights cost, and what the checkpoint asks for in vain."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ def open_model(
     with LoadingBars() as bars, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said below, in the command's own way
         llm = LLM(model, on_load=bars.on_load, on_progress=bars.on_progress, **engine)
+    if llm.quantization_report is not None and not quiet:
+        for line in llm.quantization_report.lines():
+            say(line, dim=True)
     if llm.generation.not_applied and not quiet:
         listed = ", ".join(llm.generation.not_applied)
         say(f"note: generation_config.json asks for {listed}, which nanoserve does not do", dim=True)

@@ -52,9 +52,8 @@ def plan(
     """
     from nanoserve.memory_plan import plan_memory
 
-    for field, flag in (("num_threads", "--threads"), ("weight_cache", "--weight-cache")):
-        if field in engine:
-            raise ValueError(f"{flag}: changes nothing about memory, leave it out")
+    if "weight_cache" in engine:
+        raise ValueError("--weight-cache: changes nothing about memory, leave it out")
     memory_bytes = None if memory is None else parse_size("--memory", memory)
     choice = {name: engine.pop(name, default) for name, default in _CHOICE.items()}
     config, weights = _look_at(model, engine.pop("revision", None), choice)
