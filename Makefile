@@ -16,6 +16,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m bench.run $(ARGS)
 	$(BIN)/python -m bench.sampler
 	$(BIN)/python -m bench.loading
+	$(BIN)/python -m bench.partition
 	$(BIN)/python -m bench.report
 
 lint: $(VENV)/.dev

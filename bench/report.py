@@ -150,12 +150,29 @@ def serving_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def partition_table(results: dict[str, Any]) -> str:
+    """How busy threads are that share a step, Markdown."""
+    models = results["models"]
+    threads = next(iter(next(iter(next(iter(models.values())).values())).values()))["busy"]
+    lines = ["| threads | " + " | ".join(threads) + " |", "|---|" + "---|" * len(threads)]
+    for model, steps in models.items():
+        for step, rules in steps.items():
+            for rule, row in rules.items():
+                name = f"{model}, {step}" + ("" if rule == "as it is" else f"; *if {rule}*")
+                lines.append(
+                    f"| {name} | " + " | ".join(f"{busy:.0%}" for busy in row["busy"].values()) + " |"
+                )
+    return "\n".join(lines) + "\n"
+
+
 BLOCKS = {
     "numbers": ("engine.json", table),
     "loading": ("loading.json", loading_table),
     "sampler": ("sampler.json", sampler_table),
     "peers": ("peers.json", peers_overview),
     "precision": ("precision.json", precision_table),
+    "partition": ("partition.json", partition_table),
+    "serving": ("serving.json", serving_table),
 }
 
 
