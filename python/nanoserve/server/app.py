@@ -56,7 +56,7 @@ def build_app(service: Service, metrics: Metrics, health: Health) -> Guard:
     )
 
     def generating(path: str, model: type[CompletionRequest] | type[ChatRequest]) -> None:
-        @app.post(path, openapi_extra=_body_schema(model), responses=_RESPONSES, name=path)
+        @app.post(path, openapi_extra=_body_schema(model, service), responses=_RESPONSES, name=path)
         async def _(request: Request) -> Response:
             request.state.route = path
             parsed, ignored = await _parameters(request, model, settings)
@@ -122,12 +122,12 @@ def build_app(service: Service, metrics: Metrics, health: Health) -> Guard:
             "routes": capabilities(settings),
         }  # fmt: skip
 
-    @app.post("/tokenize", openapi_extra=_body_schema(TokenizeRequest), responses=_RESPONSES)
+    @app.post("/tokenize", openapi_extra=_body_schema(TokenizeRequest, service), responses=_RESPONSES)
     async def _(request: Request) -> Response:
         parsed, ignored = await _parameters(request, TokenizeRequest, settings)
         return _answer(await service.tokenize(parsed), ignored)
 
-    @app.post("/detokenize", openapi_extra=_body_schema(DetokenizeRequest), responses=_RESPONSES)
+    @app.post("/detokenize", openapi_extra=_body_schema(DetokenizeRequest, service), responses=_RESPONSES)
     async def _(request: Request) -> Response:
         parsed, ignored = await _parameters(request, DetokenizeRequest, settings)
         return _answer(await service.detokenize(parsed), ignored)
@@ -245,9 +245,15 @@ def _model(service: Service) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _body_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """For /openapi.json: bodies are read by us, and strictly."""
+def _body_schema(model: type[BaseModel], service: Service) -> dict[str, Any]:
+    """For /openapi.json: bodies are read by us, and strictly; what depends on the server is filled in."""
     schema = model.model_json_schema()
+    properties = schema["properties"]
+    properties["model"]["enum"] = [service.model]
+    for name, most in (("n", service.settings.max_n), ("max_tokens", service.max_model_len - 1)):
+        for kind in properties.get(name, {}).get("anyOf", ()):
+            if kind["type"] == "integer":
+                kind["maximum"] = most
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema)}}}}
 
 

@@ -1,7 +1,8 @@
 """Gateway: what is let in, who waits, what reaches the engine, and how everything ends. Lives in the event loop.
 
     open(job)     admits, or says 429 or 503 with the numbers; from then on the job ends exactly once, in `_end`
-    cancel(job)   its client is gone, or its time is up: from every state, within one step
+    cancel(job)   its client is gone, or its time is up (408 where the request had set it, else 503 or 504): from every state,
+                  within one step
 
 The engine gets no more sequences than it runs at once, and a few to come: whoever else waits does so here, where keys take
 turns and a wait can be ended without asking the engine.
@@ -57,6 +58,8 @@ class Gateway:
         self._idle = asyncio.Event()
         self._idle.set()
         self.is_draining = self.is_ready = False
+        self._unheard: list[Job] = []  # with news that may wait for the next telling
+        self._telling: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.engine_loop = EngineLoop(engine, self._from_engine, snapshot, clock)
 
@@ -188,8 +191,21 @@ class Gateway:
                 self._end(job)
             elif job.state is JobState.RUNNING:
                 self.metrics.tokens(job, sum(len(delta.token_ids) for delta in what), now)
-                job.push(what)
+                if job.push(what) or not self.settings.stream_interval_s:
+                    job.news.set()
+                else:
+                    self._unheard.append(job)
+        if self._unheard and self._telling is None:
+            assert self._loop is not None
+            self._telling = self._loop.call_later(self.settings.stream_interval_s, self._tell)
         self._feed()
+
+    def _tell(self) -> None:
+        """Wakes all streams that have something new: one timer for all of them."""
+        self._telling = None
+        for job in self._unheard:
+            job.news.set()
+        self._unheard.clear()
 
     def _end(self, job: Job) -> None:
         if job.state is JobState.ENDED:
@@ -214,18 +230,13 @@ class Gateway:
     def _queue_time_is_up(self, job: Job) -> None:
         if job.state is JobState.WAITING:
             self.metrics.refused("queue_timeout")
+            status = 408 if job.queue_timeout_s < self.settings.queue_timeout_s else 503
+            why = f"queue_timeout: it waited {job.queue_timeout_s:g} s for the engine"
             retry = {"Retry-After": str(self.retry_after_s())}
-            self.cancel(
-                job,
-                ApiError(
-                    503,
-                    f"queue_timeout: it waited {job.queue_timeout_s:g} s for the engine",
-                    "queue_timeout",
-                    headers=retry,
-                ),
-            )
+            self.cancel(job, ApiError(status, why, "queue_timeout", headers=retry))
 
     def _time_is_up(self, job: Job) -> None:
+        status = 408 if job.timeout_s < self.settings.request_timeout_s else 504
         self.cancel(
-            job, ApiError(504, f"timeout: it took longer than {job.timeout_s:g} s", "deadline_exceeded")
+            job, ApiError(status, f"timeout: it took longer than {job.timeout_s:g} s", "deadline_exceeded")
         )

@@ -60,6 +60,7 @@ class Job:
         self.finish_reasons: list[str] = []
         self.timers: list[asyncio.TimerHandle] = []
         self._deltas: list[TextDelta] = []
+        self._has_told = False
         self.news = asyncio.Event() if news is None else news
 
     def take(self) -> list[TextDelta]:
@@ -73,13 +74,17 @@ class Job:
             raise self.failure
         return taken
 
-    def push(self, deltas: list[TextDelta]) -> None:
+    def push(self, deltas: list[TextDelta]) -> bool:
+        """More of it; whether its client should hear of it at once, by `news`."""
+        is_urgent = not self._has_told
+        self._has_told = True
         self._deltas += deltas
         for delta in deltas:
             if delta.finish_reason is not None:
+                is_urgent = True
                 self.finish_reasons.append(delta.finish_reason)
             self.is_complete = self.is_complete or delta.output is not None
-        self.news.set()
+        return is_urgent
 
     def fail(self, failure: ApiError) -> None:
         """Whoever takes from it gets this."""

@@ -164,7 +164,7 @@ class Metrics:
 
     def ended(self, job: Job, now: float) -> None:
         if job.failure is not None:
-            self.endings["timeout" if job.failure.status in (503, 504) else "error"] += 1
+            self.endings["timeout" if job.failure.status in (408, 503, 504) else "error"] += 1
         elif not job.is_complete:
             self.endings["abort"] += 1
         else:

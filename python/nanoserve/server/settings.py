@@ -43,6 +43,8 @@ class ServerSettings:
         max_requests_per_key: waiting and running requests of one key.
         queue_timeout_s: longest wait for the engine; request_timeout_s: longest time in all. A request may ask for less.
         read_timeout_s: for a request to arrive whole. stall_timeout_s: how long a client may take nothing of its answer.
+        stream_interval_s: tokens of a stream that come sooner after each other are sent together, the first one and the last ones
+            at once; 0 sends each by itself. Waking a stream and writing to it costs more than the token.
         keep_alive_s: how long a connection may be idle.
         drain_timeout_s: what running requests get to finish after SIGTERM.
         wedged_after_s: a step that takes longer makes the server unhealthy.
@@ -71,6 +73,7 @@ class ServerSettings:
     request_timeout_s: float = 600.0
     read_timeout_s: float = 30.0
     stall_timeout_s: float = 60.0
+    stream_interval_s: float = 0.02
     keep_alive_s: float = 30.0
     drain_timeout_s: float = 30.0
     wedged_after_s: float = 60.0
@@ -90,7 +93,7 @@ class ServerSettings:
             whole_number(name, getattr(self, name), low, high)
         for field in fields(self):
             if field.name.endswith("_s"):
-                _seconds(field.name, getattr(self, field.name))
+                _seconds(field.name, getattr(self, field.name), or_zero=field.name == "stream_interval_s")
         if len(self.api_keys) > MAX_KEYS:
             raise ValueError(f"api_keys: {len(self.api_keys)} keys, at most {MAX_KEYS} are allowed")
         for at, key in enumerate(self.api_keys):
@@ -109,7 +112,9 @@ class ServerSettings:
         return self.host in LOOPBACK
 
 
-def _seconds(name: str, value: Any) -> None:
+def _seconds(name: str, value: Any, or_zero: bool) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value <= 7 * 86400 or not math.isfinite(value):
-        raise ValueError(f"{name}: {shown(value)} must be seconds in (0, {7 * 86400}]")
+    if not is_number or not 0 <= value <= 7 * 86400 or not (value or or_zero) or not math.isfinite(value):
+        raise ValueError(
+            f"{name}: {shown(value)} must be seconds in {'[' if or_zero else '('}0, {7 * 86400}]"
+        )
