@@ -20,12 +20,7 @@ class Call:
 
     def open(self) -> None:
         """All jobs are let in, or none. Raises ApiError."""
-        try:
-            for job in self.jobs:
-                self._gateway.open(job)
-        except BaseException:
-            self.close()
-            raise
+        self._gateway.open(self.jobs)
 
     def close(self) -> None:
         """Whatever still runs is cancelled. Idempotent."""

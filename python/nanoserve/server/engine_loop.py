@@ -1,10 +1,13 @@
 """EngineLoop: the thread that owns the engine. Jobs in, deltas out, one hand-over per step.
 
-    submit, cancel, call    from the event loop, at any time; done between two steps
-    deliver(news)           to the event loop: [(job, deltas or None or error)], once per step
+    submit, cancel    from the event loop, at any time; done between two steps
+    deliver(news)     to the event loop: [(job, deltas or Gone)], once per step
 
-A step that raises takes the requests it had with it, and nothing else: they are aborted and told so, the engine goes on.
-What the thread is doing can be seen from outside without asking it: `step_began_s`, `last_step_s`, `last_token_s`.
+Every job that was submitted gets one Gone, whatever happens. A step that raises takes the requests it had with it, and
+nothing else: they are aborted and told so, the engine goes on. An engine that cannot even do that is not used again: all its
+jobs are told, `failure` is set, and whoever still comes is told at once.
+
+What the thread is doing can be seen from outside without asking it: `stuck_for_s`, `last_step_s`, `last_token_s`.
 """
 
 from __future__ import annotations
@@ -54,12 +57,14 @@ class EngineLoop:
         self._engine, self._deliver, self._clock = engine, deliver, clock
         self._take_snapshot = snapshot or (lambda engine: engine.get_stats())
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._jobs: dict[int | str, Job] = {}  # by request
+        self._held: dict[Job, None] = {}  # submitted and not Gone, in their order
+        self._jobs: dict[int | str, Job] = {}  # by live request
         self._growing: list[Job] = []  # with sequences that are not submitted yet
         self._stopping = False
+        self.failure: Exception | None = None  # of the engine as a whole; nothing is computed after it
         self.steps = self.failed_steps = 0
-        self.step_began_s: float | None = None  # of the step that is running now
         self.last_step_s = self.last_token_s = clock()
+        self._no_progress_since_s: float | None = None  # None: there is nothing to do
         self.snapshot = self._take_snapshot(engine)
         self._snapshot_s = clock()
         self._thread = threading.Thread(target=self._run, name="nanoserve-engine", daemon=True)
@@ -76,10 +81,6 @@ class EngineLoop:
         """Idempotent; the job's end is delivered once."""
         self._commands.put(lambda: self._cancel(job))
 
-    def call(self, function: Callable[[NanoServingEngine], None]) -> None:
-        """Between two steps."""
-        self._commands.put(lambda: function(self._engine))
-
     def stop(self, timeout_s: float = 5.0) -> bool:
         """Ends the thread after its step; whether it did in time."""
         self._stopping = True
@@ -89,41 +90,59 @@ class EngineLoop:
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return self.failure is None and self._thread.is_alive()
 
     def stuck_for_s(self) -> float:
-        """How long the step that is running has been."""
-        began = self.step_began_s
-        return 0.0 if began is None else self._clock() - began
+        """How long there was something to do and nothing came of it."""
+        since = self._no_progress_since_s
+        return 0.0 if since is None else self._clock() - since
 
     # ---- in the thread
 
     def _run(self) -> None:
         while not self._stopping:
-            self._do_commands()
-            if self._engine.has_unfinished:
-                self._step()
-            self._refresh_snapshot(is_idle=not self._engine.has_unfinished)
+            self.turn()
 
-    def _do_commands(self) -> None:
-        """Those that are there; with nothing to compute, waits for one."""
+    def turn(self) -> None:
+        """Commands, a step, and what came of both; with nothing to compute, waits for a command."""
         try:
-            command = self._commands.get(block=not self._engine.has_unfinished)
+            self._turn()
+        except Exception as error:
+            _log.critical("the engine failed and cannot go on", exc_info=error)
+            self.failure, self._no_progress_since_s = error, None
+            self._jobs.clear()
+            self._growing.clear()
+            self._deliver([self._gone(job, error) for job in list(self._held)])
+
+    def _turn(self) -> None:
+        is_idle = self.failure is not None or not self._engine.has_unfinished
+        if is_idle:
+            self._no_progress_since_s = None
+        try:
+            command = self._commands.get(block=is_idle)
+            if is_idle:
+                self._no_progress_since_s = self._clock()
             while True:
-                try:
-                    command()
-                except Exception:
-                    _log.exception("a command to the engine failed")
+                command()
                 command = self._commands.get_nowait()
         except queue.Empty:
             pass
+        if self.failure is not None:
+            return
+        if self._engine.has_unfinished:
+            self._step()
+        self._refresh_snapshot(is_idle=not self._engine.has_unfinished)
 
     def _submit(self, job: Job) -> None:
+        self._held[job] = None
+        if self.failure is not None:
+            self._deliver([self._gone(job, self.failure)])
+            return
         try:
             self._submit_due(job)
         except Exception as error:
             self._drop(job)
-            self._deliver([(job, Gone(error))])
+            self._deliver([self._gone(job, error)])
             return
         if not job.text.is_all_submitted:
             self._growing.append(job)
@@ -134,31 +153,33 @@ class EngineLoop:
             self._jobs[request.req_id] = job
 
     def _cancel(self, job: Job) -> None:
-        if self._drop(job):
-            self._deliver([(job, Gone())])
+        if job in self._held:
+            self._drop(job)
+            self._deliver([self._gone(job)])
 
-    def _drop(self, job: Job) -> bool:
-        """Frees all a job has; whether the engine had anything of it."""
-        held = job in self._growing
-        if held:
+    def _drop(self, job: Job) -> None:
+        """Frees all that the engine has of a job."""
+        if job in self._growing:
             self._growing.remove(job)
         for request in job.text.requests:
             if self._jobs.pop(request.req_id, None) is not None:
-                held = True
                 self._engine.abort(request.req_id)
-        return held
+
+    def _gone(self, job: Job, error: BaseException | None = None) -> tuple[Job, Gone]:
+        del self._held[job]
+        return job, Gone(error)
 
     def _step(self) -> None:
-        self.step_began_s = self._clock()
         try:
             output = self._engine.step()
         except Exception as error:
             self._step_failed(error)
             return
         finally:
-            self.step_began_s = None
             self.last_step_s = self._clock()
             self.steps += 1
+        if output.batch is not None or output.finished:
+            self._no_progress_since_s = self.last_step_s
         ended = [request.req_id for request in output.finished]
         touched = dict.fromkeys(
             job for req_id in (*output.new_tokens, *ended) if (job := self._jobs.get(req_id)) is not None
@@ -168,35 +189,51 @@ class EngineLoop:
         for req_id in ended:
             self._jobs.pop(req_id, None)
         news: News = []
-        for job in list(self._growing):
-            try:
-                self._submit_due(job)
-            except Exception as error:
-                self._drop(job)
-                touched.pop(job, None)
-                news.append((job, Gone(error)))
-                continue
-            if job.text.is_all_submitted:
-                self._growing.remove(job)
-        for job in touched:
-            deltas = job.text.deltas()
-            if deltas:
-                news.append((job, deltas))
-            if job.text.is_finished:
-                news.append((job, Gone()))
-        if news:
-            self._deliver(news)
+        try:
+            for job in list(self._growing):
+                self._grow(job, news)
+            for job in touched:
+                if job in self._held:
+                    self._tell(job, news)
+        finally:
+            if news:
+                self._deliver(news)
+
+    def _grow(self, job: Job, news: News) -> None:
+        try:
+            self._submit_due(job)
+        except Exception as error:
+            self._drop(job)
+            news.append(self._gone(job, error))
+            return
+        if job.text.is_all_submitted:
+            self._growing.remove(job)
+
+    def _tell(self, job: Job, news: News) -> None:
+        try:
+            deltas, is_finished = job.text.deltas(), job.text.is_finished
+        except Exception as error:  # its text, its trouble
+            self._drop(job)
+            news.append(self._gone(job, error))
+            return
+        if deltas:
+            news.append((job, deltas))
+        if is_finished:
+            news.append(self._gone(job))
 
     def _step_failed(self, error: Exception) -> None:
         self.failed_steps += 1
         _log.error("a step failed; its requests are aborted", exc_info=error)
-        jobs = list(dict.fromkeys([*self._jobs.values(), *self._growing]))
+        jobs = list(self._held)
         for job in jobs:
             self._drop(job)
-        self._deliver([(job, Gone(error)) for job in jobs])
+        self._deliver([self._gone(job, error) for job in jobs])
 
     def _refresh_snapshot(self, is_idle: bool) -> None:
         now = self._clock()
         if is_idle or now - self._snapshot_s >= SNAPSHOT_EVERY_S:
             self._snapshot_s = now
-            self.snapshot = self._take_snapshot(self._engine)
+            try:
+                self.snapshot = self._take_snapshot(self._engine)
+            except Exception:  # who looks on must not stop anybody
+                _log.exception("no snapshot")

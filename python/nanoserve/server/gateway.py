@@ -1,6 +1,6 @@
 """Gateway: what is let in, who waits, what reaches the engine, and how everything ends. Lives in the event loop.
 
-    open(job)     admits, or says 429 or 503 with the numbers; from then on the job ends exactly once, in `_end`
+    open(jobs)    admits all, or says 400, 429 or 503 with the numbers; from then on each ends exactly once, in `_end`
     cancel(job)   its client is gone, or its time is up (408 where the request had set it, else 503 or 504): from every state,
                   within one step
 
@@ -15,8 +15,8 @@ import contextlib
 import logging
 import math
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nanoserve.nano_engine import NanoServingEngine
@@ -29,6 +29,7 @@ from nanoserve.server.settings import ServerSettings
 
 _log = logging.getLogger("nanoserve.server")
 MAX_RETRY_AFTER_S = 120
+SERVED_S, MAX_SERVED = 60.0, 10_000  # what a job's end is remembered for
 
 
 class Gateway:
@@ -54,13 +55,16 @@ class Gateway:
         self._with_engine: set[Job] = set()
         self._sequences = 0  # of those
         self._per_key: Counter[int] = Counter()
-        self._served: list[tuple[float, int]] = []  # (when, tokens) of jobs that ended lately
+        self._served: deque[tuple[float, int]] = deque(
+            maxlen=MAX_SERVED
+        )  # (when, tokens) of jobs that ended lately
         self._idle = asyncio.Event()
         self._idle.set()
         self.is_draining = self.is_ready = False
         self._unheard: list[Job] = []  # with news that may wait for the next telling
         self._telling: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.on_engine_failure: Callable[[], None] = lambda: None
         self.engine_loop = EngineLoop(engine, self._from_engine, snapshot, clock)
 
     def start(self) -> None:
@@ -84,65 +88,97 @@ class Gateway:
         return self.is_ready and (not loop.is_alive or loop.stuck_for_s() > self.settings.wedged_after_s)
 
     def retry_after_s(self) -> int:
-        """When there is likely room again: what waits over what was served in the last minute."""
-        now = self.clock()
-        recent = sum(tokens for when, tokens in self._served if now - when < 60)
+        """When there is likely room again: when half of what waits is served, at the last minute's rate."""
+        now, served = self.clock(), self._served
+        while served and now - served[0][0] >= SERVED_S:
+            served.popleft()
+        recent = sum(tokens for _, tokens in served)
         if not recent:
             return 1
-        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(60 * self._queue.num_tokens / recent / 2)))
+        seconds = SERVED_S if len(served) < MAX_SERVED else now - served[0][0]
+        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(seconds * self._queue.num_tokens / recent / 2)))
 
     # ---- jobs
 
-    def open(self, job: Job) -> None:
-        """Takes a job in.
+    def open(self, jobs: Sequence[Job]) -> None:
+        """Takes the jobs of a call in, all or none.
 
         Raises:
-            ApiError: 503 while shutting down or wedged, 429 when the queue or the key's share is full.
+            ApiError: 503 while shutting down or wedged, 429 when the queue or the key's share is full, 400 when they could not
+                be let in at any time.
         """
+        self._check_room(jobs)
+        assert self._loop is not None
+        late, now = self._loop.call_later, self.clock()
+        for job in jobs:
+            job.state = JobState.WAITING
+            self._per_key[job.key] += 1
+            self._queue.push(job)
+            spent = now - job.received_s
+            job.timers = [
+                late(max(0.0, job.queue_timeout_s - spent), self._queue_time_is_up, job),
+                late(max(0.0, job.timeout_s - spent), self._time_is_up, job),
+            ]
+        self._idle.clear()
+        self._feed()
+
+    def _check_room(self, jobs: Sequence[Job]) -> None:
         settings, waiting = self.settings, self._queue
         retry = {"Retry-After": str(self.retry_after_s())}
         if self.is_draining:
             raise ApiError(503, "the server is shutting down", "shutting_down", headers=retry)
         if not self.is_ready or self.is_wedged:
             raise ApiError(503, "the engine is not ready", "not_ready", headers=retry)
+        key, most = jobs[0].key, settings.max_requests_per_key
+        if len(jobs) > most:
+            raise self._never(f"{len(jobs)} prompts, at most {most} requests of a key may wait and run")
+        if len(self._left_over(jobs, 0)) > settings.max_queue_requests:
+            raise self._never(f"{len(jobs)} prompts, at most {settings.max_queue_requests} requests may wait")
+        left = jobs if waiting else self._left_over(jobs, self._sequences)
+        tokens = sum(job.tokens for job in left)
         full = None
-        if waiting.num_jobs + 1 > settings.max_queue_requests:
+        if waiting.num_jobs + len(left) > settings.max_queue_requests:
             full = f"queue: {waiting.num_jobs} requests wait, at most {settings.max_queue_requests} may"
-        elif waiting.num_jobs and waiting.num_tokens + job.tokens > settings.max_queue_tokens:
+        elif waiting and waiting.num_tokens + tokens > settings.max_queue_tokens:
             full = (
-                f"queue: requests of {waiting.num_tokens} tokens wait, this one has {job.tokens}, at most "
+                f"queue: requests of {waiting.num_tokens} tokens wait, this one has {tokens}, at most "
                 f"{settings.max_queue_tokens} may"
             )
         if full is not None:
             self.metrics.refused("queue_full")
             raise ApiError(429, full, "queue_full", headers=retry)
-        if self._per_key[job.key] >= settings.max_requests_per_key:
+        if self._per_key[key] + len(jobs) > most:
             self.metrics.refused("key_limit")
             raise ApiError(
-                429, f"requests: {self._per_key[job.key]} of this key are waiting or running, at most "
-                f"{settings.max_requests_per_key} may", "concurrency_limit", headers=retry,
+                429, f"requests: {self._per_key[key]} of this key are waiting or running, at most {most} may", "concurrency_limit",
+                headers=retry,
             )  # fmt: skip
-        job.state = JobState.WAITING
-        self._per_key[job.key] += 1
-        self._idle.clear()
-        waiting.push(job)
-        assert self._loop is not None
-        late = self._loop.call_later
-        spent = self.clock() - job.received_s
-        job.timers = [
-            late(max(0.0, job.queue_timeout_s - spent), self._queue_time_is_up, job),
-            late(max(0.0, job.timeout_s - spent), self._time_is_up, job),
-        ]
-        self._feed()
+
+    def _never(self, why: str) -> ApiError:
+        return ApiError(400, f"prompt: {why}", "invalid_value", "prompt")
+
+    def _left_over(self, jobs: Sequence[Job], sequences: int) -> Sequence[Job]:
+        """Of jobs that come now, those for which an engine with so many sequences has no room yet."""
+        for at, job in enumerate(jobs):
+            if not self._has_room(job, sequences):
+                return jobs[at:]
+            sequences += job.num_sequences
+        return ()
+
+    def _has_room(self, job: Job, sequences: int) -> bool:
+        """A job that alone has more than there is room for goes when the engine is empty."""
+        return not sequences or sequences + job.num_sequences <= self._room
 
     def cancel(self, job: Job, failure: ApiError | None = None) -> None:
         """Ends a job in whatever state it is; what it had is freed within a step. Idempotent."""
+        if job.state not in (JobState.WAITING, JobState.RUNNING):
+            return
         if failure is not None:
             job.fail(failure)
         if job.state is JobState.WAITING:
             self._queue.remove(job)
             self._end(job)
-        elif job.state is JobState.RUNNING:
+        else:
             job.state = JobState.ENDING
             self.engine_loop.cancel(job)
 
@@ -163,10 +199,8 @@ class Gateway:
     # ---- inside
 
     def _feed(self) -> None:
-        """The engine gets who is next, as long as it has room; one that alone has more sequences goes when it is empty."""
-        while (job := self._queue.peek()) is not None:
-            if self._sequences and self._sequences + job.num_sequences > self._room:
-                break
+        """The engine gets who is next, as long as it has room."""
+        while (job := self._queue.peek()) is not None and self._has_room(job, self._sequences):
             self._queue.pop()
             job.state, job.started_s = JobState.RUNNING, self.clock()
             job.timers[0].cancel()
@@ -186,8 +220,11 @@ class Gateway:
         for job, what in news:
             if isinstance(what, Gone):
                 if what.error is not None:
-                    job.fail(ApiError(500, "the engine failed on this request", "engine_error"))
                     _log.error("a request failed in the engine", exc_info=what.error)
+                if (
+                    job.state is JobState.RUNNING
+                ):  # unless it is complete, whoever waits for it must not wait for ever
+                    job.fail(ApiError(500, "the engine failed on this request", "engine_error"))
                 self._end(job)
             elif job.state is JobState.RUNNING:
                 self.metrics.tokens(job, sum(len(delta.token_ids) for delta in what), now)
@@ -199,6 +236,8 @@ class Gateway:
             assert self._loop is not None
             self._telling = self._loop.call_later(self.settings.stream_interval_s, self._tell)
         self._feed()
+        if self.engine_loop.failure is not None:
+            self.on_engine_failure()
 
     def _tell(self) -> None:
         """Wakes all streams that have something new: one timer for all of them."""
@@ -220,8 +259,10 @@ class Gateway:
         if not self._per_key[job.key]:
             del self._per_key[job.key]
         now = self.clock()
-        self._served = [one for one in self._served[-1000:] if now - one[0] < 60]
-        self._served.append((now, job.tokens))
+        if job.started_s is not None:
+            self._served.append(
+                (now, job.tokens if job.is_complete else job.prompt_tokens + job.output_tokens)
+            )
         self.metrics.ended(job, now)
         if not self._with_engine and not self._queue:
             self._idle.set()

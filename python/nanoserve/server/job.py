@@ -28,7 +28,8 @@ class Job:
     Args:
         text: what the engine runs.
         key: number of the API key it counts against. owner: that key's name.
-        received_s: when its request's first byte came, by the gateway's clock.
+        accepted_s, received_s: when its connection was accepted, and when its request's first byte came, by the gateway's clock:
+            they differ for the first request of a connection, and what the client did in between is not held against it.
         queue_timeout_s, timeout_s: how long it may wait, and how long it may take in all.
         news: set when there is something to take, or it failed; jobs of one call share it.
     """
@@ -40,6 +41,7 @@ class Job:
         key: int = 0,
         owner: str = "",
         received_s: float = 0.0,
+        accepted_s: float | None = None,
         queue_timeout_s: float = 60.0,
         timeout_s: float = 600.0,
         news: asyncio.Event | None = None,
@@ -50,6 +52,7 @@ class Job:
         self.prompt_tokens = text.requests[0].num_prompt_tokens
         self.tokens = self.prompt_tokens + sum(request.max_tokens for request in text.requests)
         self.received_s, self.queue_timeout_s, self.timeout_s = received_s, queue_timeout_s, timeout_s
+        self.accepted_s = received_s if accepted_s is None else accepted_s
         self.state = JobState.NEW
         self.failure: ApiError | None = None
         self.started_s: float | None = None  # when the engine got it

@@ -83,6 +83,12 @@ _LATENCY = (
 )
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
+_ENDINGS = {
+    "queue_timeout": "timeout",
+    "deadline_exceeded": "timeout",
+    "shutting_down": "abort",
+}  # by a failure's code
+
 
 class Histogram:
     """Counts by bucket."""
@@ -157,20 +163,20 @@ class Metrics:
         if job.last_token_s is None:
             job.first_token_s = now
             self.prompt_tokens += job.prompt_tokens
-            self.ttft.observe(now - job.received_s)
+            self.ttft.observe(now - job.accepted_s)
         else:
             self.between.observe(now - job.last_token_s, count)
         job.last_token_s = now
 
     def ended(self, job: Job, now: float) -> None:
         if job.failure is not None:
-            self.endings["timeout" if job.failure.status in (408, 503, 504) else "error"] += 1
+            self.endings[_ENDINGS.get(job.failure.code, "error")] += 1
         elif not job.is_complete:
             self.endings["abort"] += 1
         else:
             for reason in job.finish_reasons:
                 self.endings[reason] += 1
-        self.took.observe(now - job.received_s)
+        self.took.observe(now - job.accepted_s)
         self.prompts.observe(job.prompt_tokens)
         self.outputs.observe(job.output_tokens)
 
