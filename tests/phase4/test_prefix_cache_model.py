@@ -102,6 +102,11 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         tokens = list(request.token_ids)
         found = self.known(tokens)
         room = self.freeable(found, tokens) > 0
+        kept = self.pinned() | {tuple(tokens[: i + PAGE]) for i in range(0, found, PAGE)}
+        # Evicted pages that a lesson's caller holds, too, free nothing: eviction goes on.
+        shared = sum(
+            self.worker.pool.ref_count(page) > 1 for prefix, page in self.model.items() if prefix not in kept
+        )
         self.worker.resume(request)
         if found < len(tokens):
             assert request.cached_len == found
@@ -109,7 +114,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             assert request.cached_len == (len(tokens) - 1 if room else found - PAGE)
             self.seen["copied" if room else "one page less"] += 1
         assert request.prefix_hit_len == request.cached_len
-        self.seen["evicted for a copy"] += self.accept_evictions(at_most=1)
+        self.seen["evicted for a copy"] += self.accept_evictions(at_most=1 + shared)
 
     @precondition(lambda self: len(self.worker.live) < 4)
     @rule(tokens=token_lists)
@@ -270,8 +275,11 @@ class PrefixCacheMachine(RuleBasedStateMachine):
 
 def test_tree_pool_and_tables_follow_a_naive_dictionary() -> None:
     """Random admissions, chunks, commits, preemptions, evictions and lesson calls on twelve pages, audited each step."""
-    steps = settings(max_examples=250, stateful_step_count=60, deadline=None, derandomize=True)
-    run_state_machine_as_test(PrefixCacheMachine, settings=steps)
     corners = {"copied", "one page less", "evicted for a copy", "evicted to grow", "out of pages", "grown"}
     corners |= {"kept a duplicate", "exhausted", "left somebody's page"}
+    for examples in (250, 2000):  # which corners the first come to depends on everything that is imported
+        steps = settings(max_examples=examples, stateful_step_count=60, deadline=None, derandomize=True)
+        run_state_machine_as_test(PrefixCacheMachine, settings=steps)
+        if all(PrefixCacheMachine.seen[corner] for corner in corners):
+            break
     assert {corner: PrefixCacheMachine.seen[corner] > 0 for corner in corners} == dict.fromkeys(corners, True)

@@ -172,6 +172,7 @@ def test_ctrl_c_at_any_point_of_a_step_leaves_a_working_engine(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real SIGINT: KeyboardInterrupt comes out, nothing leaks, and the same requests go on to the same answers."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     prompts = [[1, 2, 3], [4, 5], list(range(40))]
     expected = [request.output_tokens for request in engine().generate(prompts, greedy(6))]
     served = engine()
