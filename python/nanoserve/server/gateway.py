@@ -266,6 +266,9 @@ class Gateway:
         self.metrics.ended(job, now)
         if not self._with_engine and not self._queue:
             self._idle.set()
+            if self._telling is not None:
+                self._telling.cancel()
+                self._tell()
         self._feed()
 
     def _queue_time_is_up(self, job: Job) -> None:
