@@ -54,7 +54,9 @@ class Gateway:
         self._with_engine: set[Job] = set()
         self._sequences = 0  # of those
         self._per_key: Counter[int] = Counter()
-        self._served: deque[tuple[float, int]] = deque(maxlen=MAX_SERVED)  # (when, tokens) of jobs that ended lately
+        self._served: deque[tuple[float, int]] = deque(
+            maxlen=MAX_SERVED
+        )  # (when, tokens) of jobs that ended lately
         self._idle = asyncio.Event()
         self._idle.set()
         self.is_draining = self.is_ready = False
@@ -216,7 +218,9 @@ class Gateway:
             if isinstance(what, Gone):
                 if what.error is not None:
                     _log.error("a request failed in the engine", exc_info=what.error)
-                if job.state is JobState.RUNNING:  # unless it is complete, whoever waits for it must not wait for ever
+                if (
+                    job.state is JobState.RUNNING
+                ):  # unless it is complete, whoever waits for it must not wait for ever
                     job.fail(ApiError(500, "the engine failed on this request", "engine_error"))
                 self._end(job)
             elif job.state is JobState.RUNNING:
@@ -240,7 +244,9 @@ class Gateway:
             del self._per_key[job.key]
         now = self.clock()
         if job.started_s is not None:
-            self._served.append((now, job.tokens if job.is_complete else job.prompt_tokens + job.output_tokens))
+            self._served.append(
+                (now, job.tokens if job.is_complete else job.prompt_tokens + job.output_tokens)
+            )
         self.metrics.ended(job, now)
         if not self._with_engine and not self._queue:
             self._idle.set()

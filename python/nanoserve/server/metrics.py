@@ -83,7 +83,11 @@ _LATENCY = (
 )
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
-_ENDINGS = {"queue_timeout": "timeout", "deadline_exceeded": "timeout", "shutting_down": "abort"}  # by a failure's code
+_ENDINGS = {
+    "queue_timeout": "timeout",
+    "deadline_exceeded": "timeout",
+    "shutting_down": "abort",
+}  # by a failure's code
 
 
 class Histogram:
