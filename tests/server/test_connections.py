@@ -54,10 +54,10 @@ def test_too_much_sent_ahead_ends_the_connection(served: Running, monkeypatch: p
         served.wait_until_idle()
 
 
-def ask_for_megabytes(served: Running) -> socket.socket:
+def ask_for_megabytes(served: Running, receive_buffer: int) -> socket.socket:
     """More than the sockets' buffers take."""
     client = connect(served)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     client.sendall(request_bytes({"prompt": "a" * 1_000_000, "return_token_strs": True}, "/tokenize"))
     return client
 
@@ -65,19 +65,19 @@ def ask_for_megabytes(served: Running) -> socket.socket:
 def test_an_answer_nobody_reads_ends(start: Callable[..., Running]) -> None:
     """Whole answers too: closing a connection waits until all is sent, which is never."""
     served = start(stall_timeout_s=0.3, keep_alive_s=1.0)
-    with ask_for_megabytes(served):
+    with ask_for_megabytes(served, 4096):
         wait_for(lambda: served.server.metrics.refusals["stalled"] == 1, 20)
         wait_for(lambda: not served.server.connections)
 
 
 def test_an_answer_that_is_read_slowly_does_not(start: Callable[..., Running]) -> None:
     served = start(stall_timeout_s=0.3, keep_alive_s=1.0)
-    with ask_for_megabytes(served) as client:
+    with ask_for_megabytes(served, 1 << 18) as client:
         client.settimeout(10)
-        received, until = len(client.recv(65536)), time.monotonic() + 1.5
+        received, until = len(client.recv(32768)), time.monotonic() + 1.5
         while time.monotonic() < until:
-            received += len(client.recv(65536))
-            time.sleep(0.002)
+            received += len(client.recv(32768))
+            time.sleep(0.02)
         assert served.server.connections  # it was long over the time in which nothing may be read
         while part := client.recv(1 << 20):
             received += len(part)

@@ -342,7 +342,7 @@ def test_a_slow_reader_has_the_drains_time(checkpoint: Path) -> None:
     process, url = serve(checkpoint, "--drain-timeout", "20")
     host, _, port = url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=10) as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)
         body = {"model": checkpoint.name, "messages": [{"role": "user", "content": "x"}], "n": 16, "temperature": 1.0,
                 "max_tokens": 400, "ignore_eos": True, "logprobs": True, "top_logprobs": 12}  # fmt: skip
         client.sendall(request_bytes({**body, "stream": True}, "/v1/chat/completions"))
