@@ -22,14 +22,17 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
+@pytest.mark.parametrize("ahead", [HEALTH, HEALTH + request_bytes(LONG)], ids=["without body", "with body"])
 def test_who_sent_ahead_and_goes_is_noticed(
-    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, stream: bool
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, stream: bool, ahead: bytes
 ) -> None:
     served = start()
     slow_down(served, monkeypatch, 0.01)
     client = connect(served)
-    client.sendall(request_bytes({**LONG, "stream": stream}) + HEALTH + request_bytes(LONG))
+    client.sendall(request_bytes({**LONG, "stream": stream}))
     wait_for(lambda: served.server.gateway.num_running == 1)
+    client.sendall(ahead)
+    time.sleep(0.05)
     steps = served.engine.get_stats()["steps"]
     client.close()
     served.wait_until_idle()
@@ -58,7 +61,7 @@ def ask_for_megabytes(served: Running, receive_buffer: int) -> socket.socket:
     """More than the sockets' buffers take."""
     client = connect(served)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    client.sendall(request_bytes({"prompt": "a" * 1_000_000, "return_token_strs": True}, "/tokenize"))
+    client.sendall(request_bytes({"prompt": "a" * 2_000_000, "return_token_strs": True}, "/tokenize"))
     return client
 
 
@@ -68,6 +71,24 @@ def test_an_answer_nobody_reads_ends(start: Callable[..., Running]) -> None:
     with ask_for_megabytes(served, 4096):
         wait_for(lambda: served.server.metrics.refusals["stalled"] == 1, 20)
         wait_for(lambda: not served.server.connections)
+
+
+def test_the_last_of_an_answer_nobody_reads_ends(start: Callable[..., Running]) -> None:
+    """So little that writing it is never paused: only what came before it fills the kernel's buffers."""
+    served = start(stall_timeout_s=0.3, keep_alive_s=1.0)
+    answers = served.server.metrics.answers
+    with connect(served) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        wait_for(lambda: served.server.connections == 1)
+        (connection,) = served.server._uvicorn.server_state.connections
+        for number in range(1, 500):
+            client.sendall(request_bytes({"tokens": [97] * 40_000}, "/detokenize"))
+            wait_for(lambda number=number: answers["other", 200] == number)  # type: ignore[misc]
+            if connection.transport.get_write_buffer_size():
+                break
+        assert not connection.flow.write_paused
+        wait_for(lambda: not served.server.connections)
+    assert served.server.metrics.refusals["stalled"] == 1
 
 
 def test_an_answer_that_is_read_slowly_does_not(start: Callable[..., Running]) -> None:
@@ -81,7 +102,7 @@ def test_an_answer_that_is_read_slowly_does_not(start: Callable[..., Running]) -
         assert served.server.connections  # it was long over the time in which nothing may be read
         while part := client.recv(1 << 20):
             received += len(part)
-    assert received > 6_000_000
+    assert received > 12_000_000
     assert not served.server.metrics.refusals["stalled"]
 
 
