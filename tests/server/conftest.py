@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import threading
 import time
@@ -43,6 +44,7 @@ class Running:
 
     def __init__(self, llm: LLM, **settings: Any) -> None:
         self.llm = llm
+        self.failure: RuntimeError | None = None
         self._listening = threading.Event()
         self.finished: bool | None = None
         settings = {"port": 0, "model_name": "tiny", **settings}
@@ -58,7 +60,10 @@ class Running:
             self.server = Server(self.llm, settings, on_listening=lambda url: self._listening.set())
             return await self.server.serve()
 
-        self.finished = asyncio.run(serve())
+        try:
+            self.finished = asyncio.run(serve())
+        except RuntimeError as error:  # the engine failed
+            self.failure = error
 
     def openai(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(
@@ -103,7 +108,8 @@ class Running:
 
     def close(self) -> None:
         self.client.close()
-        self.loop.call_soon_threadsafe(self.server.stop)
+        with contextlib.suppress(RuntimeError):  # it ended by itself
+            self.loop.call_soon_threadsafe(self.server.stop)
         self._thread.join(20)
         assert not self._thread.is_alive(), "the server does not end"
 

@@ -18,6 +18,8 @@ import httpx
 import pytest
 from tests.server.conftest import Running
 
+from nanoserve import LLM
+
 LONG = {"model": "tiny", "prompt": "def main", "max_tokens": 480, "ignore_eos": True, "temperature": 0}
 
 
@@ -303,6 +305,57 @@ def test_what_is_not_done_in_time_is_told(checkpoint: Path) -> None:
     codes = {answer.status_code for answer in answers}
     assert 503 in codes
     assert codes <= {200, 503}
+
+
+def test_a_second_signal_ends_it_at_once(checkpoint: Path) -> None:
+    process, url = serve(checkpoint, "--drain-timeout", "60", "--max-num-seqs", "1")
+    with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=url, timeout=60) as client:
+        for _ in range(8):
+            pool.submit(httpx.post, f"{url}/v1/completions", json={**LONG, "n": 16, "temperature": 1.0})
+        wait_for(lambda: _gauge(client, "num_requests_waiting") > 2)
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: client.get("/health").status_code == 503)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(2) == 1
+
+
+def test_an_engine_that_cannot_go_on_ends_the_server(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients hear of it, then the process ends and is started again by whoever looks after it."""
+    served = Running(LLM(checkpoint, num_threads=1, kv_cache_bytes=16 << 20))
+    engine = served.engine
+
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(engine, "step", fails)
+    monkeypatch.setattr(engine, "abort", fails)
+    answer = served.post("/v1/completions", LONG)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_error")
+    served.close()
+    assert isinstance(served.failure, RuntimeError)
+
+
+def test_a_slow_reader_has_the_drains_time(checkpoint: Path) -> None:
+    """What the engine has made is not yet what the client has read."""
+    process, url = serve(checkpoint, "--drain-timeout", "20")
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)
+        body = {"model": checkpoint.name, "messages": [{"role": "user", "content": "x"}], "n": 16, "temperature": 1.0,
+                "max_tokens": 400, "ignore_eos": True, "logprobs": True, "top_logprobs": 12}  # fmt: skip
+        client.sendall(request_bytes({**body, "stream": True}, "/v1/chat/completions"))
+        with httpx.Client(base_url=url, timeout=60) as other:
+            wait_for(lambda: _gauge(other, "num_requests_running") == 1)
+            wait_for(lambda: _gauge(other, "num_requests_running") == 0, 60)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(3.5)
+        received = b""
+        while part := client.recv(1 << 20):
+            received += part
+    assert b"data: [DONE]" in received
+    assert process.wait(20) == 0
 
 
 def test_killed_and_started_again_it_serves(checkpoint: Path) -> None:

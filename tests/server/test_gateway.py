@@ -397,3 +397,22 @@ def test_draining_waits_for_what_was_let_in() -> None:
         return await waiting
 
     assert asyncio.run(drained())
+
+
+def test_a_request_that_was_given_up_is_no_error() -> None:
+    world = World()
+    job = world.job(max_tokens=50)
+    world.open([job])
+    world.turn()
+    world.gateway.cancel(job)
+    world.settle()
+    assert world.gateway.metrics.endings == {"abort": 1}
+
+
+def test_who_looks_on_stops_nobody() -> None:
+    world = World()
+    world.engine.fails.add("snapshot")
+    world.open([world.job()])
+    world.settle()
+    assert world.thread.failure is None
+    world.check_end(set())

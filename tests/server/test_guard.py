@@ -277,3 +277,41 @@ def test_the_state_of_the_engine_has_no_text(served: Running) -> None:
 def test_a_socket_that_only_connects_is_no_request(served: Running) -> None:
     with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2]))):
         assert httpx.get(f"{served.url}/health").status_code == 200
+
+
+def test_a_probe_by_address_is_answered_and_tells_no_more(served: Running) -> None:
+    for path in ("/health", "/health/live", "/health/ready"):
+        assert served.client.get(path, headers={"Host": "10.1.2.3:8000"}).status_code == 200
+    assert served.client.get("/metrics", headers={"Host": "10.1.2.3:8000"}).status_code == 421
+
+
+def test_an_ipv6_host_goes_by_its_name_in_brackets() -> None:
+    from nanoserve.server.guard import Guard
+    from nanoserve.server.metrics import Metrics
+
+    guard = Guard(lambda *_: None, ServerSettings(host="FD00::1", insecure=True), Metrics())  # type: ignore[arg-type,return-value]
+    state: dict[str, Any] = {}
+    guard._admit(
+        {"path": "/v1/models", "headers": [(b"host", b"[fd00::1]:8000")], "state": state, "type": "http"}
+    )
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/completions/", "/health/", "//health", "/health/../v1/models", "/%2e%2e/health"]
+)
+def test_other_spellings_of_a_path_are_no_path(served: Running, path: str) -> None:
+    """And no redirect to where the Host header says, with the key."""
+    data = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+    assert exchange(served, data).startswith(b"HTTP/1.1 404 ")
+
+
+def test_no_spelling_of_a_path_opens_it(locked: Running) -> None:
+    for path in (
+        "/health/../v1/models",
+        "/health/..%2fv1/models",
+        "//v1/models",
+        "/health%2f../v1/models",
+        "/v1/models?/health",
+    ):
+        data = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+        assert exchange(locked, data).startswith(b"HTTP/1.1 401 "), path

@@ -48,8 +48,9 @@ def test_what_is_json_arrives(value: dict[str, object], is_ascii: bool) -> None:
         (b'{"a": ' + b'{"a": ' * 40 + b"1" + b"}" * 41, "deeper than 32"),
         (b"[" * 100_000, "deeper than 32"),
         (b'{"a":' * 100_000, "deeper than 32"),
+        (b'{"a": [' + b"[]," * 600_000 + b"1]}", "more than 524288"),
     ],
-    ids=range(17),
+    ids=range(18),
 )
 def test_what_is_not_is_refused(body: bytes, words: str) -> None:
     with pytest.raises(ApiError) as refused:

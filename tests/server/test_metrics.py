@@ -89,3 +89,11 @@ def test_the_access_log_tells_of_a_request(served: Running, caplog: pytest.LogCa
     )
     assert 0 < fields["ttft"] <= fields["seconds"]
     assert "abc" not in str(fields)
+
+
+def test_a_log_line_moves_no_terminal() -> None:
+    record = logging.LogRecord("nanoserve.access", logging.INFO, "", 0, "request", (), None)
+    record.fields = {"path": "/\x1b[2J\x9b2J\x7f\u202e\ud800"}
+    line = JsonLines().format(record)
+    assert line.isascii()
+    assert "\x1b" not in line

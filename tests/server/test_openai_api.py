@@ -83,7 +83,9 @@ def test_streamed_equals_whole(served: Running, fields: dict[str, Any]) -> None:
     for event in events(
         served, "/v1/completions", {**body, "stream": True, "stream_options": {"include_usage": True}}
     ):
-        usage = event.get("usage") or usage
+        assert "usage" in event
+        assert (event["usage"] is None) == bool(event["choices"])
+        usage = event["usage"]
         for choice in event["choices"]:
             at = choice["index"]
             texts[at] = texts.get(at, "") + choice["text"]
@@ -404,3 +406,27 @@ def test_params_reach_the_engine_unchanged(served: Running) -> None:
     served.wait_until_idle()
     (request,) = served.engine.generate([list(b"class A")], params)
     assert made["token_ids"] == request.output_tokens
+
+
+def test_what_clients_send_by_default_passes(served: Running) -> None:
+    made = served.post(
+        "/v1/chat/completions",
+        {
+            "model": "tiny", "messages": HELLO, "max_completion_tokens": 2, "stream": False, "n": 1, "temperature": 1, "top_p": 1,
+            "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "stop": None, "logprobs": False, "user": "me", "tools": [],
+            "parallel_tool_calls": True, "store": False, "metadata": {"trace": "1"}, "prompt_cache_key": "k", "service_tier": "auto",
+            "response_format": {"type": "text"}, "stream_options": None, "seed": None, "modalities": ["text"], "tool_choice": "none",
+        },
+    )  # fmt: skip
+    assert made.status_code == 200, made.text
+    assert made.headers["x-nanoserve-ignored"] == "metadata, prompt_cache_key"
+
+
+def test_a_calls_sequences_and_log_probabilities_are_bounded(served: Running) -> None:
+    answer = served.post("/v1/completions", {"model": "tiny", "prompt": ["a"] * 32, "n": 16, "max_tokens": 1})
+    assert answer.status_code == 400
+    assert "512 sequences, at most 256" in answer.json()["error"]["message"]
+    body = {"model": "tiny", "prompt": ["a"] * 16, "n": 16, "max_tokens": 500, "logprobs": 20}
+    answer = served.post("/v1/completions", body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logprobs")
+    assert "2688000 values, at most 2097152" in answer.json()["error"]["message"]

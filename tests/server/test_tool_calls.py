@@ -94,3 +94,10 @@ def test_formats_are_found_in_templates() -> None:
     assert tool_format('{% for t in tools %}{"name": "", "parameters": {}}{% endfor %}') is LLAMA
     assert tool_format("<tool_call> {{ messages }}") is None
     assert tool_format("{{ tools }}") is None
+
+
+@pytest.mark.parametrize("value", ['"\\ud800"', "NaN", "-Infinity", '{"\\udfff": 1}'])
+def test_what_is_no_json_text_is_no_call(value: str) -> None:
+    """Half of a surrogate pair cannot be sent, and NaN not be parsed: what a model says must not break its answer."""
+    text = f'<tool_call>{{"name": "f", "arguments": {{"a": {value}}}}}</tool_call>'
+    assert parts(HERMES, [text]) == (text, [])

@@ -21,9 +21,12 @@ _LIMITS, _TIMES = "Limits", "Times, in seconds"
 SERVER = (
     Option("max_body_bytes", ("--max-body",), str, _LIMITS, "SIZE", "Largest body of a request.", "8MiB"),
     Option("max_header_bytes", ("--max-headers",), str, _LIMITS, "SIZE", "Largest headers of a request.", "32KiB"),
+    Option("max_pending_bytes", ("--max-pending",), str, _LIMITS, "SIZE", "Bodies that are being read or prepared, together.", "64MiB"),
+    Option("max_connections", ("--max-connections",), int, _LIMITS, "COUNT", "Most open connections.", "1000"),
     Option("max_json_depth", ("--max-json-depth",), int, _LIMITS, "LEVELS", "Deepest nesting of a body.", "64"),
     Option("max_n", ("--max-n",), int, _LIMITS, "COUNT", "Most sequences per prompt.", "16"),
     Option("max_prompts", ("--max-prompts",), int, _LIMITS, "COUNT", "Most prompts of one call of /v1/completions.", "64"),
+    Option("max_sequences", ("--max-sequences",), int, _LIMITS, "COUNT", "Most sequences of one call: prompts times n.", "256"),
     Option("max_queue_requests", ("--max-queue",), int, _LIMITS, "COUNT", "Requests that may wait; more get 429.", "256"),
     Option("max_queue_tokens", ("--max-queue-tokens",), int, _LIMITS, "TOKENS",
            "Prompt and output tokens of requests that may wait.", "1000000"),
@@ -41,7 +44,11 @@ SERVER = (
 
 
 def _values(given: dict[str, Any]) -> dict[str, Any]:
-    for name, flag in (("max_body_bytes", "--max-body"), ("max_header_bytes", "--max-headers")):
+    for name, flag in (
+        ("max_body_bytes", "--max-body"),
+        ("max_header_bytes", "--max-headers"),
+        ("max_pending_bytes", "--max-pending"),
+    ):
         if name in given:
             given[name] = parse_size(flag, given[name])
     return given
@@ -101,11 +108,14 @@ def serve(
     llm = open_model(model, engine)
     from nanoserve.server.run import Server
 
-    logging_thread = start_logging(log_level, access_log)
+    log = start_logging(log_level, access_log)
     try:
         finished = Server(llm, settings, on_listening=_greet).run()
+    except RuntimeError as error:
+        say(f"error: {error}")
+        raise typer.Exit(1) from error
     finally:
-        logging_thread.stop()
+        log.stop()
     if not finished:
         say("some requests were cut off: see --drain-timeout")
 
@@ -119,7 +129,8 @@ def _keys(given: list[str], file: Path | None) -> tuple[Any, ...]:
     from nanoserve.server.settings import ApiKey
 
     keys = [ApiKey(f"key-{number}", secret) for number, secret in enumerate(given, start=1)]
-    lines = [(KEYS_VARIABLE, one) for one in os.environ.get(KEYS_VARIABLE, "").split(",") if one.strip()]
+    # Taken out of the environment: the linker and whoever else is started has no use for it.
+    lines = [(KEYS_VARIABLE, one) for one in os.environ.pop(KEYS_VARIABLE, "").split(",") if one.strip()]
     if file is not None:
         if file.stat().st_size > MAX_KEY_FILE_BYTES:
             raise ValueError(f"--api-key-file: {file} is larger than {MAX_KEY_FILE_BYTES} bytes")

@@ -46,8 +46,9 @@ class Answer:
         return options is not None and options.include_usage
 
     def head(self) -> dict[str, Any]:
-        kind = self.kind
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+        head = {"id": self._id, "object": self.kind, "created": self._created, "model": self._model}
+        # As OpenAI has it: every chunk has the field if it was asked for, and the last one's is not null.
+        return {**head, "usage": None} if self.wants_usage else head
 
     def usage(self) -> dict[str, Any]:
         made = self.call.usage

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
@@ -13,11 +12,10 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from nanoserve.server.answer import Answer
-from nanoserve.server.errors import ApiError
+from nanoserve.server.errors import ApiError, ClientGone
 from nanoserve.server.event_stream import EventStream, error_response, unless_disconnected
-from nanoserve.server.guard import INTERNAL, Guard
+from nanoserve.server.guard import CLIENT_CLOSED, INTERNAL, Guard
 from nanoserve.server.health import Health
-from nanoserve.server.json_body import parse_json_object
 from nanoserve.server.metrics import CONTENT_TYPE, Metrics
 from nanoserve.server.parameters import (
     ChatRequest,
@@ -25,64 +23,64 @@ from nanoserve.server.parameters import (
     DetokenizeRequest,
     TokenizeRequest,
     capabilities,
-    parse_parameters,
 )
 from nanoserve.server.service import Caller, Service
-from nanoserve.server.settings import ServerSettings
 
 IGNORED = "X-Nanoserve-Ignored"
-CLIENT_CLOSED = 499  # nobody hears it; the access log does
+MAX_IGNORED_BYTES = 2048
 _PAGE = {
     "/": ("index.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
     "/page.css": ("page.css", "text/css"),
 }
 _PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-cache",
 }
-M = TypeVar("M", bound=BaseModel)
 
 
 def build_app(service: Service, metrics: Metrics, health: Health) -> Guard:
     """The application, guarded."""
     settings = service.settings
+    bodies = service.bodies
     app = FastAPI(
         title="nanoserve",
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
         separate_input_output_schemas=False,
+        redirect_slashes=False,  # a redirect would go where the Host header says
     )
 
     def generating(path: str, model: type[CompletionRequest] | type[ChatRequest]) -> None:
         @app.post(path, openapi_extra=_body_schema(model, service), responses=_RESPONSES, name=path)
         async def _(request: Request) -> Response:
             request.state.route = path
-            parsed, ignored = await _parameters(request, model, settings)
             about = request.state.about
-            about["user"] = parsed.user
-            caller = Caller(request.state.key, request.state.owner, request.state.received_s)
-            if isinstance(parsed, ChatRequest):
-                work = service.chat(parsed, caller)
-            else:
-                assert isinstance(parsed, CompletionRequest)
-                work = service.complete(parsed, caller)
-            answer = await work
-            answer.call.open()
+            async with bodies.parameters(request, model) as (parsed, ignored):
+                about["user"] = parsed.user
+                caller = _caller(request)
+                if isinstance(parsed, ChatRequest):
+                    work = service.chat(parsed, caller)
+                else:
+                    assert isinstance(parsed, CompletionRequest)
+                    work = service.complete(parsed, caller)
+                answer = await unless_disconnected(request.receive, work)
+            if answer is None:
+                raise ClientGone
             headers = _ignored(ignored)
+            answer.call.open()
             if parsed.stream:
                 return EventStream(
-                    answer.events(), request_id=request.state.request_id, headers=headers,
-                    stall_timeout_s=settings.stall_timeout_s, on_close=lambda: _close(answer, about), on_stall=lambda: metrics.refused("stalled"),
+                    answer.events(), request_id=request.state.request_id, headers=headers, on_close=lambda: _close(answer, about)
                 )  # fmt: skip
             try:
                 whole = await unless_disconnected(request.receive, answer.whole())
             finally:
                 _close(answer, about)
-            return (
-                Response(status_code=CLIENT_CLOSED) if whole is None else JSONResponse(whole, headers=headers)
-            )
+            if whole is None:
+                raise ClientGone
+            return JSONResponse(whole, headers=headers)
 
     generating("/v1/completions", CompletionRequest)
     generating("/v1/chat/completions", ChatRequest)
@@ -113,7 +111,8 @@ def build_app(service: Service, metrics: Metrics, health: Health) -> Guard:
             "limits": {
                 name: getattr(settings, name)
                 for name in (
-                    "max_body_bytes", "max_header_bytes", "max_json_depth", "max_n", "max_prompts", "max_queue_requests",
+                    "max_body_bytes", "max_pending_bytes", "max_header_bytes", "max_json_depth", "max_connections", "max_n", "max_prompts",
+                    "max_sequences", "max_queue_requests",
                     "max_queue_tokens", "max_requests_per_key", "queue_timeout_s", "request_timeout_s", "read_timeout_s",
                     "stall_timeout_s",
                 )
@@ -124,13 +123,15 @@ def build_app(service: Service, metrics: Metrics, health: Health) -> Guard:
 
     @app.post("/tokenize", openapi_extra=_body_schema(TokenizeRequest, service), responses=_RESPONSES)
     async def _(request: Request) -> Response:
-        parsed, ignored = await _parameters(request, TokenizeRequest, settings)
-        return _answer(await service.tokenize(parsed), ignored)
+        async with bodies.parameters(request, TokenizeRequest) as (parsed, ignored):
+            work = service.tokenize(parsed, _caller(request))
+            return _answer(await unless_disconnected(request.receive, work), ignored)
 
     @app.post("/detokenize", openapi_extra=_body_schema(DetokenizeRequest, service), responses=_RESPONSES)
     async def _(request: Request) -> Response:
-        parsed, ignored = await _parameters(request, DetokenizeRequest, settings)
-        return _answer(await service.detokenize(parsed), ignored)
+        async with bodies.parameters(request, DetokenizeRequest) as (parsed, ignored):
+            work = service.detokenize(parsed, _caller(request))
+            return _answer(await unless_disconnected(request.receive, work), ignored)
 
     @app.get("/health/live")
     async def _() -> Response:
@@ -164,6 +165,10 @@ def build_app(service: Service, metrics: Metrics, health: Health) -> Guard:
     async def _(request: Request, error: ApiError) -> Response:
         return error_response(error, request.state.request_id)
 
+    @app.exception_handler(ClientGone)
+    async def _(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=CLIENT_CLOSED)
+
     @app.exception_handler(Exception)
     async def _(request: Request, error: Exception) -> Response:
         return error_response(INTERNAL, request.state.request_id)
@@ -173,7 +178,7 @@ def build_app(service: Service, metrics: Metrics, health: Health) -> Guard:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
         made = ApiError(
             error.status_code,
-            f"{request.method} {request.url.path[:200]}: {error.detail}",
+            f"{request.method} {request.scope['path'][:200]}: {error.detail}",
             code,
             headers=error.headers,
         )
@@ -194,39 +199,14 @@ def _close(answer: Answer, about: dict[str, Any]) -> None:
     answer.call.close()
 
 
-async def _parameters(request: Request, model: type[M], settings: ServerSettings) -> tuple[M, list[str]]:
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"Content-Type: {kind[:80]!r} must be application/json", "unsupported_media_type")
-    body = await _body(request, settings)
-    return parse_parameters(model, parse_json_object(body, settings.max_json_depth), settings)
+def _caller(request: Request) -> Caller:
+    state = request.state
+    return Caller(state.key, state.owner, state.received_s, getattr(state, "accepted_s", state.received_s))
 
 
-async def _body(request: Request, settings: ServerSettings) -> bytes:
-    most = settings.max_body_bytes
-    announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced[:20]) > most:
-        raise _too_large(most)
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(settings.read_timeout_s):
-            async for part in request.stream():
-                size += len(part)
-                if size > most:
-                    raise _too_large(most)
-                parts.append(part)
-    except TimeoutError:
-        raise ApiError(408, f"body: not there after {settings.read_timeout_s:g} s", "read_timeout") from None
-    return b"".join(parts)
-
-
-def _too_large(most: int) -> ApiError:
-    return ApiError(
-        413, f"body: at most {most} bytes are allowed", "body_too_large", headers={"Connection": "close"}
-    )
-
-
-def _answer(content: dict[str, Any], ignored: list[str]) -> Response:
+def _answer(content: dict[str, Any] | None, ignored: list[str]) -> Response:
+    if content is None:
+        raise ClientGone
     return JSONResponse(content, headers=_ignored(ignored))
 
 
@@ -234,8 +214,15 @@ def _ignored(names: list[str]) -> dict[str, str]:
     """The header that names them: what a header cannot hold is percent-encoded, and of very many the first are named."""
     if not names:
         return {}
-    listed = [quote(name[:64], safe=" !#$&'()*+-./:<=>?@[]^_`{|}~") for name in names[:32]]
-    return {IGNORED: ", ".join(listed) + (f", and {len(names) - 32} more" if len(names) > 32 else "")}
+    listed: list[str] = []
+    size = 0  # proxies take some KiB of headers
+    for name in names[:32]:
+        listed.append(quote(name[:64], safe=" !#$&'()*+-./:<=>?@[]^_`{|}~"))
+        size += len(listed[-1])
+        if size > MAX_IGNORED_BYTES:
+            break
+    more = len(names) - len(listed)
+    return {IGNORED: ", ".join(listed) + (f", and {more} more" if more else "")}
 
 
 def _model(service: Service) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class _Choice:
         self._echoed, self._request = echoed, request
         self._logprobs = None if request.logprobs is None else CompletionLogprobs(tokenizer)
         self.text = ""
-        self.lists: dict[str, list[Any]] | None = None
+        self.lists: dict[str, list[Any]] = {}
 
     def push(
         self, delta: TextDelta, prompt: Sequence[int], prompt_logprobs: Sequence[Any] | None
@@ -51,11 +51,9 @@ class _Choice:
         if self._logprobs is not None:
             more = self._logprobs.more(entries, tokens)
             choice["logprobs"] = more
-            self.lists = (
-                more
-                if self.lists is None
-                else {name: [*had, *more[name]] for name, had in self.lists.items()}
-            )
+            if not self._request.stream:
+                for name, values in more.items():
+                    self.lists.setdefault(name, []).extend(values)
         if self._request.return_token_ids:
             choice["token_ids"] = [] if self._request.max_tokens == 0 else list(delta.token_ids)
         if delta.finish_reason is not None:
@@ -125,7 +123,7 @@ class CompletionAnswer(Answer):
                 {
                     "index": one.index,
                     "text": one.text,
-                    "logprobs": one.lists,
+                    "logprobs": one.lists or None,
                     "finish_reason": reason,
                     "stop_reason": stop_reason,
                     **self.extras(*divmod(one.index, self._n)),

@@ -62,6 +62,10 @@ class ApiError(Exception):
         }
 
 
+class ClientGone(Exception):
+    """The client hung up before its request was read: nobody is there to be told anything."""
+
+
 def bad_request(error: ValueError, renamed: Mapping[str, str] | None = None) -> ApiError:
     """What the engine's own checks refuse; `renamed` says what a field, and what is inside it, is called in HTTP."""
     message = str(error)

@@ -37,12 +37,12 @@ def error_response(error: ApiError, request_id: str) -> Response:
 
 
 class EventStream(Response):
-    """Sends what `events` yields, until it ends, the client goes, or the client takes nothing for `stall_timeout_s`.
+    """Sends what `events` yields, until it ends, or the client goes.
 
     Args:
         events: bytes of whole events; an ApiError it raises becomes the last one.
         request_id: for that error.
-        on_close: called once, however it ends. on_stall: called when the client took nothing for too long.
+        on_close: called once, however it ends.
     """
 
     media_type = "text/event-stream"
@@ -53,15 +53,11 @@ class EventStream(Response):
         *,
         request_id: str,
         headers: Mapping[str, str],
-        stall_timeout_s: float,
         on_close: Callable[[], None],
-        on_stall: Callable[[], None],
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
         self._events, self._request_id, self._on_close = events, request_id, on_close
-        self._on_stall = on_stall
-        self._stall_timeout_s = stall_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = asyncio.ensure_future(self._write(send))
@@ -72,10 +68,6 @@ class EventStream(Response):
                 writer.result()
         except StreamRefused as refused:
             await error_response(refused.error, self._request_id)(scope, receive, send)
-        except TimeoutError:  # it takes nothing: hang up
-            self._on_stall()
-            scope["state"]["hang_up"]()
-            await asyncio.sleep(0.01)
         finally:
             self._on_close()
             for task in (writer, gone):
@@ -83,29 +75,19 @@ class EventStream(Response):
             await asyncio.gather(writer, gone, return_exceptions=True)
 
     async def _write(self, send: Send) -> None:
-        loop = asyncio.get_running_loop()
         try:
             first = await anext(self._events)
         except ApiError as error:  # nothing was sent yet: the answer is an error like any other
             raise StreamRefused(error) from None
-        async with asyncio.timeout(None) as stalled:
-
-            async def out(message: dict[str, Any]) -> None:
-                stalled.reschedule(loop.time() + self._stall_timeout_s)
-                await send(message)
-                stalled.reschedule(None)
-
-            await out(
-                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-            )
-            await out({"type": "http.response.body", "body": first, "more_body": True})
-            try:
-                async for data in self._events:
-                    await out({"type": "http.response.body", "body": data, "more_body": True})
-            except ApiError as error:
-                data = event(error.body(self._request_id))
-                await out({"type": "http.response.body", "body": data, "more_body": True})
-            await out({"type": "http.response.body", "body": DONE, "more_body": False})
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": first, "more_body": True})
+        try:
+            async for data in self._events:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        except ApiError as error:
+            data = event(error.body(self._request_id))
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
 
 async def disconnected(receive: Receive) -> None:

@@ -1,7 +1,8 @@
 """Guard: what every request passes before a route sees it, as ASGI middleware.
 
     a request id, given back in X-Request-Id and in errors
-    the Host header is a name of this server (a page of somebody else's cannot reach it by a name of its own: DNS rebinding)
+    the Host header is a name of this server (a page of somebody else's cannot reach it by a name of its own: DNS rebinding);
+        of health checks it is not asked: whoever probes does so by address
     a key, compared in constant time, on every route but the health checks
     one line in the access log and one count when it ends
 
@@ -29,6 +30,7 @@ OPEN_ROUTES = frozenset({"/health", "/health/live", "/health/ready"})
 # The page itself holds nothing; what it shows it asks for with a key.
 OPEN_WITH_PAGE = frozenset({"/", "/page.js", "/page.css"})
 INTERNAL = ApiError(500, "internal error", "internal_error")
+CLIENT_CLOSED = 499  # nobody hears it; the access log and the metrics do
 access_log = logging.getLogger("nanoserve.access")
 _log = logging.getLogger("nanoserve.server")
 
@@ -48,10 +50,8 @@ class Guard:
         self._keys = [(_digest(key.secret), key.name) for key in settings.api_keys]
         self._open = OPEN_ROUTES | (OPEN_WITH_PAGE if settings.page else frozenset())
         self._hosts = {
-            *LOOPBACK,
-            "[::1]",
-            settings.host.lower(),
-            *(host.lower() for host in settings.allowed_hosts),
+            name if ":" not in name or name.startswith("[") else f"[{name}]"
+            for name in map(str.lower, (*LOOPBACK, settings.host, *settings.allowed_hosts))
         }
         self._any_host = "*" in settings.allowed_hosts or (
             settings.host in ("0.0.0.0", "::") and not settings.allowed_hosts
@@ -97,6 +97,7 @@ class Guard:
             elif not is_whole:
                 raise  # the connection ends: half an answer must not look like one
         finally:
+            status = status or CLIENT_CLOSED
             self._metrics.answered(state.get("route", "other"), status)
             self._note(scope, state, status, about)
 
@@ -110,7 +111,7 @@ class Guard:
         name = (
             host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() and not host.endswith("]") else host
         )
-        if not self._any_host and name not in self._hosts:
+        if not self._any_host and name not in self._hosts and scope["path"] not in OPEN_ROUTES:
             raise ApiError(
                 421, "Host: this server does not go by that name; see --allowed-host", "wrong_host"
             )
@@ -139,8 +140,8 @@ class Guard:
             "request",
             extra={
                 "fields": {
-                    "id": state["request_id"], "method": scope["method"], "path": scope["path"][:200], "status": status or None,
-                    "client": client[0] if client else None, "key": state["owner"] or None,
+                    "id": state["request_id"], "method": scope["method"], "path": scope["path"][:200], "status": status,
+                    "client": client[0][:64] if client else None, "key": state["owner"] or None,
                     "seconds": round(self._clock() - state["received_s"], 6), **about,
                 }
             },

@@ -1,7 +1,7 @@
 """Bytes to a JSON object, strictly: what two parsers could read differently is refused.
 
 Refused: anything but UTF-8, duplicate keys, NaN and Infinity, numbers beyond float64, halves of surrogate pairs, nesting
-beyond a limit, and a top level that is not an object.
+beyond a limit, very many values, and a top level that is not an object.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 from nanoserve.checks import shown
 from nanoserve.server.errors import ApiError
 
+MAX_VALUES = 2**19  # of small ones a parsed body would take many times its bytes
+
 
 def parse_json_object(body: bytes, max_depth: int) -> dict[str, Any]:
     """The object a request's body is.
@@ -20,6 +22,8 @@ def parse_json_object(body: bytes, max_depth: int) -> dict[str, Any]:
     Raises:
         ApiError: 400, saying what and where.
     """
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_VALUES:
+        raise _refused(f"body: more than {MAX_VALUES} commas and opening brackets")
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -6,11 +6,14 @@ import contextlib
 import json
 import logging
 import logging.handlers
+import os
 import queue
+import threading
 import time
 from typing import Any
 
-MAX_WAITING = 10_000  # records; beyond, the oldest news is lost rather than time
+MAX_WAITING = 10_000  # records; what comes when so many wait is lost
+END_S = 2.0  # for what waits at the end
 
 
 class JsonLines(logging.Formatter):
@@ -27,7 +30,7 @@ class JsonLines(logging.Formatter):
         line |= {name: value for name, value in getattr(record, "fields", {}).items() if value is not None}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json.dumps(line, default=str)  # ASCII: what clients send cannot move a terminal's cursor
 
 
 class _Queue(logging.handlers.QueueHandler):
@@ -39,19 +42,41 @@ class _Queue(logging.handlers.QueueHandler):
             self.queue.put_nowait(record)
 
 
-def start_logging(level: str, access: bool) -> logging.handlers.QueueListener:
-    """Sets up the server's loggers; stop the listener at the end."""
-    waiting: queue.Queue[logging.LogRecord] = queue.Queue(MAX_WAITING)
-    out = logging.StreamHandler()
-    out.setFormatter(JsonLines())
-    listener = logging.handlers.QueueListener(waiting, out)
-    for name in ("nanoserve", "uvicorn"):
+class LogWriter:
+    """The thread that writes. Straight to the file: a lock of Python's that it held while the pipe is full would keep the
+    process from ending."""
+
+    def __init__(self, waiting: queue.Queue[logging.LogRecord | None], descriptor: int = 2) -> None:
+        self._waiting, self._descriptor = waiting, descriptor
+        self._thread = threading.Thread(target=self._run, name="nanoserve-log", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Writes what waits, for some seconds at most."""
+        until = time.monotonic() + END_S
+        with contextlib.suppress(queue.Full):
+            self._waiting.put(None, timeout=END_S)
+        self._thread.join(max(0.0, until - time.monotonic()))
+
+    def _run(self) -> None:
+        form = JsonLines()
+        while (record := self._waiting.get()) is not None:
+            line = form.format(record).encode() + b"\n"
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                while line:
+                    line = line[os.write(self._descriptor, line) :]
+
+
+def start_logging(level: str, access: bool) -> LogWriter:
+    """Sets up the server's loggers; stop the writer at the end."""
+    waiting: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_WAITING)
+    for name in ("nanoserve", "uvicorn", "asyncio"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [_Queue(waiting)], False
         logger.setLevel(level.upper())
     logging.getLogger("uvicorn.access").disabled = True  # ours has more, and costs less
     # A client that hangs up is no news, and neither is one that sends nonsense: the access log and the metrics tell.
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    for name in ("uvicorn.error", "asyncio"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("nanoserve.access").setLevel(logging.INFO if access else logging.CRITICAL)
-    listener.start()
-    return listener
+    return LogWriter(waiting)

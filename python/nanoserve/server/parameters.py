@@ -42,6 +42,7 @@ Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = Field(False, description="A last chunk without choices has the token counts.")
+    include_obfuscation: bool | None = Field(None, description="Accepted; chunks are never padded.")
 
 
 class JsonSchema(BaseModel):
@@ -191,9 +192,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "function_call": ((None, "none"), "use tool_choice"),
     "parallel_tool_calls": ((None, True), "a model may always call several tools"),
     "store": ((None, False), "nothing is kept"),
-    "metadata": ((None, {}), "nothing is kept"),
     "service_tier": ((None, "auto", "default"), "there is one tier"),
-    "prompt_cache_key": (_NO, "the server decides who shares a cache"),
     "cache_salt": (_NO, "the server decides who shares a cache"),
     "chat_template": (_NO, "the model's own template is used"),
     "documents": (_NO, "put them into a message"),
@@ -234,6 +233,7 @@ def parse_parameters(
     except ValidationError as error:
         raise _refused(error) from error
     ignored = sorted(set(made.model_extra or ()) - REFUSED.keys())
+    (made.model_extra or {}).clear()  # nobody reads the values, and they may be large
     return made, ignored
 
 

@@ -1,7 +1,8 @@
 """The server's process: it listens when it is ready, and ends when it is told to, with nothing lost that it had accepted.
 
 SIGTERM or SIGINT: new requests get 503 and readiness goes, those that were accepted are finished, within `drain_timeout_s`;
-then the process ends with exit code 0. A second signal ends it at once.
+then the process ends with exit code 0. A second signal ends it at once, with 1. So does an engine that cannot go on, once its
+clients are told: whoever looks after the process starts it again.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
+import os
+import resource
 import signal
 import socket
-import sys
+import time
 from collections.abc import Callable
 
 import uvicorn
@@ -31,6 +35,8 @@ from nanoserve.server.settings import ServerSettings
 _log = logging.getLogger("nanoserve.server")
 WARM_UP_TOKENS = 8
 BACKLOG = 1024
+END_S = 2  # for answers' last bytes, after the drain's end
+OWN_FILES = 256  # that are open beside connections
 
 
 class Server:
@@ -48,6 +54,7 @@ class Server:
         self._on_listening = on_listening
         self.metrics = Metrics()
         self.gateway = Gateway(llm.engine, settings, self.metrics, EngineView(settings.page))
+        self.gateway.on_engine_failure = self.stop
         self.health = Health(self.gateway)
         self.metrics.gauges = self.health.gauges
         self.service = Service(llm, self.gateway, settings, settings.model_name or llm.directory.name)
@@ -57,17 +64,22 @@ class Server:
         self._signals = 0
 
     def run(self) -> bool:
-        """Serves until a signal; whether every accepted request was finished."""
+        """Serves until a signal; whether every accepted request was finished.
+
+        Raises:
+            RuntimeError: the engine failed. ValueError: it cannot listen there.
+        """
         return asyncio.run(self.serve())
 
     async def serve(self) -> bool:
         """As `run`, in a running event loop."""
         _warm_up(self._llm)
+        _allow_open_files(self.settings.max_connections)
         listener = _listen(self.settings)
-        protocol = type("Protocol", (HttpProtocol,), {"settings": self.settings})
+        protocol = type("Protocol", (HttpProtocol,), {"settings": self.settings, "metrics": self.metrics})
         config = uvicorn.Config(
             self.app, http=protocol, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-            timeout_keep_alive=round(self.settings.keep_alive_s), timeout_graceful_shutdown=2, backlog=BACKLOG,
+            timeout_keep_alive=max(1, round(self.settings.keep_alive_s)), backlog=BACKLOG,
         )  # fmt: skip
         self._uvicorn = server = _Uvicorn(config)
         self.gateway.start()
@@ -84,14 +96,20 @@ class Server:
             stopping = asyncio.create_task(self._stop.wait())
             await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
             _log.info("draining")
+            until = time.monotonic() + self.settings.drain_timeout_s
             finished = await self.gateway.drain(self.settings.drain_timeout_s)
+            # What the engine made may still be on its way to a client that reads slowly.
+            config.timeout_graceful_shutdown = max(END_S, math.ceil(until - time.monotonic()))
             server.should_exit = True
             with contextlib.suppress(asyncio.CancelledError):
                 await serving
             stopping.cancel()
         self.gateway.is_ready = False
+        self.service.threads.close()
         ended = await asyncio.get_running_loop().run_in_executor(None, self.gateway.engine_loop.stop)
         _log.info("stopped", extra={"fields": {"finished": finished, "engine_ended": ended}})
+        if self.gateway.engine_loop.failure is not None:
+            raise RuntimeError("the engine failed") from self.gateway.engine_loop.failure
         return finished
 
     @property
@@ -121,7 +139,7 @@ class Server:
     def _on_signal(self) -> None:
         self._signals += 1
         if self._signals > 1:
-            sys.exit(1)
+            os._exit(1)  # without waiting for threads that may be stuck
         self.stop()
 
 
@@ -137,10 +155,23 @@ def _warm_up(llm: LLM) -> None:
     """One short request: whatever is set up by a first one is set up before the first client."""
     engine = llm.engine
     tokens = [index % engine.config.vocab_size for index in range(WARM_UP_TOKENS)]
-    engine.generate(
+    (request,) = engine.generate(
         [tokens[: max(1, engine.executor.max_model_len - 2)]], SamplingParams(temperature=0.0, max_tokens=2)
     )
+    if request.error is not None:
+        raise RuntimeError(f"the engine fails on its first request: {request.error}")
     engine.reset_stats()
+
+
+def _allow_open_files(connections: int) -> None:
+    """As many as the system lets us, if that is needed: without, accepting fails, and so does everything else."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + OWN_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        if most < wanted:
+            _log.warning("%d files may be open, %d connections want %d", most, connections, wanted)
 
 
 def _listen(settings: ServerSettings) -> socket.socket:

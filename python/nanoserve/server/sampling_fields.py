@@ -11,6 +11,7 @@ from nanoserve.server.errors import ApiError, bad_request
 from nanoserve.server.parameters import ChatRequest, CompletionRequest, SamplingFields
 
 COMPLETION_MAX_TOKENS = 16
+MAX_LOGPROB_VALUES = 2**21
 _PLAIN = {field.name for field in fields(SamplingParams)} - {"logprobs", "logit_bias", "max_tokens", "seed"}
 
 
@@ -55,6 +56,24 @@ def sampling_params(
         return SamplingParams(**values)
     except ValueError as error:
         raise bad_request(error) from error
+
+
+def check_logprobs(params: SamplingParams, prompt_tokens: int, num_prompts: int) -> None:
+    """Log-probabilities wait in memory for their client, and every token has up to 21 of them: a bound on a call's.
+
+    Raises:
+        ApiError: 400 with the numbers.
+    """
+    for field, tokens in (("logprobs", params.n * params.max_tokens), ("prompt_logprobs", prompt_tokens)):
+        alternatives = getattr(params, field)
+        if (
+            alternatives is not None
+            and (count := num_prompts * tokens * (alternatives + 1)) > MAX_LOGPROB_VALUES
+        ):
+            raise ApiError(
+                400, f"{field}: {alternatives} and the token's own, of {num_prompts * tokens} tokens, are {count} values, at most "
+                f"{MAX_LOGPROB_VALUES} are allowed", "invalid_value", field,
+            )  # fmt: skip
 
 
 def _max_tokens(request: SamplingFields) -> tuple[int | None, str]:

@@ -7,7 +7,6 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ from nanoserve.checks import shown
 from nanoserve.llm import LLM
 from nanoserve.sampling import SamplingParams
 from nanoserve.server.answer import Answer
+from nanoserve.server.answer_form import check_combinations, structured_format, tools_of
 from nanoserve.server.call import Call
 from nanoserve.server.chat import ChatAnswer
 from nanoserve.server.completions import CompletionAnswer, prompts_of
@@ -25,18 +25,17 @@ from nanoserve.server.parameters import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    NamedTool,
     SamplingFields,
     TokenizeRequest,
 )
-from nanoserve.server.sampling_fields import sampling_params
+from nanoserve.server.request_body import RequestBodies
+from nanoserve.server.sampling_fields import check_logprobs, sampling_params
 from nanoserve.server.settings import ServerSettings
-from nanoserve.server.tool_calls import ToolFormat, forced_calls, tool_format
-from nanoserve.structured import StructuredOutputs
+from nanoserve.server.text_threads import TextThreads
+from nanoserve.server.tool_calls import ToolFormat, tool_format
 from nanoserve.text_request import AnyTokenizer, TextRequest
 
 T = TypeVar("T")
-TEXT_THREADS = 2
 # What the engine's own checks call a field, and what it is called here.
 _RENAMED = {
     "text": "prompt",
@@ -47,11 +46,12 @@ _RENAMED = {
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: the number and name of a key, and when the request's first byte came."""
+    """Who asks: the number and name of a key, when the request's first byte came, and when its connection was accepted."""
 
     key: int
     name: str
     received_s: float
+    accepted_s: float
 
 
 class Service:
@@ -71,7 +71,8 @@ class Service:
             self.tool_format = tool_format(
                 template.source if template.tool_source is None else template.tool_source
             )
-        self._threads = ThreadPoolExecutor(TEXT_THREADS, "nanoserve-text")
+        self.threads = TextThreads(settings, gateway.metrics)
+        self.bodies = RequestBodies(settings, self.threads)
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model:
@@ -79,10 +80,10 @@ class Service:
                 404, f"model: {shown(name)} is not served, {shown(self.model)} is", "model_not_found", "model"
             )
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
+    async def in_thread(self, work: Callable[[], T], caller: Caller) -> T:
         """Text work; its ValueErrors are the client's mistakes."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            return await self.threads.run(work, caller.key)
         except ValueError as error:
             raise bad_request(error, _RENAMED) from error
 
@@ -98,12 +99,20 @@ class Service:
                 "invalid_value",
                 "prompt",
             )
-        more: dict[str, Any] = self._format(request)
+        if (sequences := len(prompts) * (request.n or 1)) > self.settings.max_sequences:
+            raise ApiError(
+                400,
+                f"n: {request.n} of {len(prompts)} prompts are {sequences} sequences, at most {self.settings.max_sequences} "
+                "are allowed",
+                "invalid_value",
+                "n",
+            )
+        more: dict[str, Any] = structured_format(request)
         if request.logprobs is not None:
             more["logprobs"] = request.logprobs
             if request.echo:
                 more["prompt_logprobs"] = request.logprobs
-        self._check_combinations(request)
+        check_combinations(request)
         add_special = True if request.add_special_tokens is None else request.add_special_tokens
 
         def tokens_of(prompt: str | list[int]) -> list[int]:
@@ -113,7 +122,7 @@ class Service:
 
         def prepare() -> tuple[list[Callable[[asyncio.Event], Job]], list[str] | None]:
             tokens = [tokens_of(prompt) for prompt in prompts]
-            made = [self._job(request, caller, one, more) for one in tokens]
+            made = [self._job(request, caller, one, more, len(tokens)) for one in tokens]
             echoed = None
             if request.echo:
                 echoed = [
@@ -121,7 +130,8 @@ class Service:
                 ]
             return made, echoed
 
-        jobs, echoed = await self.in_thread(prepare)
+        jobs, echoed = await self.in_thread(prepare, caller)
+        request.prompt = []  # the answer may take long, and the jobs have their tokens
         return CompletionAnswer(request, echoed, **self._common("cmpl", jobs))
 
     async def chat(self, request: ChatRequest, caller: Caller) -> Answer:
@@ -134,13 +144,13 @@ class Service:
                 "no_chat_template",
                 "messages",
             )
-        more: dict[str, Any] = self._format(request)
+        more: dict[str, Any] = structured_format(request)
         if request.logprobs:
             more["logprobs"] = request.top_logprobs or 0
         elif request.top_logprobs is not None:
             raise ApiError(400, "top_logprobs: needs logprobs: true", "invalid_value", "top_logprobs")
-        self._check_combinations(request)
-        form, tools = self._tools(request, more)
+        check_combinations(request)
+        form, tools = tools_of(request, self.tool_format, more)
         variables = request.chat_template_kwargs or {}
         if taken := sorted(variables.keys() & {"messages", "tools", "add_generation_prompt"}):
             raise ApiError(
@@ -158,17 +168,26 @@ class Service:
             tokens = self.llm.get_tokenizer().encode(text, add_special_tokens=False)
             return self._job(request, caller, tokens, more)
 
-        return ChatAnswer(request, form, **self._common("chatcmpl", [await self.in_thread(prepare)]))
+        job = await self.in_thread(prepare, caller)
+        request.messages = []  # the answer may take long, and the job has their tokens
+        return ChatAnswer(request, form, **self._common("chatcmpl", [job]))
 
     def _job(
-        self, request: SamplingFields, caller: Caller, tokens: Sequence[int], more: dict[str, Any]
+        self,
+        request: SamplingFields,
+        caller: Caller,
+        tokens: Sequence[int],
+        more: dict[str, Any],
+        num_prompts: int = 1,
     ) -> Callable[[asyncio.Event], Job]:
         """In a text thread: everything of a job that takes time."""
         params = sampling_params(request, self.llm.sampling_defaults, len(tokens), self.max_model_len, more)
+        check_logprobs(params, len(tokens), num_prompts)
         text = self._text(tokens, params, request.priority or 0, caller)
         settings = self.settings
         return lambda news: Job(
-            text, key=caller.key, owner=caller.name, received_s=caller.received_s, news=news,
+            text, key=caller.key, owner=caller.name, received_s=caller.received_s,
+            accepted_s=caller.accepted_s, news=news,
             queue_timeout_s=min(request.queue_timeout or settings.queue_timeout_s, settings.queue_timeout_s),
             timeout_s=min(request.timeout or settings.request_timeout_s, settings.request_timeout_s),
         )  # fmt: skip
@@ -192,7 +211,7 @@ class Service:
 
     # ---- tokens
 
-    async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(self, request: TokenizeRequest, caller: Caller) -> dict[str, Any]:
         self.check_model(request.model)
         if (request.prompt is None) == (request.messages is None):
             raise ApiError(400, "prompt: either prompt or messages is needed", "invalid_value", "prompt")
@@ -209,18 +228,18 @@ class Service:
                 request.prompt or "", add_special_tokens=request.add_special_tokens is not False
             )
 
-        tokens = await self.in_thread(work)
+        tokens = await self.in_thread(work, caller)
         made: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": self.max_model_len}
         if request.return_token_strs:
             made["token_strs"] = [tokenizer.token_text(token) for token in tokens]
         return made
 
-    async def detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(self, request: DetokenizeRequest, caller: Caller) -> dict[str, Any]:
         self.check_model(request.model)
         tokenizer = self._tokenizer()
         return {
             "prompt": await self.in_thread(
-                lambda: tokenizer.decode(request.tokens, skip_special_tokens=False)
+                lambda: tokenizer.decode(request.tokens, skip_special_tokens=False), caller
             )
         }
 
@@ -228,90 +247,6 @@ class Service:
         if self.llm.tokenizer is None:
             raise ApiError(400, "prompt: this model has no tokenizer", "no_tokenizer", "prompt")
         return self.llm.tokenizer
-
-    # ---- what depends on more than one field
-
-    def _check_combinations(self, request: SamplingFields) -> None:
-        if request.stream_options is not None and not request.stream:
-            raise ApiError(400, "stream_options: needs stream: true", "invalid_value", "stream_options")
-        if request.prompt_logprobs is not None and request.stream:
-            raise ApiError(
-                400, "prompt_logprobs: cannot be streamed", "unsupported_parameter", "prompt_logprobs"
-            )
-
-    def _format(self, request: SamplingFields) -> dict[str, Any]:
-        """`response_format` as sampling parameters."""
-        wanted = request.response_format
-        if wanted is None or wanted.type == "text":
-            if wanted is not None and wanted.json_schema is not None:
-                raise ApiError(
-                    400,
-                    "response_format.json_schema: needs type json_schema",
-                    "invalid_value",
-                    "response_format",
-                )
-            return {}
-        if wanted.type == "json_object":
-            return {"structured_outputs": StructuredOutputs(json_object=True)}
-        if wanted.json_schema is None or wanted.json_schema.schema_ is None:
-            raise ApiError(
-                400,
-                "response_format.json_schema.schema: is required",
-                "missing_required_parameter",
-                "response_format",
-            )
-        try:
-            return {"structured_outputs": StructuredOutputs(json=wanted.json_schema.schema_)}
-        except ValueError as error:
-            raise bad_request(
-                error, {"structured_outputs.json": "response_format.json_schema.schema"}
-            ) from error
-
-    def _tools(
-        self, request: ChatRequest, more: dict[str, Any]
-    ) -> tuple[ToolFormat | None, list[dict[str, Any]] | None]:
-        """The format to look for calls in, and the tools that the template gets; a forced choice adds to `more`."""
-        choice = request.tool_choice or ("auto" if request.tools else "none")
-        if not request.tools:
-            if choice != "none":
-                raise ApiError(400, "tool_choice: needs tools", "invalid_value", "tool_choice")
-            return None, None
-        names = [tool.function.name for tool in request.tools]
-        if len(set(names)) < len(names):
-            raise ApiError(400, "tools: two have the same name", "invalid_value", "tools")
-        if choice == "none":
-            return None, None
-        if self.tool_format is None:
-            raise ApiError(
-                400, "tools: this model's chat template knows no tool calls", "unsupported_parameter", "tools"
-            )
-        if more.get("structured_outputs") is not None:
-            raise ApiError(400, "tools: cannot go with response_format", "unsupported_parameter", "tools")
-        tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
-        if choice == "auto":
-            if strict := [tool.function.name for tool in request.tools if tool.function.strict]:
-                raise ApiError(
-                    400, f"tools: strict, of {shown(strict[0])}, needs tool_choice required or that function", "unsupported_parameter",
-                    "tools",
-                )  # fmt: skip
-        else:
-            functions = [tool["function"] for tool in tools]
-            if isinstance(choice, NamedTool):
-                functions = [function for function in functions if function["name"] == choice.function.name]
-                if not functions:
-                    raise ApiError(
-                        400,
-                        f"tool_choice: {shown(choice.function.name)} is none of the tools",
-                        "invalid_value",
-                        "tool_choice",
-                    )
-            try:
-                tagged = forced_calls(self.tool_format, functions, several=not isinstance(choice, NamedTool))
-                more["structured_outputs"] = StructuredOutputs(tagged=tagged)
-            except ValueError as error:
-                raise bad_request(error, {"structured_outputs.tagged.json": "tools"}) from error
-        more.setdefault("skip_special_tokens", False)  # what calls begin and end with may be special
-        return self.tool_format, tools
 
 
 def _with_parsed_arguments(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

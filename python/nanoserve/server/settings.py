@@ -37,12 +37,13 @@ class ServerSettings:
         share_prefix_cache: let keys find each other's prompts in the prefix cache. Who does can tell by the time an answer
             takes whether somebody else sent a prompt.
         page: serve the page at / and what it shows of the engine.
-        max_body_bytes, max_header_bytes, max_json_depth: of one request.
-        max_n: sequences per prompt. max_prompts: of one call of /v1/completions.
+        max_body_bytes, max_header_bytes, max_json_depth: of one request. max_pending_bytes: of all bodies together that are
+            being read or prepared, the first 16 KiB of each not counted. max_connections: open at once.
+        max_n: sequences per prompt. max_prompts: of one call of /v1/completions. max_sequences: of one call, prompts times n.
         max_queue_requests, max_queue_tokens: what may wait for the engine, in requests and in their prompt and output tokens.
         max_requests_per_key: waiting and running requests of one key.
         queue_timeout_s: longest wait for the engine; request_timeout_s: longest time in all. A request may ask for less.
-        read_timeout_s: for a request to arrive whole. stall_timeout_s: how long a client may take nothing of its answer.
+        read_timeout_s: for a request to arrive whole. stall_timeout_s: how long a client may take next to nothing of its answer.
         stream_interval_s: tokens of a stream that come sooner after each other are sent together, the first one and the last ones
             at once; 0 sends each by itself. Waking a stream and writing to it costs more than the token.
         keep_alive_s: how long a connection may be idle.
@@ -64,8 +65,11 @@ class ServerSettings:
     max_body_bytes: int = 8 * 2**20
     max_header_bytes: int = 32 * 2**10
     max_json_depth: int = 64
+    max_pending_bytes: int = 64 * 2**20
+    max_connections: int = 1000
     max_n: int = 16
     max_prompts: int = 64
+    max_sequences: int = 256
     max_queue_requests: int = 256
     max_queue_tokens: int = 1_000_000
     max_requests_per_key: int = 128
@@ -84,8 +88,11 @@ class ServerSettings:
             ("max_body_bytes", 1024, 2**30),
             ("max_header_bytes", 1024, 2**20),
             ("max_json_depth", 4, 256),
+            ("max_pending_bytes", 1024, 2**40),
+            ("max_connections", 1, 2**20),
             ("max_n", 1, MAX_N),
             ("max_prompts", 1, 1024),
+            ("max_sequences", 1, 2**20),
             ("max_queue_requests", 1, 2**20),
             ("max_queue_tokens", 1, 2**40),
             ("max_requests_per_key", 1, 2**20),

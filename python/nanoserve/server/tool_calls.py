@@ -128,7 +128,10 @@ class ToolCallParser:
 def parse_calls(text: str, arguments: str) -> list[ToolCall] | None:
     """The calls that a JSON text is, one or a list; None if it is not."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_constant)
+        json.dumps(
+            value, ensure_ascii=False
+        ).encode()  # an escape may be half of a surrogate pair, which is no text
     except (ValueError, RecursionError):
         return None
     calls = value if isinstance(value, list) else [value]
@@ -141,6 +144,10 @@ def parse_calls(text: str, arguments: str) -> list[ToolCall] | None:
             return None
         made.append(ToolCall(call["name"], json.dumps(given, ensure_ascii=False)))
     return made or None
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def forced_calls(form: ToolFormat, functions: Sequence[dict[str, Any]], several: bool) -> TaggedJson:
