@@ -1,22 +1,22 @@
 """Measures what HTTP adds to the engine, and writes bench/results/serving.json.
 
-    python -m bench.serving MODEL [MODEL ...] [--clients 32] [--rounds 3] [--quantization int8]
+    python -m bench.serving MODEL [MODEL ...] [--clients 32] [--rounds 5] [--quantization int8]
 
-For each checkpoint (with a tokenizer) the same requests - as many as there are clients, all at once, greedy, EOS ignored - are
-served two ways, in turns, on the same threads: `LLM.generate` in a process of its own, and `nanoserve serve` with a streaming
-client for each, over loopback. The clients are one asyncio process that only counts bytes, on the same cores: what it costs is
-part of what is lost. Reported: both rates and their ratio, time to the first event and between events as clients see
-them, and the CPU time of the server's event loop per streamed token.
+For each checkpoint (with a tokenizer) requests of one size - as many as there are clients, all at once, greedy, EOS ignored - are
+served two ways, in turns, by one engine in one process: `LLM.generate` while nobody asks the server, and the server with a
+streaming client for each request, over loopback. (Two processes differ by more than HTTP costs: by the memory they got.)
+The clients are one process that only counts events, on the same cores: what it costs is part of what is lost. Reported: both
+rates and their ratio, time to the first event and between events as clients see them, and the CPU time of the server's event
+loop per streamed token.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import os
-import re
+import selectors
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -28,64 +28,88 @@ import numpy as np
 
 from bench.run import RESULTS, commit, machine
 
-OFFLINE = """
-import json, sys, time
-import numpy as np
+SERVER = """
+import asyncio, json, sys, threading, time
 from nanoserve import LLM, SamplingParams
-path, options, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+from nanoserve.server.run import Server
+from nanoserve.server.settings import ServerSettings
+path, options = sys.argv[1], json.loads(sys.argv[2])
 llm = LLM(path, **options)
-for line in sys.stdin:
-    prompts, output = json.loads(line)
-    begin = time.perf_counter()
-    done = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True))
-    taken = time.perf_counter() - begin
-    print(json.dumps({"seconds": taken, "tokens": sum(len(one.token_ids) for one in done)}), flush=True)
+
+def tell(**what):
+    print(json.dumps(what), flush=True)
+
+def offline():
+    for line in sys.stdin:
+        prompts, output = json.loads(line)
+        begin = time.perf_counter()
+        done = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True))
+        taken = time.perf_counter() - begin
+        tell(seconds=taken, tokens=sum(len(one.token_ids) for one in done))
+
+async def serve():
+    server = Server(llm, ServerSettings(port=0), on_listening=lambda url: tell(port=int(url.rpartition(":")[2])))
+    threading.Thread(target=offline, daemon=True).start()
+    await server.serve()
+
+asyncio.run(serve())
 """
+
+
+WARM_UP = 2  # rounds that are not counted
 
 
 class Client:
     """One streaming request over a connection of its own."""
 
     def __init__(self, port: int, body: dict[str, Any]) -> None:
-        self._port, self._body = port, json.dumps(body).encode()
-        self.times: list[float] = []  # of events
-        self.began = 0.0
-
-    async def run(self) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        data = json.dumps(body).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            f"Connection: close\r\nContent-Length: {len(self._body)}\r\n\r\n"
+            f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n"
         )
+        self._data, self._port = head.encode() + data, port
+        self.times: list[float] = []  # of events
+        self.began = 0.0
+        self._has_begun = False
+
+    def send(self) -> socket.socket:
         self.began = time.perf_counter()
-        writer.write(head.encode() + self._body)
-        status = await reader.readline()
-        if b" 200 " not in status:
-            raise RuntimeError(f"the server answered {status!r}: {await reader.read(2000)!r}")
-        while data := await reader.read(65536):
-            now = time.perf_counter()
-            self.times += [now] * data.count(b"data: {")
-        writer.close()
+        connection = socket.create_connection(("127.0.0.1", self._port))
+        connection.sendall(self._data)
+        connection.setblocking(False)
+        return connection
+
+    def receive(self, connection: socket.socket) -> bool:
+        """Whether more is to come."""
+        data = connection.recv(65536)
+        if not self._has_begun and b" 200 " not in data[:16]:
+            raise RuntimeError(f"the server answered {data[:2000]!r}")
+        self._has_begun = True
+        self.times += [time.perf_counter()] * data.count(b"data: {")
+        return bool(data)
+
+
+def stream_all(clients: list[Client]) -> None:
+    """All at once, in this thread, by epoll: what clients cost is taken from the engine's cores."""
+    with selectors.DefaultSelector() as selector:
+        for client in clients:
+            selector.register(client.send(), selectors.EVENT_READ, client)
+        while selector.get_map():
+            for key, _ in selector.select():
+                assert isinstance(key.fileobj, socket.socket)
+                if not key.data.receive(key.fileobj):
+                    selector.unregister(key.fileobj)
+                    key.fileobj.close()
 
 
 def requests(vocab: int, count: int, prompt: int, seed: int) -> list[list[int]]:
     return np.random.default_rng(seed).integers(300, vocab - 8, (count, prompt)).tolist()  # type: ignore[no-any-return]
 
 
-def start_server(model: str, options: list[str]) -> tuple[subprocess.Popen[str], int]:
-    command = [sys.executable, "-m", "nanoserve", "serve", model, "--port", "0", "--no-access-log", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if found := re.search(r'"url": "http://127\.0\.0\.1:(\d+)"', line):
-            return process, int(found[1])
-    raise RuntimeError(f"the server ended with {process.wait()}")
-
-
 def cpu_seconds(pid: int) -> float:
     """Of the thread that runs the event loop: the process's first."""
-    fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -94,27 +118,29 @@ def percentile(values: list[float], share: float) -> float:
 
 def measure(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
     engine: dict[str, Any] = {"max_num_seqs": arguments.clients, "kv_cache_bytes": arguments.kv_cache}
-    flags = ["--max-num-seqs", str(arguments.clients), "--kv-cache", str(arguments.kv_cache)]
     if arguments.quantization:
         engine["quantization"] = arguments.quantization
-        flags += ["--quantization", arguments.quantization]
     vocab = json.loads(Path(model, "config.json").read_text())["vocab_size"]
-    offline = subprocess.Popen(
-        [sys.executable, "-c", OFFLINE, model, json.dumps(engine), str(arguments.clients)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, model, json.dumps(engine)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
-    server, port = start_server(model, flags)
+    assert server.stdin is not None
+    assert server.stdout is not None
+    port = json.loads(server.stdout.readline())["port"]
     rounds: list[dict[str, float]] = []
     firsts: list[float] = []
     between: list[float] = []
     try:
-        assert offline.stdin is not None
-        assert offline.stdout is not None
-        for number in range(arguments.rounds + 1):
-            prompts = requests(vocab, arguments.clients, arguments.prompt, number)
-            offline.stdin.write(json.dumps([prompts, arguments.output]) + "\n")
-            offline.stdin.flush()
-            alone = json.loads(offline.stdout.readline())
+        for number in range(-WARM_UP, arguments.rounds):
+            # Of one size, but not the same ones, which the prefix cache would know the second time.
+            alone_prompts, prompts = (
+                requests(vocab, arguments.clients, arguments.prompt, 2 * (number + WARM_UP) + way)
+                for way in (0, 1)
+            )
+            server.stdin.write(json.dumps([alone_prompts, arguments.output]) + "\n")
+            server.stdin.flush()
+            alone = json.loads(server.stdout.readline())
             bodies = [
                 {
                     "model": Path(model).name, "prompt": prompt, "max_tokens": arguments.output, "temperature": 0, "ignore_eos": True,
@@ -125,11 +151,11 @@ def measure(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
             clients = [Client(port, body) for body in bodies]
             cpu = cpu_seconds(server.pid)
             begin = time.perf_counter()
-            asyncio.run(_all(clients))
+            stream_all(clients)
             taken = time.perf_counter() - begin
             cpu = cpu_seconds(server.pid) - cpu
-            if number == 0:
-                continue  # both are warm from here on
+            if number < 0:
+                continue
             tokens = arguments.clients * arguments.output
             rounds.append(
                 {
@@ -144,8 +170,6 @@ def measure(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 b - a for client in clients for a, b in zip(client.times, client.times[1:], strict=False)
             ]
     finally:
-        offline.stdin.close()
-        offline.wait(30)
         server.send_signal(signal.SIGTERM)
         server.wait(30)
     made = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
@@ -157,17 +181,13 @@ def measure(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {**made, "rounds": rounds}
 
 
-async def _all(clients: list[Client]) -> None:
-    await asyncio.gather(*(client.run() for client in clients))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", nargs="+", help="checkpoint directories with a tokenizer")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=128, help="tokens in")
-    parser.add_argument("--output", type=int, default=128, help="tokens out")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=int, default=256, help="tokens out")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kv-cache", type=int, default=2 << 30)
     parser.add_argument("--quantization", choices=["int8"])
     arguments = parser.parse_args()

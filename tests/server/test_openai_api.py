@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -164,25 +163,6 @@ def test_a_bias_and_bad_words_are_heeded(served: Running) -> None:
     text = served.complete(prompt="def main", max_tokens=20, temperature=0)["choices"][0]["text"]
     made = served.complete(prompt="def main", max_tokens=20, temperature=0, bad_words=[text[0]])
     assert text[0] not in made["choices"][0]["text"]
-
-
-def test_tokens_that_follow_fast_are_sent_together(start: Callable[..., Running]) -> None:
-    """The first at once, the last at once, and between them as often as the interval says."""
-    counts = {}
-    for seconds in (0.0, 10.0):
-        served = start(stream_interval_s=seconds)
-        body = {"model": "tiny", "prompt": "def main", "max_tokens": 40, "temperature": 0}
-        texts = [
-            event["choices"][0]["text"]
-            for event in events(served, "/v1/completions", {**body, "stream": True})
-        ]
-        assert "".join(texts) == served.complete(**body)["choices"][0]["text"]
-        counts[seconds] = len(texts)
-    assert counts[0.0] > 20
-    with_interval = start(stream_interval_s=10.0)
-    with with_interval.client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
-        pieces = [piece for piece in answer.iter_raw() if b"data: {" in piece]
-    assert len(pieces) <= 3
 
 
 # ---- chat

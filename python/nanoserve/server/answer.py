@@ -9,6 +9,7 @@ from typing import Any
 from nanoserve.outputs import TextDelta
 from nanoserve.server.call import Call
 from nanoserve.server.errors import ApiError
+from nanoserve.server.event_stream import event
 from nanoserve.server.parameters import SamplingFields
 from nanoserve.server.token_text import prompt_logprobs
 from nanoserve.text_request import AnyTokenizer
@@ -85,8 +86,12 @@ class Answer:
         return made
 
     def events(self) -> AsyncIterator[bytes]:
-        """Whole server-sent events, without the last one."""
+        """Whole server-sent events, without the last ones."""
         raise NotImplementedError
+
+    def ending(self) -> bytes:
+        """The event that follows the last choice, if one was asked for."""
+        return event({**self.head(), "choices": [], "usage": self.usage()}) if self.wants_usage else b""
 
     async def whole(self) -> dict[str, Any]:
         """The answer's JSON."""

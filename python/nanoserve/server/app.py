@@ -72,7 +72,7 @@ def build_app(service: Service, metrics: Metrics, health: Health) -> Guard:
             answer.call.open()
             if parsed.stream:
                 return EventStream(
-                    answer.events(), request_id=request.state.request_id, headers=headers, on_close=lambda: _close(answer, about)
+                    answer.events(), answer.ending, request_id=request.state.request_id, headers=headers, on_close=lambda: _close(answer, about)
                 )  # fmt: skip
             try:
                 whole = await unless_disconnected(request.receive, answer.whole())

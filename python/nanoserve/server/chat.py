@@ -92,8 +92,6 @@ class ChatAnswer(Answer):
                 out += self._events_of(at, delta)
             if out:
                 yield b"".join(out)
-        if self.wants_usage:
-            yield event({**self.head(), "choices": [], "usage": self.usage()})
 
     def _events_of(self, at: int, delta: TextDelta) -> list[bytes]:
         choice = self._choices[delta.index]

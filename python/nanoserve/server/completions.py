@@ -107,8 +107,6 @@ class CompletionAnswer(Answer):
                 out.append(event({**self.head(), "choices": [choice]}))
             if out:
                 yield b"".join(out)
-        if self.wants_usage:
-            yield event({**self.head(), "choices": [], "usage": self.usage()})
 
     async def whole(self) -> dict[str, Any]:
         async for news in self.checked_news():

@@ -1,7 +1,11 @@
 """EngineLoop: the thread that owns the engine. Jobs in, deltas out, one hand-over per step.
 
     submit, cancel    from the event loop, at any time; done between two steps
-    deliver(news)     to the event loop: [(job, deltas or Gone)], once per step
+    deliver(news)     to the event loop: [(job, deltas or Gone)], at most once per step
+
+Tokens that follow fast are told together: taking a step's tokens across, waking their clients' tasks and writing to their
+sockets costs more than the tokens, and takes the time from the next step. The more streams there are, the longer tokens may
+wait, up to a limit; a job's first tokens and its last never do.
 
 Every job that was submitted gets one Gone, whatever happens. A step that raises takes the requests it had with it, and
 nothing else: they are aborted and told so, the engine goes on. An engine that cannot even do that is not used again: all its
@@ -25,6 +29,7 @@ from nanoserve.server.job import Job
 
 _log = logging.getLogger("nanoserve.server")
 SNAPSHOT_EVERY_S = 0.2
+INTERVAL_PER_JOB_S = 0.0015  # telling a job something costs a fortieth of this
 
 News = list[tuple[Job, "list[TextDelta] | Gone"]]
 
@@ -44,6 +49,7 @@ class EngineLoop:
     Args:
         engine: nobody else may touch it from now on.
         deliver: called in the engine's thread with what is new.
+        interval_s: for how long tokens may at most be kept to be told together, unless a step takes longer.
         snapshot: what of the engine is of interest to others, taken in its thread now and then and kept in `snapshot`.
     """
 
@@ -53,11 +59,14 @@ class EngineLoop:
         deliver: Callable[[News], None],
         snapshot: Callable[[NanoServingEngine], dict[str, Any]] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        interval_s: float = 0.0,
     ) -> None:
-        self._engine, self._deliver, self._clock = engine, deliver, clock
+        self._engine, self._deliver, self._clock, self._interval_s = engine, deliver, clock, interval_s
         self._take_snapshot = snapshot or (lambda engine: engine.get_stats())
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._held: dict[Job, None] = {}  # submitted and not Gone, in their order
+        self._held: dict[Job, bool] = {}  # submitted and not Gone, in their order; whether tokens of it were told
+        self._untold: dict[Job, None] = {}  # with tokens that are still to be told
+        self._told_s = clock()
         self._jobs: dict[int | str, Job] = {}  # by live request
         self._growing: list[Job] = []  # with sequences that are not submitted yet
         self._stopping = False
@@ -112,6 +121,7 @@ class EngineLoop:
             self.failure, self._no_progress_since_s = error, None
             self._jobs.clear()
             self._growing.clear()
+            self._untold.clear()
             self._deliver([self._gone(job, error) for job in list(self._held)])
 
     def _turn(self) -> None:
@@ -134,7 +144,8 @@ class EngineLoop:
         self._refresh_snapshot(is_idle=not self._engine.has_unfinished)
 
     def _submit(self, job: Job) -> None:
-        self._held[job] = None
+        self._held[job] = False
+        self._tell_untold()  # the step that takes this one in may be a long one
         if self.failure is not None:
             self._deliver([self._gone(job, self.failure)])
             return
@@ -161,6 +172,7 @@ class EngineLoop:
         """Frees all that the engine has of a job."""
         if job in self._growing:
             self._growing.remove(job)
+        self._untold.pop(job, None)
         for request in job.text.requests:
             if self._jobs.pop(request.req_id, None) is not None:
                 self._engine.abort(request.req_id)
@@ -170,34 +182,52 @@ class EngineLoop:
         return job, Gone(error)
 
     def _step(self) -> None:
+        begin = self._clock()
         try:
             output = self._engine.step()
         except Exception as error:
             self._step_failed(error)
             return
         finally:
-            self.last_step_s = self._clock()
+            self.last_step_s = now = self._clock()
             self.steps += 1
         if output.batch is not None or output.finished:
-            self._no_progress_since_s = self.last_step_s
-        ended = [request.req_id for request in output.finished]
-        touched = dict.fromkeys(
-            job for req_id in (*output.new_tokens, *ended) if (job := self._jobs.get(req_id)) is not None
-        )
+            self._no_progress_since_s = now
         if output.new_tokens:
-            self.last_token_s = self.last_step_s
-        for req_id in ended:
-            self._jobs.pop(req_id, None)
+            self.last_token_s = now
+        ended = {self._jobs[request.req_id] for request in output.finished if request.req_id in self._jobs}
+        for req_id in output.new_tokens:
+            if (job := self._jobs.get(req_id)) is not None:
+                self._untold[job] = None
+        self._untold.update(dict.fromkeys(ended))
+        for request in output.finished:
+            self._jobs.pop(request.req_id, None)
         news: News = []
+        # After the next step, if that takes as long as this one, they would have waited too long.
+        interval = min(self._interval_s, len(self._held) * INTERVAL_PER_JOB_S)
+        is_due = now - self._told_s + (now - begin) >= interval
         try:
             for job in list(self._growing):
                 self._grow(job, news)
-            for job in touched:
-                if job in self._held:
+            for job in list(self._untold):
+                if is_due or job in ended or not self._held[job]:
                     self._tell(job, news)
         finally:
-            if news:
-                self._deliver(news)
+            self._send(news)
+        if is_due:
+            self._told_s = now
+
+    def _tell_untold(self) -> None:
+        news: News = []
+        try:
+            for job in list(self._untold):
+                self._tell(job, news)
+        finally:
+            self._send(news)
+
+    def _send(self, news: News) -> None:
+        if news:
+            self._deliver(news)
 
     def _grow(self, job: Job, news: News) -> None:
         try:
@@ -210,6 +240,8 @@ class EngineLoop:
             self._growing.remove(job)
 
     def _tell(self, job: Job, news: News) -> None:
+        del self._untold[job]
+        self._held[job] = True
         try:
             deltas, is_finished = job.text.deltas(), job.text.is_finished
         except Exception as error:  # its text, its trouble

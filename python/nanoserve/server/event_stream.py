@@ -41,6 +41,7 @@ class EventStream(Response):
 
     Args:
         events: bytes of whole events; an ApiError it raises becomes the last one.
+        ending: asked once all of them are sent: what is still to come before the end.
         request_id: for that error.
         on_close: called once, however it ends.
     """
@@ -50,6 +51,7 @@ class EventStream(Response):
     def __init__(
         self,
         events: AsyncIterator[bytes],
+        ending: Callable[[], bytes],
         *,
         request_id: str,
         headers: Mapping[str, str],
@@ -57,7 +59,7 @@ class EventStream(Response):
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
-        self._events, self._request_id, self._on_close = events, request_id, on_close
+        self._events, self._ending, self._request_id, self._on_close = events, ending, request_id, on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = asyncio.ensure_future(self._write(send))
@@ -84,10 +86,10 @@ class EventStream(Response):
         try:
             async for data in self._events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
+            last = self._ending()
         except ApiError as error:
-            data = event(error.body(self._request_id))
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            last = event(error.body(self._request_id))
+        await send({"type": "http.response.body", "body": last + DONE, "more_body": False})
 
 
 async def disconnected(receive: Receive) -> None:

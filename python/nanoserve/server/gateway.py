@@ -55,17 +55,14 @@ class Gateway:
         self._with_engine: set[Job] = set()
         self._sequences = 0  # of those
         self._per_key: Counter[int] = Counter()
-        self._served: deque[tuple[float, int]] = deque(
-            maxlen=MAX_SERVED
-        )  # (when, tokens) of jobs that ended lately
+        self._served: deque[tuple[float, int]] = deque()  # (when, tokens) of jobs that ended lately
+        self._served_tokens = 0  # theirs
         self._idle = asyncio.Event()
         self._idle.set()
         self.is_draining = self.is_ready = False
-        self._unheard: list[Job] = []  # with news that may wait for the next telling
-        self._telling: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.on_engine_failure: Callable[[], None] = lambda: None
-        self.engine_loop = EngineLoop(engine, self._from_engine, snapshot, clock)
+        self.engine_loop = EngineLoop(engine, self._from_engine, snapshot, clock, settings.stream_interval_s)
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -90,13 +87,16 @@ class Gateway:
     def retry_after_s(self) -> int:
         """When there is likely room again: when half of what waits is served, at the last minute's rate."""
         now, served = self.clock(), self._served
-        while served and now - served[0][0] >= SERVED_S:
-            served.popleft()
-        recent = sum(tokens for _, tokens in served)
-        if not recent:
+        self._forget_served(now)
+        if not self._served_tokens:
             return 1
         seconds = SERVED_S if len(served) < MAX_SERVED else now - served[0][0]
-        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(seconds * self._queue.num_tokens / recent / 2)))
+        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(seconds * self._queue.num_tokens / self._served_tokens / 2)))
+
+    def _forget_served(self, now: float) -> None:
+        served = self._served
+        while served and (now - served[0][0] >= SERVED_S or len(served) > MAX_SERVED):
+            self._served_tokens -= served.popleft()[1]
 
     # ---- jobs
 
@@ -227,24 +227,11 @@ class Gateway:
                     job.fail(ApiError(500, "the engine failed on this request", "engine_error"))
                 self._end(job)
             elif job.state is JobState.RUNNING:
-                self.metrics.tokens(job, sum(len(delta.token_ids) for delta in what), now)
-                if job.push(what) or not self.settings.stream_interval_s:
-                    job.news.set()
-                else:
-                    self._unheard.append(job)
-        if self._unheard and self._telling is None:
-            assert self._loop is not None
-            self._telling = self._loop.call_later(self.settings.stream_interval_s, self._tell)
+                self.metrics.tokens(job, [len(delta.token_ids) for delta in what], now)
+                job.push(what)
         self._feed()
         if self.engine_loop.failure is not None:
             self.on_engine_failure()
-
-    def _tell(self) -> None:
-        """Wakes all streams that have something new: one timer for all of them."""
-        self._telling = None
-        for job in self._unheard:
-            job.news.set()
-        self._unheard.clear()
 
     def _end(self, job: Job) -> None:
         if job.state is JobState.ENDED:
@@ -260,15 +247,13 @@ class Gateway:
             del self._per_key[job.key]
         now = self.clock()
         if job.started_s is not None:
-            self._served.append(
-                (now, job.tokens if job.is_complete else job.prompt_tokens + job.output_tokens)
-            )
+            tokens = job.tokens if job.is_complete else job.prompt_tokens + job.output_tokens
+            self._served.append((now, tokens))
+            self._served_tokens += tokens
+            self._forget_served(now)
         self.metrics.ended(job, now)
         if not self._with_engine and not self._queue:
             self._idle.set()
-            if self._telling is not None:
-                self._telling.cancel()
-                self._tell()
         self._feed()
 
     def _queue_time_is_up(self, job: Job) -> None:

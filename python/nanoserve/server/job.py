@@ -1,7 +1,7 @@
 """Job: one prompt between the event loop, where its client waits, and the engine's thread, which computes it.
 
 It belongs to the event loop. The engine's thread touches `text` only, and hands what came of it over through `Gateway`.
-A client that reads slowly lets deltas pile up here, at most one per output token; the engine never waits for it.
+A client that reads slowly lets deltas pile up here, the engine never waits for it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ class Job:
         self.finish_reasons: list[str] = []
         self.timers: list[asyncio.TimerHandle] = []
         self._deltas: list[TextDelta] = []
-        self._has_told = False
         self.news = asyncio.Event() if news is None else news
 
     def take(self) -> list[TextDelta]:
@@ -77,17 +76,14 @@ class Job:
             raise self.failure
         return taken
 
-    def push(self, deltas: list[TextDelta]) -> bool:
-        """More of it; whether its client should hear of it at once, by `news`."""
-        is_urgent = not self._has_told
-        self._has_told = True
+    def push(self, deltas: list[TextDelta]) -> None:
+        """More of it."""
         self._deltas += deltas
         for delta in deltas:
             if delta.finish_reason is not None:
-                is_urgent = True
                 self.finish_reasons.append(delta.finish_reason)
-            self.is_complete = self.is_complete or delta.output is not None
-        return is_urgent
+                self.is_complete = self.is_complete or delta.output is not None
+        self.news.set()
 
     def fail(self, failure: ApiError) -> None:
         """Whoever takes from it gets this."""

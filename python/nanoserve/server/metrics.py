@@ -154,8 +154,9 @@ class Metrics:
         assert job.started_s is not None
         self.queued.observe(job.started_s - job.received_s)
 
-    def tokens(self, job: Job, count: int, now: float) -> None:
-        """A step gave a job tokens, one per sequence."""
+    def tokens(self, job: Job, counts: Sequence[int], now: float) -> None:
+        """A job got tokens, so many per sequence: those that were told together count as evenly apart."""
+        count, steps = sum(counts), max(counts)
         if not count:
             return
         job.output_tokens += count
@@ -165,7 +166,7 @@ class Metrics:
             self.prompt_tokens += job.prompt_tokens
             self.ttft.observe(now - job.accepted_s)
         else:
-            self.between.observe(now - job.last_token_s, count)
+            self.between.observe((now - job.last_token_s) / steps, count)
         job.last_token_s = now
 
     def ended(self, job: Job, now: float) -> None:

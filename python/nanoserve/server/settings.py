@@ -44,8 +44,9 @@ class ServerSettings:
         max_requests_per_key: waiting and running requests of one key.
         queue_timeout_s: longest wait for the engine; request_timeout_s: longest time in all. A request may ask for less.
         read_timeout_s: for a request to arrive whole. stall_timeout_s: how long a client may take next to nothing of its answer.
-        stream_interval_s: tokens of a stream that come sooner after each other are sent together, the first one and the last ones
-            at once; 0 sends each by itself. Waking a stream and writing to it costs more than the token.
+        stream_interval_s: for how long tokens of a stream may be kept to be sent together while many stream (with few, less);
+            0 sends each by itself. The first one and the last ones never wait. Waking a stream and writing to it costs more than
+            the token.
         keep_alive_s: how long a connection may be idle.
         drain_timeout_s: what running requests get to finish after SIGTERM.
         wedged_after_s: a step that takes longer makes the server unhealthy.
@@ -77,7 +78,7 @@ class ServerSettings:
     request_timeout_s: float = 600.0
     read_timeout_s: float = 30.0
     stall_timeout_s: float = 60.0
-    stream_interval_s: float = 0.02
+    stream_interval_s: float = 0.05
     keep_alive_s: float = 30.0
     drain_timeout_s: float = 30.0
     wedged_after_s: float = 60.0
