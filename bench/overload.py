@@ -11,9 +11,13 @@ the server's memory at the beginning and the end.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
+import re
+import selectors
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,74 +26,123 @@ from typing import Any
 import numpy as np
 
 from bench.run import RESULTS, commit, machine
-from bench.serving import percentile, requests, start_server
+from bench.serving import percentile, requests
 
 
-async def ask(port: int, body: bytes, path: str = "POST /v1/completions") -> int:
-    """The status of one request on a connection of its own, its answer read to the end; 0 if it was hung up on."""
-    try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+def start_server(model: str, options: list[str]) -> tuple[subprocess.Popen[str], int]:
+    """The process and its port."""
+    command = [sys.executable, "-m", "nanoserve", "serve", model, "--port", "0", "--no-access-log", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if found := re.search(r'"url": "http://127\.0\.0\.1:(\d+)"', line):
+            return process, int(found[1])
+    raise RuntimeError(f"the server ended with {process.wait()}")
+
+
+PROBE_S = 0.5
+
+
+class Client:
+    """One request over a connection of its own."""
+
+    def __init__(self, port: int, body: bytes, path: str = "POST /v1/completions") -> None:
+        self.began = time.perf_counter()
+        self.seconds = 0.0
+        self.status = 0  # 0: it was hung up on
+        self.path = path
+        self._begin = b""
         head = f"{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-        writer.write(head.encode() + body)
-        answer = await reader.read()
-        while more := await reader.read():
-            answer += more
-        writer.close()
-        return int(answer.split(b" ", 2)[1])
-    except (OSError, IndexError):
-        return 0
+        self.connection = socket.create_connection(("127.0.0.1", port))
+        self.connection.sendall(head.encode() + body)
+        self.connection.setblocking(False)
+
+    def receive(self) -> bool:
+        """Whether more is to come."""
+        try:
+            data = self.connection.recv(65536)
+        except OSError:
+            data = b""
+        self._begin += data[: 16 - len(self._begin)]
+        if not data:
+            self.seconds = time.perf_counter() - self.began
+            words = self._begin.split(b" ", 2)
+            self.status = int(words[1]) if len(words) > 2 else 0
+            self.connection.close()
+        return bool(data)
 
 
-async def arrivals(port: int, bodies: list[bytes], per_s: float, seconds: float) -> dict[str, Any]:
-    """Requests that arrive at a rate, each on its own."""
+class Clients:
+    """Many of them, in one thread, by epoll: what they cost is taken from the server's cores."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._selector = selectors.DefaultSelector()
+        self.num_open = 0
+
+    def ask(self, body: bytes, path: str = "POST /v1/completions") -> None:
+        client = Client(self._port, body, path)
+        self._selector.register(client.connection, selectors.EVENT_READ, client)
+        self.num_open += 1
+
+    def ended(self, timeout: float) -> list[Client]:
+        """Those whose answers are there, after at most so many seconds."""
+        done = []
+        for key, _ in self._selector.select(timeout) if self.num_open else ():
+            if not key.data.receive():
+                self._selector.unregister(key.fileobj)
+                self.num_open -= 1
+                done.append(key.data)
+        if not self.num_open:
+            time.sleep(max(0.0, min(timeout, 0.001)))
+        return done
+
+
+def arrivals(port: int, bodies: list[bytes], per_s: float, seconds: float) -> dict[str, Any]:
+    """Requests that arrive at a rate, whatever becomes of those before them."""
     rng = np.random.default_rng(0)
     taken: list[float] = []
     statuses: Counter[int] = Counter()
-    unhealthy = 0
-    running: set[asyncio.Task[None]] = set()
-
-    async def one(body: bytes) -> None:
-        begin = time.perf_counter()
-        status = await ask(port, body)
-        statuses[status] += 1
-        if status == 200:
-            taken.append(time.perf_counter() - begin)
-
-    async def watch() -> None:
-        nonlocal unhealthy
-        while True:
-            unhealthy += await ask(port, b"", "GET /health") != 200
-            await asyncio.sleep(0.5)
-
-    watcher = asyncio.create_task(watch())
-    until, at, number = time.perf_counter() + seconds, time.perf_counter(), 0
-    while at < until:
-        await asyncio.sleep(max(0.0, at - time.perf_counter()))
-        task = asyncio.create_task(one(bodies[number % len(bodies)]))
-        running.add(task)
-        task.add_done_callback(running.discard)
-        at += rng.exponential(1 / per_s)
-        number += 1
-    await asyncio.gather(*running)
-    watcher.cancel()
+    unhealthy = number = 0
+    clients = Clients(port)
+    now = at = probe = time.perf_counter()
+    until = now + seconds
+    while at < until or clients.num_open:
+        now = time.perf_counter()
+        while at <= now and at < until:
+            clients.ask(bodies[number % len(bodies)])
+            number += 1
+            at += rng.exponential(1 / per_s)
+        if probe <= now < until:
+            clients.ask(b"", "GET /health")
+            probe = now + PROBE_S
+        for client in clients.ended(max(0.0, at - now) if at < until else 1.0):
+            if client.path == "GET /health":
+                unhealthy += client.status != 200
+                continue
+            statuses[client.status] += 1
+            if client.status == 200:
+                taken.append(client.seconds)
     return {
         "arrivals": number, "per_s": per_s, "statuses": dict(sorted(statuses.items())), "unhealthy_probes": unhealthy,
         "p50_s": percentile(taken, 0.5), "p99_s": percentile(taken, 0.99), "served_per_s": len(taken) / seconds,
     }  # fmt: skip
 
 
-async def capacity(port: int, bodies: list[bytes], clients: int, seconds: float) -> float:
+def capacity(port: int, bodies: list[bytes], at_once: int, seconds: float) -> float:
     """Requests per second with always so many at once."""
-    done = 0
+    done = number = 0
     until = time.perf_counter() + seconds
-
-    async def one(number: int) -> None:
-        nonlocal done
-        while time.perf_counter() < until:
-            assert await ask(port, bodies[number]) == 200
+    clients = Clients(port)
+    while time.perf_counter() < until:
+        while clients.num_open < at_once:
+            clients.ask(bodies[number % len(bodies)])
+            number += 1
+        for client in clients.ended(1.0):
+            assert client.status == 200, client.status
             done += 1
-
-    await asyncio.gather(*(one(number) for number in range(clients)))
+    while clients.num_open:
+        clients.ended(1.0)
     return done / seconds
 
 
@@ -123,12 +176,12 @@ def main() -> None:
         arguments.model, ["--max-num-seqs", "16", "--max-queue", "16", "--kv-cache", "512MiB"]
     )
     try:
-        most = asyncio.run(capacity(port, bodies, 16, 10))
-        calm = asyncio.run(arrivals(port, bodies, most / 2, min(20.0, arguments.seconds)))
+        most = capacity(port, bodies, 16, 10)
+        calm = arrivals(port, bodies, most / 2, min(20.0, arguments.seconds))
         before = resident(server.pid)
-        storm = asyncio.run(arrivals(port, bodies, arguments.times * most, arguments.seconds))
+        storm = arrivals(port, bodies, arguments.times * most, arguments.seconds)
         after = resident(server.pid)
-        again = asyncio.run(arrivals(port, bodies, most / 2, min(20.0, arguments.seconds)))
+        again = arrivals(port, bodies, most / 2, min(20.0, arguments.seconds))
     finally:
         server.send_signal(signal.SIGTERM)
         ended = server.wait(60)

@@ -102,6 +102,15 @@ def test_a_key_has_its_share_and_no_more(locked: Running) -> None:
     refused = locked.post("/v1/completions", long, headers={"Authorization": "Bearer alice-secret"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "concurrency_limit")
     assert int(refused.headers["retry-after"]) >= 1
+    with connect(locked) as unread:  # refusing costs little: nobody waits for the body, or reads it
+        head, _, body = request_bytes(long).partition(b"\r\n\r\n")
+        unread.sendall(head.replace(b"Host:", b"Authorization: Bearer alice-secret\r\nHost:") + b"\r\n\r\n")
+        assert unread.recv(4096).startswith(b"HTTP/1.1 429 ")
+        unread.sendall(body + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        received = b""
+        while b'"status":' not in received:
+            received += unread.recv(4096)
+        assert b"HTTP/1.1 200 OK" in received
     other = locked.post(
         "/v1/completions", {**long, "max_tokens": 2}, headers={"Authorization": "Bearer bob-secret-2"}
     )

@@ -36,7 +36,7 @@ SERVER = (
     Option("read_timeout_s", ("--read-timeout",), float, _TIMES, "SECONDS", "For a request to arrive whole.", "30"),
     Option("stall_timeout_s", ("--stall-timeout",), float, _TIMES, "SECONDS", "How long a client may take nothing of its answer.", "60"),
     Option("stream_interval_s", ("--stream-interval",), float, _TIMES, "SECONDS",
-           "How long tokens may be kept to be sent together while many stream; 0 sends each by itself.", "0.05"),
+           "How long tokens may be kept to be sent together while many stream; 0 sends each by itself.", "0.1"),
     Option("keep_alive_s", ("--keep-alive",), float, _TIMES, "SECONDS", "How long a connection may be idle.", "30"),
     Option("drain_timeout_s", ("--drain-timeout",), float, _TIMES, "SECONDS", "What running requests get after SIGTERM.", "30"),
     Option("wedged_after_s", ("--wedged-after",), float, _TIMES, "SECONDS", "A longer step makes the server unhealthy.", "60"),

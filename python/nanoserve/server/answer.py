@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
 from nanoserve.outputs import TextDelta
 from nanoserve.server.call import Call
-from nanoserve.server.errors import ApiError
 from nanoserve.server.event_stream import event
 from nanoserve.server.parameters import SamplingFields
 from nanoserve.server.token_text import prompt_logprobs
 from nanoserve.text_request import AnyTokenizer
-
-_log = logging.getLogger("nanoserve.server")
 
 
 class Answer:
@@ -60,16 +56,6 @@ class Answer:
             "total_tokens": made.prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": made.cached_tokens},
         }
-
-    async def checked_news(self) -> AsyncIterator[list[tuple[int, TextDelta]]]:
-        """The call's news; a sequence that failed inside fails the call, and the log says why."""
-        async for news in self.call.news():
-            for at, delta in news:
-                if delta.finish_reason == "error":
-                    request = self.call.jobs[at].text.requests[delta.index]
-                    _log.error("%s: %s", self._id, request.error)
-                    raise ApiError(500, "the engine failed on this request", "engine_error")
-            yield news
 
     def stop_reason(self, at: int, delta: TextDelta) -> int | str | None:
         """The stop string or token that ended a sequence, as vLLM tells it."""

@@ -28,6 +28,10 @@ from nanoserve.server.service import Caller, Service
 
 IGNORED = "X-Nanoserve-Ignored"
 MAX_IGNORED_BYTES = 2048
+_GENERATING: dict[str, type[CompletionRequest] | type[ChatRequest]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+}
 _PAGE = {
     "/": ("index.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
@@ -82,8 +86,8 @@ def build_app(service: Service, metrics: Metrics, health: Health) -> Guard:
                 raise ClientGone
             return JSONResponse(whole, headers=headers)
 
-    generating("/v1/completions", CompletionRequest)
-    generating("/v1/chat/completions", ChatRequest)
+    for path, model in _GENERATING.items():
+        generating(path, model)
 
     @app.get("/v1/models")
     async def _() -> dict[str, Any]:
@@ -184,7 +188,7 @@ def build_app(service: Service, metrics: Metrics, health: Health) -> Guard:
         )
         return error_response(made, request.state.request_id)
 
-    return Guard(app, settings, metrics)
+    return Guard(app, settings, metrics, doors=dict.fromkeys(_GENERATING, service.gateway.check_open))
 
 
 def _close(answer: Answer, about: dict[str, Any]) -> None:

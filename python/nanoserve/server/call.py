@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 
 from nanoserve.outputs import RequestOutput, TextDelta, Usage
+from nanoserve.server.errors import ApiError
 from nanoserve.server.gateway import Gateway
 from nanoserve.server.job import Job
+
+_log = logging.getLogger("nanoserve.server")
 
 
 class Call:
@@ -28,7 +32,11 @@ class Call:
             self._gateway.cancel(job)
 
     async def news(self) -> AsyncIterator[list[tuple[int, TextDelta]]]:
-        """(number of the prompt, what is new of it), as it comes; raises ApiError if one fails."""
+        """(number of the prompt, what is new of it), as it comes.
+
+        Raises:
+            ApiError: one failed; of a sequence that failed inside the engine, the log says why.
+        """
         left = len(self.jobs)
         while left:
             if all(job.failure is None for job in self.jobs):  # what came before a failure is told before it
@@ -36,6 +44,10 @@ class Call:
             self._news.clear()
             new = [(at, delta) for at, job in enumerate(self.jobs) for delta in job.take()]
             for at, delta in new:
+                if delta.finish_reason == "error":
+                    failed = self.jobs[at].text.requests[delta.index]
+                    _log.error("request %s failed in the engine: %s", failed.req_id, failed.error)
+                    raise ApiError(500, "the engine failed on this request", "engine_error")
                 if delta.output is not None:
                     self.outputs[at] = delta.output
                     left -= 1

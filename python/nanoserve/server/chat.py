@@ -74,7 +74,7 @@ class ChatAnswer(Answer):
     async def events(self) -> AsyncIterator[bytes]:
         head = json.dumps(self.head(), separators=(",", ":"))[:-1].encode()
         begun: set[int] = set()
-        async for news in self.checked_news():
+        async for news in self.call.news():
             out = []
             for at, delta in news:
                 index = delta.index
@@ -115,7 +115,7 @@ class ChatAnswer(Answer):
     async def whole(self) -> dict[str, Any]:
         endings: dict[int, dict[str, Any]] = {}
         logprobs: list[list[dict[str, Any]]] = [[] for _ in self._choices]
-        async for news in self.checked_news():
+        async for news in self.call.news():
             for at, delta in news:
                 choice = self._choices[delta.index]
                 choice.push(delta)

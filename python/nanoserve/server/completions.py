@@ -89,7 +89,7 @@ class CompletionAnswer(Answer):
 
     async def events(self) -> AsyncIterator[bytes]:
         head = json.dumps(self.head(), separators=(",", ":"))[:-1].encode()
-        async for news in self.checked_news():
+        async for news in self.call.news():
             out = []
             for at, delta in news:
                 if self._plain and delta.finish_reason is None:
@@ -109,7 +109,7 @@ class CompletionAnswer(Answer):
                 yield b"".join(out)
 
     async def whole(self) -> dict[str, Any]:
-        async for news in self.checked_news():
+        async for news in self.call.news():
             for at, delta in news:
                 choice = self._push(at, delta)
                 if delta.finish_reason is not None:

@@ -29,7 +29,7 @@ from nanoserve.server.job import Job
 
 _log = logging.getLogger("nanoserve.server")
 SNAPSHOT_EVERY_S = 0.2
-INTERVAL_PER_JOB_S = 0.0015  # telling a job something costs a fortieth of this
+INTERVAL_PER_JOB_S = 0.002  # telling a job something takes about a fiftieth of this
 
 News = list[tuple[Job, "list[TextDelta] | Gone"]]
 
@@ -64,7 +64,9 @@ class EngineLoop:
         self._engine, self._deliver, self._clock, self._interval_s = engine, deliver, clock, interval_s
         self._take_snapshot = snapshot or (lambda engine: engine.get_stats())
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._held: dict[Job, bool] = {}  # submitted and not Gone, in their order; whether tokens of it were told
+        self._held: dict[
+            Job, bool
+        ] = {}  # submitted and not Gone, in their order; whether tokens of it were told
         self._untold: dict[Job, None] = {}  # with tokens that are still to be told
         self._told_s = clock()
         self._jobs: dict[int | str, Job] = {}  # by live request

@@ -1,5 +1,6 @@
 """Gateway: what is let in, who waits, what reaches the engine, and how everything ends. Lives in the event loop.
 
+    check_open    before a request is read: whether any would be let in now
     open(jobs)    admits all, or says 400, 429 or 503 with the numbers; from then on each ends exactly once, in `_end`
     cancel(job)   its client is gone, or its time is up (408 where the request had set it, else 503 or 504): from every state,
                   within one step
@@ -91,7 +92,9 @@ class Gateway:
         if not self._served_tokens:
             return 1
         seconds = SERVED_S if len(served) < MAX_SERVED else now - served[0][0]
-        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(seconds * self._queue.num_tokens / self._served_tokens / 2)))
+        return max(
+            1, min(MAX_RETRY_AFTER_S, math.ceil(seconds * self._queue.num_tokens / self._served_tokens / 2))
+        )
 
     def _forget_served(self, now: float) -> None:
         served = self._served
@@ -122,37 +125,63 @@ class Gateway:
         self._idle.clear()
         self._feed()
 
+    def check_open(self, key: int) -> None:
+        """Refuses what could not be let in now whatever it is, before anybody reads it: refusing must cost little when there
+        is most of it to do.
+
+        Raises:
+            ApiError: 503 while shutting down or wedged, 429 when the queue or the key's share is full.
+        """
+        settings, waiting = self.settings, self._queue
+        if self.is_draining:
+            raise ApiError(503, "the server is shutting down", "shutting_down", headers=self._retry())
+        if not self.is_ready or self.is_wedged:
+            raise ApiError(503, "the engine is not ready", "not_ready", headers=self._retry())
+        if waiting and waiting.num_jobs >= settings.max_queue_requests:
+            raise self._full_of_requests()
+        if waiting and waiting.num_tokens >= settings.max_queue_tokens:
+            raise self._full(
+                f"requests of {waiting.num_tokens} tokens wait, at most {settings.max_queue_tokens} may"
+            )
+        self._check_share(key, 1)
+
     def _check_room(self, jobs: Sequence[Job]) -> None:
         settings, waiting = self.settings, self._queue
-        retry = {"Retry-After": str(self.retry_after_s())}
-        if self.is_draining:
-            raise ApiError(503, "the server is shutting down", "shutting_down", headers=retry)
-        if not self.is_ready or self.is_wedged:
-            raise ApiError(503, "the engine is not ready", "not_ready", headers=retry)
-        key, most = jobs[0].key, settings.max_requests_per_key
-        if len(jobs) > most:
-            raise self._never(f"{len(jobs)} prompts, at most {most} requests of a key may wait and run")
+        if len(jobs) > settings.max_requests_per_key:
+            raise self._never(
+                f"{len(jobs)} prompts, at most {settings.max_requests_per_key} requests of a key may wait and run"
+            )
         if len(self._left_over(jobs, 0)) > settings.max_queue_requests:
             raise self._never(f"{len(jobs)} prompts, at most {settings.max_queue_requests} requests may wait")
+        self.check_open(jobs[0].key)
         left = jobs if waiting else self._left_over(jobs, self._sequences)
         tokens = sum(job.tokens for job in left)
-        full = None
         if waiting.num_jobs + len(left) > settings.max_queue_requests:
-            full = f"queue: {waiting.num_jobs} requests wait, at most {settings.max_queue_requests} may"
-        elif waiting and waiting.num_tokens + tokens > settings.max_queue_tokens:
-            full = (
-                f"queue: requests of {waiting.num_tokens} tokens wait, this one has {tokens}, at most "
+            raise self._full_of_requests()
+        if waiting and waiting.num_tokens + tokens > settings.max_queue_tokens:
+            raise self._full(
+                f"requests of {waiting.num_tokens} tokens wait, this one has {tokens}, at most "
                 f"{settings.max_queue_tokens} may"
             )
-        if full is not None:
-            self.metrics.refused("queue_full")
-            raise ApiError(429, full, "queue_full", headers=retry)
-        if self._per_key[key] + len(jobs) > most:
+        self._check_share(jobs[0].key, len(jobs))
+
+    def _check_share(self, key: int, more: int) -> None:
+        most = self.settings.max_requests_per_key
+        if self._per_key[key] + more > most:
             self.metrics.refused("key_limit")
-            raise ApiError(
-                429, f"requests: {self._per_key[key]} of this key are waiting or running, at most {most} may", "concurrency_limit",
-                headers=retry,
-            )  # fmt: skip
+            why = f"requests: {self._per_key[key]} of this key are waiting or running, at most {most} may"
+            raise ApiError(429, why, "concurrency_limit", headers=self._retry())
+
+    def _full_of_requests(self) -> ApiError:
+        most = self.settings.max_queue_requests
+        return self._full(f"{self._queue.num_jobs} requests wait, at most {most} may")
+
+    def _full(self, why: str) -> ApiError:
+        self.metrics.refused("queue_full")
+        return ApiError(429, f"queue: {why}", "queue_full", headers=self._retry())
+
+    def _retry(self) -> dict[str, str]:
+        return {"Retry-After": str(self.retry_after_s())}
 
     def _never(self, why: str) -> ApiError:
         return ApiError(400, f"prompt: {why}", "invalid_value", "prompt")
@@ -261,8 +290,7 @@ class Gateway:
             self.metrics.refused("queue_timeout")
             status = 408 if job.queue_timeout_s < self.settings.queue_timeout_s else 503
             why = f"queue_timeout: it waited {job.queue_timeout_s:g} s for the engine"
-            retry = {"Retry-After": str(self.retry_after_s())}
-            self.cancel(job, ApiError(status, why, "queue_timeout", headers=retry))
+            self.cancel(job, ApiError(status, why, "queue_timeout", headers=self._retry()))
 
     def _time_is_up(self, job: Job) -> None:
         status = 408 if job.timeout_s < self.settings.request_timeout_s else 504

@@ -4,6 +4,7 @@
     the Host header is a name of this server (a page of somebody else's cannot reach it by a name of its own: DNS rebinding);
         of health checks it is not asked: whoever probes does so by address
     a key, compared in constant time, on every route but the health checks
+    on some routes, that there is room for it now, whatever it is
     one line in the access log and one count when it ends
 
 Denying is the default: a route that is added is guarded, whatever it is.
@@ -16,7 +17,7 @@ import hmac
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -36,7 +37,11 @@ _log = logging.getLogger("nanoserve.server")
 
 
 class Guard:
-    """Wraps an ASGI application."""
+    """Wraps an ASGI application.
+
+    Args:
+        doors: by path, called with the key's number before the request is read; refuses by raising ApiError.
+    """
 
     def __init__(
         self,
@@ -44,7 +49,9 @@ class Guard:
         settings: ServerSettings,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        doors: Mapping[str, Callable[[int], None]] | None = None,
     ) -> None:
+        self._doors = dict(doors or {})
         self._app, self._settings, self._metrics, self._clock = app, settings, metrics, clock
         # Digests have one length, so comparing takes the same time whatever was sent.
         self._keys = [(_digest(key.secret), key.name) for key in settings.api_keys]
@@ -85,6 +92,9 @@ class Guard:
         try:
             try:
                 self._admit(scope)
+                if scope["path"] in self._doors and scope["method"] == "POST":
+                    state["route"] = scope["path"]
+                    self._doors[scope["path"]](state["key"])
                 await self._app(scope, receive, send_with_id)
             except ApiError as error:
                 if status:

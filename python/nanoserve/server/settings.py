@@ -78,7 +78,7 @@ class ServerSettings:
     request_timeout_s: float = 600.0
     read_timeout_s: float = 30.0
     stall_timeout_s: float = 60.0
-    stream_interval_s: float = 0.05
+    stream_interval_s: float = 0.1
     keep_alive_s: float = 30.0
     drain_timeout_s: float = 30.0
     wedged_after_s: float = 60.0
