@@ -124,7 +124,7 @@ def arrivals(port: int, bodies: list[bytes], per_s: float, seconds: float) -> di
             if client.status == 200:
                 taken.append(client.seconds)
     return {
-        "arrivals": number, "per_s": per_s, "statuses": dict(sorted(statuses.items())), "unhealthy_probes": unhealthy,
+        "arrivals": number, "per_s": per_s, "seconds": seconds, "statuses": dict(sorted(statuses.items())), "unhealthy_probes": unhealthy,
         "p50_s": percentile(taken, 0.5), "p99_s": percentile(taken, 0.99), "served_per_s": len(taken) / seconds,
     }  # fmt: skip
 

@@ -150,6 +150,31 @@ def serving_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def overload_table(results: dict[str, Any]) -> str:
+    """A server that is asked for more than it can do, Markdown."""
+    lines = [
+        f"| {results['model']}, {results['capacity_per_s']:.0f} requests/s at most | arrivals/s | for | answered 200 | 429 | otherwise | p50, p99 of those answered 200 | /health not 200 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, phase in (
+        ("half of that", "half"),
+        (f"{results['times']:g} times that", "overload"),
+        ("half again", "half_again"),
+    ):
+        one = results[phase]
+        counts = one["statuses"]
+        other = sum(count for status, count in counts.items() if status not in ("200", "429"))
+        lines.append(
+            f"| {name} | {one['per_s']:.0f} | {one['seconds']:.0f} s | {counts.get('200', 0):,} | {counts.get('429', 0):,} | {other:,} "
+            f"| {one['p50_s']:.2f}, {one['p99_s']:.2f} s | {one['unhealthy_probes']} |"
+        )
+    before, after = results["resident_before_bytes"], results["resident_after_bytes"]
+    return (
+        "\n".join(lines)
+        + f"\n\nMemory of the server before and after the overload: {megabytes(before)}, {megabytes(after)}.\n"
+    )
+
+
 def partition_table(results: dict[str, Any]) -> str:
     """How busy threads are that share a step, Markdown."""
     models = results["models"]
@@ -173,6 +198,7 @@ BLOCKS = {
     "precision": ("precision.json", precision_table),
     "partition": ("partition.json", partition_table),
     "serving": ("serving.json", serving_table),
+    "overload": ("overload.json", overload_table),
 }
 
 

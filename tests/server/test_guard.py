@@ -274,8 +274,11 @@ def test_answers_have_no_cors(served: Running) -> None:
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-def test_the_state_of_the_engine_has_no_text(served: Running) -> None:
+def test_the_state_of_the_engine_has_no_text(start: Callable[..., Running]) -> None:
+    served = start()
     served.complete(prompt="a very secret prompt indeed, long enough for pages", max_tokens=2)
+    assert "view" not in served.server.gateway.engine_loop.snapshot  # nobody looks, so nothing is drawn
+    wait_for(lambda: "pages" in served.client.get("/engine/state").json())
     state = served.client.get("/engine/state").json()
     assert len(state["pages"]) <= 4096
     assert state["num_pages"] == served.engine.kv_pool.num_pages

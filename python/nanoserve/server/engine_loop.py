@@ -92,10 +92,14 @@ class EngineLoop:
         """Idempotent; the job's end is delivered once."""
         self._commands.put(lambda: self._cancel(job))
 
+    def refresh(self) -> None:
+        """A new snapshot soon, even if there is nothing to do."""
+        self._commands.put(lambda: None)
+
     def stop(self, timeout_s: float = 5.0) -> bool:
         """Ends the thread after its step; whether it did in time."""
         self._stopping = True
-        self._commands.put(lambda: None)
+        self.refresh()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from nanoserve.server.engine_view import EngineView
 from nanoserve.server.gateway import Gateway
 
 
 class Health:
     """Live while it answers; ready while the engine makes progress and new requests are let in."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    def __init__(self, gateway: Gateway, view: EngineView) -> None:
+        self._gateway, self._view = gateway, view
 
     def report(self) -> tuple[int, dict[str, Any]]:
         """(status, body)."""
@@ -43,8 +44,10 @@ class Health:
         }
 
     def engine_state(self) -> dict[str, Any]:
-        """For the page: numbers and shapes, never text."""
+        """For the page: numbers and shapes, never text. Who looks for the first time sees the engine the next time."""
         gateway = self._gateway
+        self._view.watch()
+        gateway.engine_loop.refresh()
         return {
             "running": gateway.num_running, "waiting": gateway.num_waiting, "steps": gateway.engine_loop.steps,
             **self._progress(), **gateway.engine_loop.snapshot.get("view", {}),

@@ -53,9 +53,10 @@ class Server:
         self.settings = settings
         self._on_listening = on_listening
         self.metrics = Metrics()
-        self.gateway = Gateway(llm.engine, settings, self.metrics, EngineView(settings.page))
+        view = EngineView(settings.page)
+        self.gateway = Gateway(llm.engine, settings, self.metrics, view)
         self.gateway.on_engine_failure = self.stop
-        self.health = Health(self.gateway)
+        self.health = Health(self.gateway, view)
         self.metrics.gauges = self.health.gauges
         self.service = Service(llm, self.gateway, settings, settings.model_name or llm.directory.name)
         self.app: Guard = build_app(self.service, self.metrics, self.health)

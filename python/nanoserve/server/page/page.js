@@ -215,7 +215,7 @@ async function look() {
         const state = await answer.json();
         say("ready");
         $("counts").textContent = `${state.running} running, ${state.waiting} waiting, ${state.steps} steps`;
-        for (const draw of [drawPages, drawTree, drawTimeline, listRequests]) draw(state);
+        if (state.pages) for (const draw of [drawPages, drawTree, drawTimeline, listRequests]) draw(state);
       } else say(`engine: ${answer.status}`, true);
     } catch {
       say("no answer", true);
