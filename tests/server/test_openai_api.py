@@ -402,6 +402,29 @@ def test_what_clients_send_by_default_passes(served: Running) -> None:
     assert made.headers["x-nanoserve-ignored"] == "metadata, prompt_cache_key"
 
 
+def test_what_frameworks_add_to_tools_passes(served: Running) -> None:
+    """As LangChain's with_structured_output sends it."""
+    schema = {
+        "type": "object",
+        "properties": {"x": {"const": 1}},
+        "required": ["x"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "P", "description": "", "parameters": schema}}
+    made = served.post(
+        "/v1/chat/completions",
+        {
+            "model": "tiny", "messages": HELLO, "tools": [tool], "tool_choice": {"type": "function", "function": {"name": "P"}},
+            "parallel_tool_calls": False, "max_completion_tokens": 300, "stream": False, "temperature": 0,
+            "logit_bias": {"32": -100, "10": -100},
+        },
+    )  # fmt: skip
+    assert made.status_code == 200, made.text
+    (call,) = made.json()["choices"][0]["message"]["tool_calls"]
+    assert call["function"] == {"name": "P", "arguments": '{"x": 1}'}
+    assert made.json()["choices"][0]["finish_reason"] == "tool_calls"
+
+
 def test_a_calls_sequences_and_log_probabilities_are_bounded(served: Running) -> None:
     answer = served.post("/v1/completions", {"model": "tiny", "prompt": ["a"] * 32, "n": 16, "max_tokens": 1})
     assert answer.status_code == 400

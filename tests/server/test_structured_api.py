@@ -12,6 +12,10 @@ import pytest
 from tests.server.conftest import Running
 from tests.support.random_schemas import random_schema
 
+from nanoserve.outputs import TextDelta
+from nanoserve.server.chat import Choice
+from nanoserve.server.tool_calls import HERMES
+
 ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Go"}], "max_tokens": 300}
 POINT = {
     "type": "object",
@@ -88,6 +92,36 @@ def test_a_schema_that_cannot_be_is_refused_and_harms_nobody(
     assert words in error["message"]
     assert error["param"].startswith("response_format.json_schema.schema")
     assert chat(served, max_tokens=2)
+
+
+def test_one_call_at_most_where_that_is_asked_for(served: Running) -> None:
+    """A call is short where white space is unlikely, and another one follows where ending is unlikelier still."""
+    counts: dict[bool, set[int]] = {True: set(), False: set()}
+    for seed in range(6):
+        for parallel in counts:
+            asked = {
+                **ASK, "tools": TOOLS[1:], "tool_choice": "required", "parallel_tool_calls": parallel, "seed": seed, "temperature": 1.0,
+                "logit_bias": {"32": -100, "10": -90, "9": -100, "13": -100, "0": -100},
+            }  # fmt: skip
+            (choice,) = served.post("/v1/chat/completions", asked).json()["choices"]
+            counts[parallel].add(len(choice["message"].get("tool_calls") or []))
+            assert parallel or choice["finish_reason"] == "tool_calls"  # and nothing after it is computed
+    assert counts[False] == {1}
+    assert max(counts[True]) > 1
+
+
+def test_calls_beyond_the_first_are_left_out() -> None:
+    text = "".join(f'<tool_call>{{"name": "f", "arguments": {{"x": {x}}}}}</tool_call>\n' for x in range(3))
+    for most, expected in ((None, 3), (1, 1)):
+        choice = Choice(0, HERMES, most)
+        pieces = [choice.push(TextDelta(0, piece)) for piece in text]
+        pieces.append(choice.push(TextDelta(0, "", finish_reason="stop")))
+        told = [call for piece in pieces for call in piece.get("tool_calls", ())]
+        assert [json.loads(call["function"]["arguments"]) for call in told] == [
+            {"x": x} for x in range(expected)
+        ]
+        assert len(choice.message["tool_calls"]) == expected
+        assert choice.reason("stop") == "tool_calls"
 
 
 @pytest.mark.parametrize(

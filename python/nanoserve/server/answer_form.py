@@ -89,7 +89,8 @@ def tools_of(
                     "tool_choice",
                 )
         try:
-            tagged = forced_calls(known, functions, several=not isinstance(choice, NamedTool))
+            several = not isinstance(choice, NamedTool) and request.parallel_tool_calls is not False
+            tagged = forced_calls(known, functions, several)
             more["structured_outputs"] = StructuredOutputs(tagged=tagged)
         except ValueError as error:
             raise bad_request(error, {"structured_outputs.tagged.json": "tools"}) from error

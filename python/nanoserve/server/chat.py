@@ -15,11 +15,11 @@ from nanoserve.server.token_text import chat_logprobs
 from nanoserve.server.tool_calls import ToolCall, ToolCallParser, ToolFormat
 
 
-class _Choice:
-    """One sequence as it grows: the deltas of its events, and what they add up to."""
+class Choice:
+    """One sequence as it grows: the deltas of its events, and what they add up to; calls beyond `max_calls` are left out."""
 
-    def __init__(self, index: int, form: ToolFormat | None) -> None:
-        self.index = index
+    def __init__(self, index: int, form: ToolFormat | None, max_calls: int | None) -> None:
+        self.index, self._max_calls = index, max_calls
         self._parser = None if form is None else ToolCallParser(form)
         self.content = ""
         self.calls: list[dict[str, Any]] = []
@@ -35,6 +35,8 @@ class _Choice:
         made: dict[str, Any] = {}
         for part in parts:
             if isinstance(part, ToolCall):
+                if len(self.calls) == self._max_calls:
+                    continue
                 call = {
                     "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
                     "function": {"name": part.name, "arguments": part.arguments},
@@ -66,7 +68,8 @@ class ChatAnswer(Answer):
 
     def __init__(self, request: ChatRequest, form: ToolFormat | None, **common: Any) -> None:
         super().__init__(request, **common)
-        self._choices = [_Choice(index, form) for index in range(request.n or 1)]
+        max_calls = 1 if request.parallel_tool_calls is False else None
+        self._choices = [Choice(index, form, max_calls) for index in range(request.n or 1)]
         self._logprobs = bool(request.logprobs)
         self._plain = form is None and not self._logprobs and not request.return_token_ids
         self.kind = "chat.completion.chunk" if request.stream else "chat.completion"

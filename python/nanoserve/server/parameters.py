@@ -154,6 +154,7 @@ class ChatRequest(SamplingFields):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = Field(None, description="false: a message has one call at most.")
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, max_length=64, description="Variables of the template."
     )
@@ -190,7 +191,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "web_search_options": (_NO, _NOT_YET),
     "functions": (_NO, "use tools"),
     "function_call": ((None, "none"), "use tool_choice"),
-    "parallel_tool_calls": ((None, True), "a model may always call several tools"),
     "store": ((None, False), "nothing is kept"),
     "service_tier": ((None, "auto", "default"), "there is one tier"),
     "cache_salt": (_NO, "the server decides who shares a cache"),
