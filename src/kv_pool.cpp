@@ -5,6 +5,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "arena.h"
 #include "checked.h"
 #include "errors.h"
 #include "page_table.h"
@@ -16,8 +17,8 @@ namespace {
 // Kernels may read one vector past the last element of the last page; those bytes must be mapped.
 constexpr std::int64_t kSlackBytes = 256;
 
-// Every dimension checked first.
-std::int64_t arena_bytes(const PoolShape& shape) {
+// Every dimension checked.
+std::int64_t checked_bytes(const PoolShape& shape) {
     require_at_least("num_pages", shape.num_pages, 1);
     require_at_least("page_size", shape.page_size, 1);
     require_at_least("num_layers", shape.num_layers, 1);
@@ -45,8 +46,41 @@ std::int64_t arena_bytes(const PoolShape& shape) {
             }
         }
     }
-    return round_up(bytes + kSlackBytes, 64);
+    return bytes;
 }
+
+class HostPages final : public PageMemory {
+  public:
+    explicit HostPages(const PoolShape& shape)
+        : shape_(shape),
+          page_bytes_(2 * shape.num_heads * shape.head_dim * shape.page_size * element_bytes(shape.element)),
+          arena_("the KV arena", round_up(checked_bytes(shape) + kSlackBytes, 64)) {}
+
+    [[nodiscard]] std::int64_t num_bytes() const override { return arena_.num_bytes(); }
+    [[nodiscard]] std::byte* host() const override { return arena_.data(); }
+    bool populate() override { return arena_.populate(); }
+
+    void copy_page(std::int64_t from, std::int64_t to) override {
+        for (std::int64_t layer = 0; layer < shape_.num_layers; ++layer) {
+            std::copy_n(at_page(layer, from), page_bytes_, at_page(layer, to));
+        }
+    }
+
+    void scrub_page(std::int64_t page) override {
+        for (std::int64_t layer = 0; layer < shape_.num_layers; ++layer) {
+            std::fill_n(at_page(layer, page), page_bytes_, std::byte{0});
+        }
+    }
+
+  private:
+    [[nodiscard]] std::byte* at_page(std::int64_t layer, std::int64_t page) const {
+        return arena_.data() + (layer * shape_.num_pages + page) * page_bytes_;
+    }
+
+    const PoolShape shape_;
+    const std::int64_t page_bytes_;  // of one layer
+    const Arena arena_;
+};
 
 // Rounded to nearest, ties to even; a NaN stays one.
 std::uint16_t to_bf16(float value) {
@@ -102,8 +136,14 @@ ElementType element_from_name(std::string_view name) {
     throw std::invalid_argument("element '" + std::string(name) + "' must be f32 or bf16");
 }
 
-KVCachePool::KVCachePool(const PoolShape& shape)
-    : shape_(shape), arena_("the KV arena", arena_bytes(shape)), refs_(shape.num_pages) {}
+KVCachePool::KVCachePool(const PoolShape& shape) : KVCachePool(shape, std::make_unique<HostPages>(shape)) {}
+
+KVCachePool::KVCachePool(const PoolShape& shape, std::unique_ptr<PageMemory> memory)
+    : shape_(shape), memory_(std::move(memory)), refs_(shape.num_pages) {
+    if (memory_ == nullptr || memory_->num_bytes() < checked_bytes(shape)) {
+        throw std::invalid_argument("a KV pool's memory is smaller than its pages");
+    }
+}
 
 std::int64_t KVCachePool::head_bytes() const {
     return shape_.head_dim * shape_.page_size * element_bytes(shape_.element);
@@ -144,7 +184,11 @@ std::byte* KVCachePool::k_layer(std::int64_t layer) const {
 }
 
 std::byte* KVCachePool::page_start(std::int64_t layer, std::int64_t page) const {
-    return arena_.data() + (layer * shape_.num_pages + page) * layer_page_bytes();
+    if (memory_->host() == nullptr) {
+        throw std::runtime_error(
+            "the pages of this pool are on a device: the host cannot read or write them");
+    }
+    return memory_->host() + (layer * shape_.num_pages + page) * layer_page_bytes();
 }
 
 void KVCachePool::store_kv(std::span<const float> k, std::span<const float> v,
@@ -185,9 +229,7 @@ std::int32_t KVCachePool::copy_page(std::int64_t page) {
         throw std::invalid_argument("page " + std::to_string(page) + " is free: there is nothing to copy");
     }
     const std::int32_t copy = refs_.allocate(1).front();
-    for (std::int64_t layer = 0; layer < shape_.num_layers; ++layer) {
-        std::copy_n(page_start(layer, page), layer_page_bytes(), page_start(layer, copy));
-    }
+    memory_->copy_page(page, copy);
     return copy;
 }
 
@@ -196,9 +238,7 @@ void KVCachePool::scrub(std::span<const std::int32_t> pages) {
         check_page(page);
     }
     for (const std::int32_t page : pages) {
-        for (std::int64_t layer = 0; layer < shape_.num_layers; ++layer) {
-            std::fill_n(page_start(layer, page), layer_page_bytes(), std::byte{0});
-        }
+        memory_->scrub_page(page);
     }
 }
 

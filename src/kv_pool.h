@@ -1,6 +1,7 @@
 // The KV cache: one arena of pages, and who holds which page.
 //
-// Layout, chosen so that attention streams it without gathers:
+// Layout in the machine's memory, chosen so that attention streams it without gathers (on a device:
+// cuda_pages.h):
 //   [layer][page][head]  K [dim][slot]   transposed inside a page: a run of tokens is one vector of scores
 //                        V [slot][dim]   right behind it, so that a page is one run of memory
 // bfloat16 lies in pairs that kernels multiply and add as one: K [dim / 2][slot][2], V [slot / 2][dim][2].
@@ -11,12 +12,13 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
-#include "arena.h"
+#include "page_memory.h"
 #include "page_refs.h"
 
 namespace nanoserve {
@@ -48,6 +50,8 @@ struct PoolStats {
 class KVCachePool {
   public:
     explicit KVCachePool(const PoolShape& shape);
+    // With pages that lie elsewhere, of that shape.
+    KVCachePool(const PoolShape& shape, std::unique_ptr<PageMemory> memory);
     ~KVCachePool() = default;
     KVCachePool(const KVCachePool&) = delete;
     KVCachePool& operator=(const KVCachePool&) = delete;
@@ -56,7 +60,8 @@ class KVCachePool {
     [[nodiscard]] std::int64_t num_slots() const { return shape_.num_pages * shape_.page_size; }
     [[nodiscard]] std::int64_t num_free_pages() const { return refs_.num_free(); }
     [[nodiscard]] std::int64_t num_used_pages() const { return shape_.num_pages - refs_.num_free(); }
-    [[nodiscard]] std::int64_t bytes_total() const { return arena_.num_bytes(); }
+    [[nodiscard]] std::int64_t bytes_total() const { return memory_->num_bytes(); }
+    [[nodiscard]] PageMemory& memory() const { return *memory_; }
     [[nodiscard]] std::int64_t page_bytes() const;  // K and V over all layers
     [[nodiscard]] std::int64_t pages_needed(std::int64_t num_tokens) const;
     [[nodiscard]] bool can_allocate(std::int64_t num_tokens) const;
@@ -75,10 +80,10 @@ class KVCachePool {
     // A new page with the same keys and values in every layer.
     [[nodiscard]] std::int32_t copy_page(std::int64_t page);
     // All of its memory now, not page by page as it is used; false where the system cannot.
-    bool populate() const { return arena_.populate(); }
+    bool populate() const { return memory_->populate(); }
     void scrub(std::span<const std::int32_t> pages);
 
-    // The first key, and the first value, of page 0.
+    // The first key, and the first value, of page 0. Throws where the pages are on a device.
     [[nodiscard]] std::byte* k_layer(std::int64_t layer) const;
     [[nodiscard]] std::byte* v_layer(std::int64_t layer) const { return k_layer(layer) + head_bytes(); }
     [[nodiscard]] std::int64_t head_bytes() const;        // of the keys, or values, of one head of a page
@@ -94,7 +99,7 @@ class KVCachePool {
     [[nodiscard]] std::byte* page_start(std::int64_t layer, std::int64_t page) const;
 
     PoolShape shape_;
-    Arena arena_;
+    std::unique_ptr<PageMemory> memory_;
     PageRefs refs_;
     std::vector<const PageTable*> tables_;  // every live table of this pool
 };

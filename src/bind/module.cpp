@@ -112,5 +112,6 @@ PYBIND11_MODULE(_ch16, m) {
     nanoserve::bind::populate_executor(m);
     nanoserve::bind::populate_attention(m);
     nanoserve::bind::populate_logits(m);
+    nanoserve::bind::populate_cuda(m);
     nanoserve::bind::populate_weights(m);
 }
