@@ -6,12 +6,11 @@ What comes out is the text that both LLVM's NVPTX back end and the emulator read
 
 from __future__ import annotations
 
-import re
-import struct
 from collections.abc import Callable
 from typing import Any
 
 from nanoserve.compiler.bindings import mlir, mlir_gpu
+from nanoserve.compiler.gpu.llvm_text import readable
 from nanoserve.compiler.lowering import Stage
 
 STAGES = (
@@ -47,22 +46,6 @@ STAGES = (
         "gpu.module(canonicalize,cse,reconcile-unrealized-casts)",
     ),
 )
-
-# MLIR gives dynamic shared memory a size of 0 bytes, of which NVPTX makes a static variable of one.
-_DYNAMIC_SHARED = re.compile(
-    r"^(@__dynamic_shmem__\d+) = internal addrspace\(3\) global \[0 x i8\] undef, align \d+$", re.MULTILINE
-)
-# MLIR calls NVIDIA's library for what LLVM has an instruction for, with the same bits. Nothing else of that library is used.
-_EXACT = {
-    "__nv_fmaf": "llvm.fma.f32",
-    "__nv_sqrtf": "llvm.sqrt.f32",
-    "__nv_fabsf": "llvm.fabs.f32",
-    "__nv_copysignf": "llvm.copysign.f32",
-}
-_LIBRARY_CALL = re.compile(r"@(__nv_\w+)")
-
-# LLVM 23 and later write a float's bits as f0x39800000; llvmlite's LLVM 22 reads them widened to double's.
-_NEW_FLOAT = re.compile(r"\bf0x([0-9A-F]+)\b")
 
 
 class NotLowered(RuntimeError):
@@ -106,20 +89,4 @@ def check_lowered(kernels: Any) -> None:
 
 def translate(kernels: Any) -> str:
     """LLVM IR text of a lowered gpu.module."""
-    text: str = mlir_gpu().translate(kernels.operation)
-    unknown = sorted(set(_LIBRARY_CALL.findall(text)) - _EXACT.keys())
-    if unknown:
-        raise NotLowered(f"no instruction for {', '.join(unknown)}, and no library is linked")
-    text = _LIBRARY_CALL.sub(lambda found: f"@{_EXACT[found[1]]}", text)
-    text = _NEW_FLOAT.sub(_as_double, text)
-    return _DYNAMIC_SHARED.sub(r"\1 = external addrspace(3) global [0 x i8], align 1024", text)
-
-
-def _as_double(found: re.Match[str]) -> str:
-    digits = found[1]
-    if len(digits) == 16:
-        return f"0x{digits}"
-    if len(digits) != 8:
-        raise NotLowered(f"a constant {found[0]}: only float and double have a form that every LLVM reads")
-    (value,) = struct.unpack(">f", bytes.fromhex(digits))
-    return f"0x{struct.pack('>d', value).hex().upper()}"
+    return readable(mlir_gpu().translate(kernels.operation))

@@ -101,7 +101,10 @@ def wait_until(groups: int, group: Any) -> None:
 
 
 def rounded(value: Value, element: str) -> Value:
-    """A float32 vector as `element`, to nearest even; f32 as it is. One instruction, which keeps subnormals."""
+    """float32 as `element`, to nearest even; f32 as it is. One instruction, which keeps subnormals."""
     if element == "f32":
         return value
-    return Value(_mlir.arith.truncf(vector_of(value.width, element), value.ir))
+    is_vector = str(value.type).startswith("vector")
+    return Value(
+        _mlir.arith.truncf(vector_of(value.width, element) if is_vector else type_of(element), value.ir)
+    )

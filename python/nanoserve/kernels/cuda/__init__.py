@@ -1,7 +1,7 @@
 """The decoder's kernels for NVIDIA GPUs, one file per kernel: what kernels/*.py are for CPUs, with the same meanings.
 
-Layouts, all row-major in device memory:
-    activations   [rows][ld], rows begin on 16 bytes (ld is a multiple of 8)
+Layouts (layout.py), all row-major in device memory:
+    activations   [rows][ld], ld a multiple of 8
     weights       [n][ld] as checkpoints store them, rows begin on 16 bytes; a gated weight is n rows of the gate, then n others
     keys, values  of a layer, each by itself: [page][kv_head][slot of the page][head_dim]
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nanoserve.compiler.gpu.chip import MAX_THREADS, WARP
+from nanoserve.kernels.cuda.layout import check_stride
 
 if TYPE_CHECKING:
     from nanoserve.compiler.builder import Operand, Value
     from nanoserve.compiler.gpu.memory import Array
 
 MAX_COLS = 65536  # 64 registers of every thread
-ROW_ALIGNMENT = 8  # elements; rows of activations begin at a multiple
 
 
 def check_row(kernel: str, cols: int, **strides: int) -> None:
@@ -28,11 +28,7 @@ def check_row(kernel: str, cols: int, **strides: int) -> None:
     """
     if not 1 <= cols <= MAX_COLS:
         raise ValueError(f"{kernel}: cols={cols} must be in [1, {MAX_COLS}]")
-    for name, ld in strides.items():
-        if ld < cols or ld % ROW_ALIGNMENT:
-            raise ValueError(
-                f"{kernel}: {name}={ld} must be a multiple of {ROW_ALIGNMENT}, at least cols={cols}"
-            )
+    check_stride(kernel, cols, **strides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +71,12 @@ class RowCover:
             found.append(Piece(at, None if start + turn <= self.cols else at < index(self.cols)))
         return found
 
-    def load(self, source: Array, row: Operand | None, piece: Piece) -> Value:
-        """A piece of source[row], or of a vector of `cols` where row is None; the row's end where it is outside."""
+    def load(self, source: Array, row: Operand | None, piece: Piece, first: int = 0) -> Value:
+        """A piece of source[row, first ...], or of a vector where row is None; the last columns where it is outside."""
         from nanoserve.compiler.builder import imin
 
         at = piece.at if piece.inside is None else imin(piece.at, self.cols - self.width)
-        return source.load(*(() if row is None else (row,)), at, width=self.width)
+        return source.load(*(() if row is None else (row,)), at + first if first else at, width=self.width)
 
     def store(self, value: Value, target: Array, row: Operand, piece: Piece) -> None:
         """target[row] = value where the piece is inside."""
