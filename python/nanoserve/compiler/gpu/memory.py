@@ -80,13 +80,9 @@ def copy_async(
     Args:
         valid: how many elements to read; the others become zeros. All by default.
     """
-    nvgpu.DeviceAsyncCopyOp(
-        type_of("!nvgpu.device.async.token"),
-        target.ir, [index(i).ir for i in target_at],
-        source.ir, [index(i).ir for i in source_at],
-        LINE // BYTES[source.element],
-        srcElements=None if valid is None else valid.ir,
-        bypassL1=True,
+    nvgpu.device_async_copy(
+        target.ir, [index(i).ir for i in target_at], source.ir, [index(i).ir for i in source_at],
+        LINE // BYTES[source.element], src_elements=None if valid is None else valid.ir, bypass_l1=True,
     )  # fmt: skip
 
 
