@@ -18,6 +18,7 @@ from typing import Any
 # Import name -> the distributions that may provide it.
 _PROVIDERS = {"mlir": ("mlir-python-bindings", "mlir"), "torch_mlir": ("torch-mlir",)}
 _DIALECTS = ("arith", "func", "llvm", "math", "memref", "scf", "vector")
+_GPU_DIALECTS = ("gpu", "nvgpu", "nvvm")
 
 
 class MlirMissing(ImportError):
@@ -68,4 +69,18 @@ def mlir() -> Any:
         PassManager=importlib.import_module(f"{package}.passmanager").PassManager,
         ExecutionEngine=importlib.import_module(f"{package}.execution_engine").ExecutionEngine,
         **{name: importlib.import_module(f"{package}.dialects.{name}") for name in _DIALECTS},
+    )
+
+
+@cache
+def mlir_gpu() -> Any:
+    """A namespace with one attribute per dialect of GPU kernels, and `translate`: an operation to LLVM IR text.
+
+    Raises:
+        MlirMissing: no bindings are installed.
+    """
+    package = mlir().ir.__name__.rpartition(".")[0]
+    return SimpleNamespace(
+        translate=mlir().llvm.translate_module_to_llvmir,
+        **{name: importlib.import_module(f"{package}.dialects.{name}") for name in _GPU_DIALECTS},
     )

@@ -1,0 +1,65 @@
+"""Authoring layer for GPU kernels, part one: the function itself.
+
+    @device_kernel(spec)
+    def _(x, out, rows): ...
+
+builds a gpu.func named by the spec in a gpu.module of its own. Pointers arrive as Array, integers as Value, in the order of the
+spec's arguments. The body runs once per thread; its values and loops are those of compiler/builder.py and control.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from nanoserve.compiler.bindings import mlir_gpu
+from nanoserve.compiler.builder import Value, ir, type_of
+from nanoserve.compiler.gpu.memory import Array
+from nanoserve.compiler.gpu.spec import GpuKernelSpec
+
+gpu = mlir_gpu().gpu
+MODULE = "kernels"  # name of the gpu.module
+
+
+def device_kernel(
+    spec: GpuKernelSpec, *, overlap: Collection[str] = ()
+) -> Callable[[Callable[..., None]], None]:
+    """The kernel of a spec, at the insertion point. No pointer but those named in `overlap` may share memory with another."""
+
+    def define(body: Callable[..., None]) -> None:
+        module = gpu.GPUModuleOp(MODULE)
+        block = (
+            module.regions[0].blocks[0]
+            if len(module.regions[0].blocks)
+            else module.regions[0].blocks.append()
+        )
+        with ir.InsertionPoint(block):
+            types = [type_of(text) for _, text in spec.arguments]
+            function = gpu.GPUFuncOp(
+                ir.FunctionType.get(types, []), spec.symbol, kernel=True, known_block_size=[spec.block, 1, 1]
+            )
+            function.operation.attributes["arg_attrs"] = ir.ArrayAttr.get(
+                [
+                    ir.DictAttr.parse("{llvm.noalias}" if is_pointer and name not in overlap else "{}")
+                    for (name, _), is_pointer in zip(spec.arguments, spec.pointers, strict=True)
+                ]
+            )
+            entry = function.regions[0].blocks.append(*types)
+            with ir.InsertionPoint(entry):
+                body(
+                    *(
+                        Array(value) if is_pointer else Value(value)
+                        for value, is_pointer in zip(entry.arguments, spec.pointers, strict=True)
+                    )
+                )
+                gpu.return_([])
+
+    return define
+
+
+def emit_text(build: Callable[[], Any]) -> str:
+    """The text of the module that `build` emits into, for tests and explanations."""
+    module = ir.Module.create()
+    with ir.InsertionPoint(module.body):
+        build()
+    return str(module)

@@ -1,0 +1,62 @@
+"""Authoring layer for GPU kernels, part three: who a thread is, and what threads tell each other.
+
+Reductions have one order. Within a warp, values are exchanged over distances 16, 8, 4, 2, 1, so that every lane has the same
+result, to the bit, for an operation that commutes; of a block, the warps' results are combined from the first to the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from nanoserve.compiler.bindings import mlir_gpu
+from nanoserve.compiler.builder import Value, const, ir
+from nanoserve.compiler.control import when
+from nanoserve.compiler.gpu.chip import WARP
+from nanoserve.compiler.gpu.memory import Array
+
+gpu = mlir_gpu().gpu
+
+
+def thread_id() -> Value:
+    """Of this thread in its block."""
+    return Value(gpu.thread_id(gpu.Dimension.x))
+
+
+def block_id(axis: str = "x") -> Value:
+    return Value(gpu.block_id(getattr(gpu.Dimension, axis)))
+
+
+def barrier() -> None:
+    """Wait for all threads of the block; what they wrote to memory is visible afterwards. All must get here."""
+    gpu.barrier()
+
+
+def shuffle_xor(value: Value, distance: int) -> Value:
+    """The value of the lane whose number differs in that bit. All lanes of the warp must get here."""
+    mode = ir.Attribute.parse("#gpu<shuffle_mode xor>")
+    return Value(gpu.shuffle(value.ir, const(distance, "i32").ir, const(WARP, "i32").ir, mode)[0])
+
+
+def over_warp(value: Value, combine: Callable[[Value, Value], Value]) -> Value:
+    """All lanes' values combined, in every lane."""
+    for distance in (16, 8, 4, 2, 1):
+        value = combine(value, shuffle_xor(value, distance))
+    return value
+
+
+def over_block(value: Value, combine: Callable[[Value, Value], Value], warps: int, slots: Array) -> Value:
+    """All threads' values combined, in every thread; `slots` is shared memory for one element per warp, used nowhere else."""
+    value = over_warp(value, combine)
+    if warps == 1:
+        return value
+    thread = thread_id()
+
+    @when(thread % WARP < 1)
+    def _() -> None:
+        slots[thread // WARP] = value
+
+    barrier()
+    total = slots[0]
+    for warp in range(1, warps):
+        total = combine(total, slots[warp])
+    return total

@@ -1,0 +1,82 @@
+"""Which kernel multiplies a weight: a plan of a few kernels by number of rows, whose outputs have the same bits.
+
+    x f32, w f32, bf16 or f16   gemm_f32: IEEE float32, the CPU's bits
+    x bf16, w bf16              gemm_mma: tensor cores
+
+Kernels of one plan differ in the shape of their tiles, which no bit depends on: in both, an output is one chain of the same
+instruction along k. The shape follows from the weight and the chip; the rows choose among shapes, never among arithmetics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanoserve.compiler.gpu.chip import Chip
+from nanoserve.compiler.gpu.spec import GpuKernelSpec
+from nanoserve.kernels.cuda import gemm_f32, gemm_mma
+from nanoserve.kernels.cuda.epilogue import Epilogue
+
+WEIGHTS_OF = {"f32": ("f32", "bf16", "f16"), "bf16": ("bf16",)}  # what x can be multiplied with
+# A weight of fewer outputs than this gives too few tiles of 32 for the multiprocessors of a large GPU.
+_MANY_OUTPUTS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class GemmPlan:
+    """Kernels for one product, with the most rows each is for, ascending; the last takes any number."""
+
+    steps: tuple[tuple[int | None, GpuKernelSpec], ...]
+
+    def spec_for(self, rows: int) -> GpuKernelSpec:
+        return next(spec for most, spec in self.steps if most is None or rows <= most)
+
+    @property
+    def specs(self) -> tuple[GpuKernelSpec, ...]:
+        return tuple(spec for _, spec in self.steps)
+
+
+def gemm_plan(
+    n_in: int, n_out: int, ldx: int, ldy: int, chip: Chip, *, x: str = "f32", dtype: str = "f32", y: str = "f32",
+    bias: bool = False, activation: str | None = None, residual: bool = False, scale: float = 1.0,
+    softcap: float = 0.0, gated: bool = False,
+) -> GemmPlan:  # fmt: skip
+    """y = cap(act(x w^T + bias) * scale) (+ y), or act(gate) * up, as kernels/gemm.py; arguments as the specs' own.
+
+    Args:
+        n_out: outputs; a gated weight has twice as many rows.
+        x, dtype, y: element types of x, the weight and y.
+
+    Raises:
+        ValueError: sizes that do not fit, or an option that is not known.
+    """
+    if x not in WEIGHTS_OF:
+        raise ValueError(f"gemm: x {x!r} must be one of {', '.join(WEIGHTS_OF)}")
+    if dtype not in WEIGHTS_OF[x]:
+        raise ValueError(f"gemm: dtype {dtype!r} with x {x!r} must be one of {', '.join(WEIGHTS_OF[x])}")
+    epilogue = Epilogue(bias, activation, residual, scale, softcap, gated)
+    parts = 1 + gated
+    has_many = n_out * parts >= _MANY_OUTPUTS
+    if x == "f32":
+        few = gemm_f32.Shape(4, 32 if has_many else 8, 1, parts, 8)
+        shapes = {4: few, 16: gemm_f32.Shape(4, 32, 4, parts, 6), None: gemm_f32.Shape(8, 16, 8, 8, 3)}
+        return GemmPlan(
+            tuple(
+                (most, gemm_f32.gemm_f32_spec(n_in, n_out, ldx, ldy, shape, epilogue, dtype=dtype, y=y))
+                for most, shape in shapes.items()
+            )
+        )
+    # Three blocks of stages * 32 KiB would not fit; two fit Hopper's shared memory, one of four fits Ampere's.
+    large = gemm_mma.Shape(
+        2, 4, 4, 4, 3 if chip.capability >= 90 else 4 if chip.shared_bytes > 128 * 1024 else 2
+    )
+    tiles = {
+        16: gemm_mma.Shape(1, 4 if has_many else 1, 1, parts, 8 if parts == 1 else 6),
+        64: gemm_mma.Shape(2, 2, 2, 4, 4),
+        None: large,
+    }
+    return GemmPlan(
+        tuple(
+            (most, gemm_mma.gemm_mma_spec(n_in, n_out, ldx, ldy, shape, epilogue, y=y))
+            for most, shape in tiles.items()
+        )
+    )

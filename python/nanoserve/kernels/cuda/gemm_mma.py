@@ -1,0 +1,185 @@
+"""y[m, n] = epilogue(sum_k x[m, k] * w[n, k]) of bfloat16 x and w, sums in float32, on tensor cores (mma.sync, sm_80 and later).
+
+One instruction shape, m16n8k16, k ascending in steps of 16 into one accumulator per output, for any number of rows: a tensor
+core's sum depends on the shape of its instruction, so that few rows have to take the same one, with the tile's other rows
+unused. Nothing is split along k: what hides the latency of reading a weight is how many of its tiles are on their way.
+
+A block has WM x WN warps, a warp 16 * I rows and 8 * J columns. One kernel serves few rows and many, by its shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nanoserve.compiler.gpu.chip import WARP, Chip
+from nanoserve.compiler.gpu.spec import SCALAR, UNBOUNDED, Extent, GpuKernelSpec, pointer
+from nanoserve.kernels.cuda.epilogue import Epilogue
+from nanoserve.kernels.cuda.gemm_tile import TILE_K, Tile, pipeline, weight_row
+from nanoserve.kernels.cuda.layout import check_stride, weight_stride
+
+if TYPE_CHECKING:
+    from nanoserve.compiler.builder import Value
+    from nanoserve.compiler.gpu.memory import Array
+
+_K_TILE = TILE_K["bf16"]
+_M, _N, _K = 16, 8, 16  # of the instruction
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a block: wm x wn warps with i x j instructions' outputs each, tiles of `stages` places. j is 1 or even."""
+
+    wm: int
+    wn: int
+    i: int
+    j: int
+    stages: int
+
+    @property
+    def rows(self) -> int:
+        return self.wm * self.i * _M
+
+    @property
+    def columns(self) -> int:
+        """Rows of the weight's tile."""
+        return self.wn * self.j * _N
+
+
+def gemm_mma_spec(
+    n_in: int, n_out: int, ldx: int, ldy: int, shape: Shape, epilogue: Epilogue, *, y: str = "f32"
+) -> GpuKernelSpec:
+    """Args: x[.][ldx] of bf16, w[n_out][weight_stride] of bf16, (bias[n_out]), y[.][ldy] of type y, m rows."""
+    if n_in < 1 or n_out < 1:
+        raise ValueError(f"gemm_mma: n_in={n_in} and n_out={n_out} must be positive")
+    check_stride("gemm_mma", n_in, ldx=ldx)
+    check_stride("gemm_mma", n_out, ldy=ldy)
+    if y not in ("f32", "bf16"):
+        raise ValueError(f"gemm_mma: y {y!r} must be f32 or bf16")
+    if (shape.j != 1 and shape.j % 2) or (epilogue.gated and shape.j % 2):
+        raise ValueError(f"gemm_mma: j={shape.j} must be even, or 1 where not gated")
+    parts = 1 + epilogue.gated
+    arguments = {
+        "x": pointer(UNBOUNDED, ldx, element="bf16"),
+        "w": pointer(UNBOUNDED, weight_stride(n_in, "bf16"), element="bf16"),
+    }
+    if epilogue.bias:
+        arguments["bias"] = pointer(parts * n_out)
+    arguments |= {"y": pointer(UNBOUNDED, ldy, element=y), "m": SCALAR}
+    grid = (Extent("m", shape.rows), Extent(times=-(-n_out * parts // shape.columns)))
+    size = sum(tile.bytes for tile in _tiles(shape, n_in))
+    return GpuKernelSpec.make(
+        "gemm_mma", arguments, grid, shape.wm * shape.wn * WARP, size, k=n_in, n=n_out, wm=shape.wm, wn=shape.wn,
+        i=shape.i, j=shape.j, stages=shape.stages, **epilogue.params,
+    )  # fmt: skip
+
+
+def _tiles(shape: Shape, k: int) -> tuple[Tile, Tile]:
+    """Of x and of the weight."""
+    return (
+        Tile(shape.rows, k, _K_TILE, "bf16", shape.stages),
+        Tile(shape.columns, k, _K_TILE, "bf16", shape.stages),
+    )
+
+
+def build(
+    spec: GpuKernelSpec,
+    chip: Chip,
+    *,
+    k: int,
+    n: int,
+    wm: int,
+    wn: int,
+    i: int,
+    j: int,
+    stages: int,
+    **options: Any,
+) -> None:
+    from nanoserve.compiler.builder import imin, index, shuffle
+    from nanoserve.compiler.control import when
+    from nanoserve.compiler.gpu.kernel import device_kernel
+    from nanoserve.compiler.gpu.memory import SharedMemory
+    from nanoserve.compiler.gpu.tensor_core import halves, load_matrices, mma_bf16, no_sums, row_pair
+    from nanoserve.compiler.gpu.threads import block_id, thread_id
+
+    epilogue, shape = Epilogue(**options), Shape(wm, wn, i, j, stages)
+    parts = 1 + epilogue.gated
+    x_tile, w_tile = _tiles(shape, k)
+
+    @device_kernel(spec)
+    def _(*values: Any) -> None:
+        given = dict(zip(dict(spec.arguments), values, strict=True))
+        x, w, y, m = given["x"], given["w"], given["y"], given["m"]
+        shared = SharedMemory(spec.shared_bytes)
+        x_shared, w_shared = x_tile.allocate(shared), w_tile.allocate(shared)
+        thread = thread_id()
+        warp, lane = thread // WARP, thread % WARP
+        warp_row, warp_column = warp // wn * (i * _M), warp % wn * (j * _N)  # in the tiles
+        first_row = block_id("x") * shape.rows
+        first_column = block_id("y") * (shape.columns // parts)
+
+        copy_x = x_tile.copier(x, lambda row: imin(first_row + row, m - 1), x_shared, thread, spec.block)
+        copy_w = w_tile.copier(
+            w, lambda row: weight_row(row, first_column, _N, n, epilogue.gated), w_shared, thread, spec.block
+        )
+
+        def copy(k0: Value, stage: Value) -> None:
+            copy_x(k0, stage)
+            copy_w(k0, stage)
+
+        def load(memory: Array, tile: Tile, stage: Value, row: Value, line: Value, count: int) -> Value:
+            return load_matrices(memory, (stage, row, tile.place(row, line) * tile.line), count)
+
+        def multiply(stage: Value, sums: list[Value]) -> list[Value]:
+            sums = [*sums]
+            for step in range(_K_TILE // _K):
+                # Lane l names row l % 8 of matrix l / 8. Of x: rows 0-7 and 8-15, then the next 8 k; of w: the k first.
+                of_x = [
+                    load(x_shared, x_tile, stage, warp_row + (lane % 16 + at * _M), lane // 16 + 2 * step, 4)
+                    for at in range(i)
+                ]
+                of_w = []
+                for at in range(0, j, 2):
+                    row, line = lane % 8 + warp_column + at * _N, lane // 8 % 2 + 2 * step
+                    if j == 1:
+                        of_w.append(load(w_shared, w_tile, stage, row, line, 2))
+                    else:
+                        of_w += halves(load(w_shared, w_tile, stage, row + lane // 16 * _N, line, 4))
+                for a in range(i):
+                    for b in range(j):
+                        sums[a * j + b] = mma_bf16(of_x[a], of_w[b], sums[a * j + b])
+            return sums
+
+        sums = pipeline(k, _K_TILE, stages, copy, multiply, [no_sums() for _ in range(i * j)])
+
+        # Lane l has columns 2 * (l % 4) and the next, of rows l / 4 and l / 4 + 8.
+        in_pairs = n % 2 == 0
+
+        def write(pair: list[Value], row: Value, column: Value) -> None:
+            if in_pairs:
+                epilogue.store(
+                    pair[0], pair[1] if epilogue.gated else None, y, given.get("bias"), n, row, column
+                )
+                return
+            for at in range(2):
+                one = [shuffle(v, v, [at]) for v in pair]
+
+                @when(column + at < index(n))
+                def _(at: int = at, one: list[Value] = one) -> None:
+                    epilogue.store(
+                        one[0], one[1] if epilogue.gated else None, y, given.get("bias"), n, row, column + at
+                    )
+
+        for a in range(i):
+            for half in range(2):
+                row = first_row + warp_row + (lane // 4 + (a * _M + half * 8))
+
+                @when(row < m)
+                def _(a: int = a, half: int = half, row: Value = row) -> None:
+                    for b in range(0, j, parts):
+                        column = first_column + warp_column // parts + (b // parts * _N) + lane % 4 * 2
+                        pair = [row_pair(sums[a * j + b + part], half) for part in range(parts)]
+                        if n * parts % shape.columns == 0:
+                            write(pair, row, column)
+                        else:
+                            when(column < index(n))(lambda pair=pair, column=column: write(pair, row, column))

@@ -1,0 +1,159 @@
+"""Tiles of x and of the weight in shared memory, and the pipeline that keeps several on their way.
+
+A tile is so many rows of as many k, in lines of 16 bytes. Line c of row r lies at place c ^ (r % 8) (of a row of 8 lines; of 4,
+at c ^ (r / 2 % 4)), so that 8 rows' lines of the same k are in 8 different banks: reading a column of lines has no conflicts.
+
+k beyond the matrix is zeros, whatever lies in memory. Rows beyond it repeat the last one: their sums are not stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nanoserve.kernels.cuda.layout import ELEMENT_BYTES
+
+if TYPE_CHECKING:
+    from nanoserve.compiler.builder import Operand, Value
+    from nanoserve.compiler.gpu.memory import Array, SharedMemory
+
+LINE = 16  # bytes
+TILE_K = {"f32": 32, "bf16": 64}  # k of a tile, by the type of x: 128 bytes of it
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows of a matrix, `k_tile` columns at a time, in `stages` places of shared memory.
+
+    Args:
+        rows: of the tile.
+        k: columns of the matrix.
+        dtype: of its elements.
+    """
+
+    rows: int
+    k: int
+    k_tile: int
+    dtype: str
+    stages: int
+
+    @property
+    def line(self) -> int:
+        """Elements in 16 bytes."""
+        return LINE // ELEMENT_BYTES[self.dtype]
+
+    @property
+    def lines(self) -> int:
+        """Of a row: 8, or 4."""
+        return self.k_tile // self.line
+
+    @property
+    def bytes(self) -> int:
+        return self.stages * self.rows * self.k_tile * ELEMENT_BYTES[self.dtype]
+
+    def place(self, row: Value, line: Value) -> Value:
+        """Where a line of a row lies in it."""
+        return line ^ (row % 8 if self.lines == 8 else row // 2 % 4)
+
+    def allocate(self, shared: SharedMemory) -> Array:
+        return shared.array(self.stages, self.rows, self.k_tile, element=self.dtype, alignment=128)
+
+    def read(self, memory: Array, stage: Value, row: Value, line: Operand) -> Value:
+        """16 bytes: line `line` of a row."""
+        from nanoserve.compiler.builder import index
+
+        return memory.load(stage, row, self.place(row, index(line)) * self.line, width=self.line)
+
+    def copier(
+        self, source: Array, source_row: Callable[[Value], Value], target: Array, thread: Value, threads: int
+    ) -> Callable[[Value, Value], None]:
+        """copy(k0, stage) begins to bring columns [k0, k0 + k_tile) of the tile's rows, by all threads of the block.
+
+        Args:
+            source_row: row of the matrix for a row of the tile.
+        """
+        from nanoserve.compiler.builder import imax, imin, index
+        from nanoserve.compiler.control import when
+        from nanoserve.compiler.gpu.memory import copy_async
+
+        total = self.rows * self.lines
+        moves = []
+        for start in range(0, total, threads):
+            number = thread + start
+            inside = None if start + threads <= total else number < index(total)
+            row, line = number // self.lines, number % self.lines
+            row = row if inside is None else imin(row, self.rows - 1)
+            moves.append((source_row(row), line * self.line, row, self.place(row, line) * self.line, inside))
+
+        def copy(k0: Value, stage: Value) -> None:
+            for from_row, column, row, to, inside in moves:
+
+                def move(
+                    from_row: Value = from_row, column: Value = column, row: Value = row, to: Value = to
+                ) -> None:
+                    at = k0 + column
+                    if self.k % self.k_tile == 0:
+                        copy_async(source, (from_row, at), target, (stage, row, to))
+                        return
+                    valid = imin(imax(index(self.k) - at, 0), self.line)
+                    last = -(-self.k // self.line) * self.line - self.line  # a line there is
+                    copy_async(source, (from_row, imin(at, last)), target, (stage, row, to), valid=valid)
+
+                move() if inside is None else when(inside)(move)
+
+        return copy
+
+
+def pipeline(
+    k: int, k_tile: int, stages: int, copy: Callable[[Value, Value], None],
+    multiply: Callable[[Value, list[Value]], list[Value]], sums: list[Value],
+) -> list[Value]:  # fmt: skip
+    """Sums after all tiles along k, in their order: copy(k0, stage) and sums = multiply(stage, sums) for each.
+
+    While a tile is multiplied, stages - 1 others are on their way. The one barrier of a turn says both that the tile has come,
+    for every thread's part, and that everybody is done with the last one, whose place the next copy takes.
+    """
+    from nanoserve.compiler.builder import index, select
+    from nanoserve.compiler.control import loop, when
+    from nanoserve.compiler.gpu.memory import commit, wait_until
+    from nanoserve.compiler.gpu.threads import barrier
+
+    turns, ahead = -(-k // k_tile), stages - 1
+    group = None
+    for i in range(ahead):
+        if i < turns:
+            copy(index(i * k_tile), index(i))
+        group = commit()  # maybe of nothing: the groups are counted
+
+    def next_stage(stage: Value) -> Value:
+        return select(stage < index(ahead), stage + 1, index(0))
+
+    @loop(0, turns, carry=[index(0), index(ahead), *sums])
+    def result(turn: Value, carried: list[Value]) -> list[Value]:
+        stage, free, *sums = carried
+        wait_until(ahead - 1, group)
+        barrier()
+
+        @when(turn + ahead < index(turns))
+        def _() -> None:
+            copy((turn + ahead) * k_tile, free)
+
+        commit()
+        return [next_stage(stage), next_stage(free), *multiply(stage, sums)]
+
+    return list(result[2:])
+
+
+def weight_row(row: Value, first: Value, unit: int, n: int, gated: bool) -> Value:
+    """Row of the weight for a row of its tile, whose first output is `first`.
+
+    Gated, the tile has runs of `unit` gates, then the `unit` others of the same outputs, in turns: who has a gate's sums has
+    those it is multiplied with.
+    """
+    from nanoserve.compiler.builder import imin
+
+    if not gated:
+        return imin(first + row, n - 1)
+    run = row // unit
+    return imin(first + run // 2 * unit + row % unit, n - 1) + run % 2 * n
