@@ -74,8 +74,8 @@ class Tile:
             source_row: row of the matrix for a row of the tile.
         """
         from nanoserve.compiler.builder import imax, imin, index
-        from nanoserve.compiler.control import when
         from nanoserve.compiler.gpu.memory import copy_async
+        from nanoserve.compiler.gpu.threads import only_where
 
         total = self.rows * self.lines
         moves = []
@@ -100,7 +100,7 @@ class Tile:
                     last = -(-self.k // self.line) * self.line - self.line  # a line there is
                     copy_async(source, (from_row, imin(at, last)), target, (stage, row, to), valid=valid)
 
-                move() if inside is None else when(inside)(move)
+                only_where(inside, move)
 
         return copy
 
