@@ -98,7 +98,7 @@ def test_a_kernel_of_a_module_of_two_is_refused() -> None:
     ir = mlir().ir
     with jit.context(), ir.Location.unknown():
         module = ir.Module.parse("gpu.module @a {}\ngpu.module @b {}")
-        with pytest.raises(ValueError, match="one gpu.module was expected, not of 2"):
+        with pytest.raises(ValueError, match=r"one gpu\.module was expected, not of 2"):
             lower(module)
 
 
