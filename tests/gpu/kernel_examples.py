@@ -61,6 +61,16 @@ def examples(chip: Chip) -> dict[str, Example]:
         ),
         "bf16 head": (mma, gemm_plan(768, 50257, 768, 50264, chip, softcap=30.0, **narrow)),
     }  # fmt: skip
+    if chip.wgmma:
+        wgmma = ("HGMMA.64x", "LDGSTS.E.BYPASS.128", "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR", "BAR")
+        narrow |= {"wgmma": True}
+        plans |= {
+            "wgmma": (wgmma, gemm_plan(4096, 4096, 4096, 4096, chip, residual=True, **narrow)),
+            "wgmma gated": (
+                wgmma,
+                gemm_plan(4096, 11008, 4096, 11008, chip, gated=True, activation="silu", y="bf16", **narrow),
+            ),
+        }
     for name, (instructions, plan) in plans.items():
         large = LARGE_F32 if instructions is f32 else LARGE_MMA
         for most, spec in plan.steps:
