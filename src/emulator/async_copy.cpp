@@ -16,19 +16,15 @@ namespace {
 
 constexpr int kNaN = 0xFF;
 
-void land(const Block& block, Thread& thread, const AsyncCopy& copy) {
+void land(const AsyncCopy& copy) {
     SharedMemory::clear(copy.destination, copy.num_bytes, SharedMemory::kClosed);
     auto* destination = reinterpret_cast<std::byte*>(copy.destination);
     std::memcpy(destination, reinterpret_cast<const void*>(copy.source), copy.copied_bytes);
     std::memset(destination + copy.copied_bytes, 0, copy.num_bytes - copy.copied_bytes);
-    if (block.request().module->checks_proxies != 0) {
-        SharedMemory::set(copy.destination, copy.num_bytes, SharedMemory::kUnfenced);
-        thread.unfenced.push_back({copy.destination, copy.num_bytes});
-    }
 }
 
 // A fault now, in the instruction that has the wrong address, and not when the copy lands.
-void touch(const Block&, std::uint64_t source, std::uint32_t num_bytes) {
+void touch(std::uint64_t source, std::uint32_t num_bytes) {
     if (num_bytes != 0) {
         static_cast<void>(*reinterpret_cast<const volatile std::byte*>(source));
         static_cast<void>(*reinterpret_cast<const volatile std::byte*>(source + num_bytes - 1));
@@ -63,7 +59,7 @@ NVEMU_EXPORT void nvemu_copy_async(std::uint32_t line, std::uint64_t destination
     if (copied_bytes != 0 && source - kDeviceBase >= kDeviceBytes) {
         block.fail(FailureKind::kIllegalAddress, line, source, "cp.async from what is not device memory");
     }
-    touch(block, source, copied_bytes);
+    touch(source, copied_bytes);
     std::memset(reinterpret_cast<void*>(destination), kNaN, num_bytes);
     SharedMemory::set(destination, num_bytes, SharedMemory::kClosed);
     block.current().copies.push_back({destination, source, num_bytes, copied_bytes});
@@ -87,7 +83,7 @@ NVEMU_EXPORT void nvemu_copy_wait(std::uint32_t max_pending) {
             count += thread.copy_groups[g];
         }
         for (std::uint32_t i = 0; i < count; ++i) {
-            land(block, thread, thread.copies[i]);
+            land(thread.copies[i]);
         }
         thread.copies.erase(thread.copies.begin(), thread.copies.begin() + count);
         thread.copy_groups.erase(thread.copy_groups.begin(),

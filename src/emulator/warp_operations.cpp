@@ -173,3 +173,18 @@ NVEMU_EXPORT void nvemu_elect(std::uint32_t line, std::uint32_t mask, std::uint3
         });
     });
 }
+
+// prmt.b32: each nibble of the selector picks one of the eight bytes of {b, a}; its top bit spreads the sign.
+NVEMU_EXPORT std::uint32_t nvemu_permute_bytes(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
+    const std::uint64_t bytes = std::uint64_t{b} << 32 | a;
+    std::uint32_t result = 0;
+    for (std::uint32_t i = 0; i < 4; ++i) {
+        const std::uint32_t nibble = selector >> (4 * i) & 0xF;
+        auto byte = static_cast<std::uint8_t>(bytes >> (8 * (nibble & 7)));
+        if ((nibble & 8) != 0) {
+            byte = (byte & 0x80) != 0 ? 0xFF : 0;
+        }
+        result |= std::uint32_t{byte} << (8 * i);
+    }
+    return result;
+}
