@@ -25,8 +25,8 @@ _INSTRUCTIONS = {
 
 # A type, which holds for the constants after it, or a constant.
 _TYPE_OR_CONSTANT = re.compile(
-    r"\b(?P<type>float|double|bfloat|half)\b|(?<![\w.])(?P<decimal>-?\d+\.\d+e[+-]\d+)\b|\bf0x(?P<bits>[0-9A-F]+)\b"
-    r"|(?<![\w.])(?P<word>[+-](?:inf|qnan))\b"
+    r"\b(?P<type>float|double|bfloat|half)\b|(?<![\w.%])(?P<decimal>-?\d+\.\d+e[+-]\d+)\b|\bf0x(?P<bits>[0-9A-F]+)\b"
+    r"|(?<![\w.%])(?P<word>[+-](?:inf|qnan))\b"
 )
 _WORDS = {  # bits of float and double; those of a float are written widened
     "+inf": "7FF0000000000000", "-inf": "FFF0000000000000", "+qnan": "7FF8000000000000", "-qnan": "FFF8000000000000",

@@ -81,7 +81,7 @@ class GpuKernelSpec:
         for extent in grid:
             if extent.scalar is not None and arguments.get(extent.scalar) != SCALAR:
                 raise ValueError(f"{kind}: the grid depends on {extent.scalar!r}, no integer argument")
-        x, y, z = (*grid, *[ONE] * (3 - len(grid)))
+        x, y, z = [*grid, ONE, ONE][:3]
         return cls(
             kind, tuple(sorted(params.items())), tuple(arguments.items()), (x, y, z), block, shared_bytes
         )

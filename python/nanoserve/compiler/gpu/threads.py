@@ -26,6 +26,14 @@ def block_id(axis: str = "x") -> Value:
     return Value(gpu.block_id(getattr(gpu.Dimension, axis)))
 
 
+def only_where(condition: Value | None, body: Callable[[], None]) -> None:
+    """Runs the body where the condition holds, everywhere without one."""
+    if condition is None:
+        body()
+    else:
+        when(condition)(body)
+
+
 def barrier() -> None:
     """Wait for all threads of the block; what they wrote to memory is visible afterwards. All must get here."""
     gpu.barrier()

@@ -1,7 +1,10 @@
 """Which kernel multiplies a weight: a plan of a few kernels by number of rows, whose outputs have the same bits.
 
     x f32, w f32, bf16 or f16   gemm_f32: IEEE float32, the CPU's bits
-    x bf16, w bf16              gemm_mma: tensor cores
+    x bf16, w bf16              gemm_mma: tensor cores; or, where asked for, gemm_wgmma
+
+Tensor cores may sum an instruction's products in an order of their own, which nobody documents, so gemm_mma and gemm_wgmma are
+never in one plan. Whether they agree, and which is faster with few rows, is for a GPU to say; gemm_mma is what every chip has.
 
 Kernels of one plan differ in the shape of their tiles, which no bit depends on: in both, an output is one chain of the same
 instruction along k. The shape follows from the weight and the chip; the rows choose among shapes, never among arithmetics.
@@ -13,7 +16,7 @@ from dataclasses import dataclass
 
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
-from nanoserve.kernels.cuda import gemm_f32, gemm_mma
+from nanoserve.kernels.cuda import gemm_f32, gemm_mma, gemm_wgmma
 from nanoserve.kernels.cuda.epilogue import Epilogue
 
 WEIGHTS_OF = {"f32": ("f32", "bf16", "f16"), "bf16": ("bf16",)}  # what x can be multiplied with
@@ -38,13 +41,14 @@ class GemmPlan:
 def gemm_plan(
     n_in: int, n_out: int, ldx: int, ldy: int, chip: Chip, *, x: str = "f32", dtype: str = "f32", y: str = "f32",
     bias: bool = False, activation: str | None = None, residual: bool = False, scale: float = 1.0,
-    softcap: float = 0.0, gated: bool = False,
+    softcap: float = 0.0, gated: bool = False, wgmma: bool = False,
 ) -> GemmPlan:  # fmt: skip
     """y = cap(act(x w^T + bias) * scale) (+ y), or act(gate) * up, as kernels/gemm.py; arguments as the specs' own.
 
     Args:
         n_out: outputs; a gated weight has twice as many rows.
         x, dtype, y: element types of x, the weight and y.
+        wgmma: bfloat16 by Hopper's warpgroup products, for every number of rows.
 
     Raises:
         ValueError: sizes that do not fit, or an option that is not known.
@@ -53,30 +57,52 @@ def gemm_plan(
         raise ValueError(f"gemm: x {x!r} must be one of {', '.join(WEIGHTS_OF)}")
     if dtype not in WEIGHTS_OF[x]:
         raise ValueError(f"gemm: dtype {dtype!r} with x {x!r} must be one of {', '.join(WEIGHTS_OF[x])}")
+    if wgmma and not chip.wgmma:
+        raise ValueError(f"gemm: wgmma=True: {chip.name} does not have it")
     epilogue = Epilogue(bias, activation, residual, scale, softcap, gated)
-    parts = 1 + gated
-    has_many = n_out * parts >= _MANY_OUTPUTS
+    sizes = (n_in, n_out, ldx, ldy)
+    has_many = n_out * (1 + gated) >= _MANY_OUTPUTS
+    steps: dict[int | None, GpuKernelSpec]
     if x == "f32":
-        few = gemm_f32.Shape(4, 32 if has_many else 8, 1, parts, 8)
-        shapes = {4: few, 16: gemm_f32.Shape(4, 32, 4, parts, 6), None: gemm_f32.Shape(8, 16, 8, 8, 3)}
-        return GemmPlan(
-            tuple(
-                (most, gemm_f32.gemm_f32_spec(n_in, n_out, ldx, ldy, shape, epilogue, dtype=dtype, y=y))
-                for most, shape in shapes.items()
-            )
-        )
-    # Three blocks of stages * 32 KiB would not fit; two fit Hopper's shared memory, one of four fits Ampere's.
-    large = gemm_mma.Shape(
-        2, 4, 4, 4, 3 if chip.capability >= 90 else 4 if chip.shared_bytes > 128 * 1024 else 2
-    )
-    tiles = {
-        16: gemm_mma.Shape(1, 4 if has_many else 1, 1, parts, 8 if parts == 1 else 6),
-        64: gemm_mma.Shape(2, 2, 2, 4, 4),
-        None: large,
+        steps = {
+            most: gemm_f32.gemm_f32_spec(*sizes, shape, epilogue, dtype=dtype, y=y)
+            for most, shape in _f32_shapes(has_many, gated).items()
+        }
+    elif wgmma:
+        steps = {
+            most: gemm_wgmma.gemm_wgmma_spec(*sizes, shape, epilogue, y=y)
+            for most, shape in _WGMMA_SHAPES.items()
+        }
+    else:
+        steps = {
+            most: gemm_mma.gemm_mma_spec(*sizes, shape, epilogue, y=y)
+            for most, shape in _mma_shapes(chip, has_many, gated).items()
+        }
+    return GemmPlan(tuple(steps.items()))
+
+
+def _f32_shapes(has_many: bool, gated: bool) -> dict[int | None, gemm_f32.Shape]:
+    """By the most rows. Of few rows, each thread has one output, or a gate and the other."""
+    return {
+        4: gemm_f32.Shape(4, 32 if has_many else 8, 1, 1 + gated, 8),
+        16: gemm_f32.Shape(4, 32, 4, 1 + gated, 6),
+        None: gemm_f32.Shape(8, 16, 8, 8, 3),
     }
-    return GemmPlan(
-        tuple(
-            (most, gemm_mma.gemm_mma_spec(n_in, n_out, ldx, ldy, shape, epilogue, y=y))
-            for most, shape in tiles.items()
-        )
-    )
+
+
+def _mma_shapes(chip: Chip, has_many: bool, gated: bool) -> dict[int | None, gemm_mma.Shape]:
+    """By the most rows. A stage of the last is 32 KiB: two blocks of three fit Hopper's shared memory, one of four Ampere's."""
+    stages = 3 if chip.capability >= 90 else 4 if chip.shared_bytes > 128 * 1024 else 2
+    return {
+        16: gemm_mma.Shape(1, 4 if has_many else 1, 1, 1 + gated, 6 if gated else 8),
+        64: gemm_mma.Shape(2, 2, 2, 4, 4),
+        None: gemm_mma.Shape(2, 4, 4, 4, stages),
+    }
+
+
+_WGMMA_SHAPES: dict[int | None, gemm_wgmma.Shape] = {
+    8: gemm_wgmma.Shape(1, 8, 8),
+    32: gemm_wgmma.Shape(1, 32, 6),
+    64: gemm_wgmma.Shape(1, 64, 4),
+    None: gemm_wgmma.Shape(2, 128, 3),
+}

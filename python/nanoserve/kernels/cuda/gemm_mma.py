@@ -100,7 +100,7 @@ def build(
     from nanoserve.compiler.gpu.kernel import device_kernel
     from nanoserve.compiler.gpu.memory import SharedMemory
     from nanoserve.compiler.gpu.tensor_core import halves, load_matrices, mma_bf16, no_sums, row_pair
-    from nanoserve.compiler.gpu.threads import block_id, thread_id
+    from nanoserve.compiler.gpu.threads import block_id, only_where, thread_id
 
     epilogue, shape = Epilogue(**options), Shape(wm, wn, i, j, stages)
     parts = 1 + epilogue.gated
@@ -179,7 +179,9 @@ def build(
                     for b in range(0, j, parts):
                         column = first_column + warp_column // parts + (b // parts * _N) + lane % 4 * 2
                         pair = [row_pair(sums[a * j + b + part], half) for part in range(parts)]
-                        if n * parts % shape.columns == 0:
+                        inside = None if n * parts % shape.columns == 0 else column < index(n)
+
+                        def put(pair: list[Value] = pair, row: Value = row, column: Value = column) -> None:
                             write(pair, row, column)
-                        else:
-                            when(column < index(n))(lambda pair=pair, column=column: write(pair, row, column))
+
+                        only_where(inside, put)

@@ -56,8 +56,8 @@ class Tile:
         """Where a line of a row lies in it."""
         return line ^ (row % 8 if self.lines == 8 else row // 2 % 4)
 
-    def allocate(self, shared: SharedMemory) -> Array:
-        return shared.array(self.stages, self.rows, self.k_tile, element=self.dtype, alignment=128)
+    def allocate(self, shared: SharedMemory, alignment: int = 128) -> Array:
+        return shared.array(self.stages, self.rows, self.k_tile, element=self.dtype, alignment=alignment)
 
     def read(self, memory: Array, stage: Value, row: Value, line: Operand) -> Value:
         """16 bytes: line `line` of a row."""
@@ -74,8 +74,8 @@ class Tile:
             source_row: row of the matrix for a row of the tile.
         """
         from nanoserve.compiler.builder import imax, imin, index
-        from nanoserve.compiler.control import when
         from nanoserve.compiler.gpu.memory import copy_async
+        from nanoserve.compiler.gpu.threads import only_where
 
         total = self.rows * self.lines
         moves = []
@@ -100,7 +100,7 @@ class Tile:
                     last = -(-self.k // self.line) * self.line - self.line  # a line there is
                     copy_async(source, (from_row, imin(at, last)), target, (stage, row, to), valid=valid)
 
-                move() if inside is None else when(inside)(move)
+                only_where(inside, move)
 
         return copy
 
@@ -108,8 +108,11 @@ class Tile:
 def pipeline(
     k: int, k_tile: int, stages: int, copy: Callable[[Value, Value], None],
     multiply: Callable[[Value, list[Value]], list[Value]], sums: list[Value],
+    publish: Callable[[], None] = lambda: None,
 ) -> list[Value]:  # fmt: skip
     """Sums after all tiles along k, in their order: copy(k0, stage) and sums = multiply(stage, sums) for each.
+
+    `publish` says of what this thread's copies have brought what a barrier alone does not say.
 
     While a tile is multiplied, stages - 1 others are on their way. The one barrier of a turn says both that the tile has come,
     for every thread's part, and that everybody is done with the last one, whose place the next copy takes.
@@ -133,6 +136,7 @@ def pipeline(
     def result(turn: Value, carried: list[Value]) -> list[Value]:
         stage, free, *sums = carried
         wait_until(ahead - 1, group)
+        publish()
         barrier()
 
         @when(turn + ahead < index(turns))

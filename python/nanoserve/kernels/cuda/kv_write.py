@@ -69,7 +69,7 @@ def build(
     from nanoserve.compiler.control import loop, when
     from nanoserve.compiler.gpu.kernel import device_kernel
     from nanoserve.compiler.gpu.memory import SharedMemory, rounded
-    from nanoserve.compiler.gpu.threads import block_id, over_block, over_warp, thread_id
+    from nanoserve.compiler.gpu.threads import block_id, only_where, over_block, over_warp, thread_id
 
     warps, half = _THREADS // WARP, rotary // 2
 
@@ -147,7 +147,7 @@ def build(
                 def put(dim: Value = dim, v: Value = v) -> None:
                     target[(*at, first + dim)] = rounded(v, target.element)
 
-                put() if inside is None else when(inside)(put)
+                only_where(inside, put)
 
         q_norm, k_norm = given.get("q_norm"), given.get("k_norm")
         q_scale = row_scale(0, h * d) if qk_norm == "row" else None

@@ -80,12 +80,9 @@ class RowCover:
 
     def store(self, value: Value, target: Array, row: Operand, piece: Piece) -> None:
         """target[row] = value where the piece is inside."""
-        from nanoserve.compiler.control import when
+        from nanoserve.compiler.gpu.threads import only_where
 
-        if piece.inside is None:
-            target.store(value, row, piece.at)
-        else:
-            when(piece.inside)(lambda: target.store(value, row, piece.at))
+        only_where(piece.inside, lambda: target.store(value, row, piece.at))
 
     def sum(self, pieces: list[Piece], term: Callable[[int, Value], Value], slots: Array) -> Value:
         """In every thread: the sum over the columns of what term(i, acc) adds to acc for piece i.

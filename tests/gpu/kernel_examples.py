@@ -1,0 +1,80 @@
+"""Every GPU kernel in the sizes that models have, with the registers it may use and the instructions it must have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanoserve.compiler.gpu.chip import Chip
+from nanoserve.compiler.gpu.spec import GpuKernelSpec
+from nanoserve.kernels.cuda.activation import activation_spec, convert_spec
+from nanoserve.kernels.cuda.embedding import embedding_spec
+from nanoserve.kernels.cuda.gemm import gemm_plan
+from nanoserve.kernels.cuda.kv_write import kv_write_spec
+from nanoserve.kernels.cuda.logits import argmax_spec, block_max_spec
+from nanoserve.kernels.cuda.norm import norm_spec
+from nanoserve.kernels.cuda.pages import copy_pages_spec
+
+# Three blocks of 128 threads, or two of 256, use up 64 Ki registers at this many each.
+LARGE_F32, LARGE_MMA = 168, 128
+
+
+@dataclass(frozen=True)
+class Example:
+    spec: GpuKernelSpec
+    registers: int
+    instructions: tuple[str, ...]
+
+
+def examples(chip: Chip) -> dict[str, Example]:
+    found = {
+        "embedding": Example(embedding_spec(4096, 4096, dtype="bf16"), 40, ("LDG.E.64", "STG.E.128")),
+        "embedding of any width": Example(embedding_spec(773, 776, positions=True, scale=2.0), 40, ("LDG.E", "FADD")),
+        "rmsnorm": Example(norm_spec("rmsnorm", 4096, 4096, 4096, 1e-5, dtype="bf16"), 48, ("LDG.E.128", "SHFL.BFLY", "BAR")),
+        "layernorm": Example(norm_spec("layernorm", 768, 768, 768, 1e-5, bias=True, gather=True), 48, ("LDG.E.128", "SHFL.BFLY")),
+        "gate": Example(
+            activation_spec(11008, 22016, 11008, activation="silu", gated=True, dtype="bf16"), 48,
+            ("LDG.E.128", "MUFU.RCP", "F2FP.BF16"),
+        ),
+        "gelu": Example(activation_spec(3072, 3072, 3072, activation="gelu_erf", softcap=30.0), 64, ("LDG.E.128", "STG.E.128")),
+        "convert": Example(convert_spec(4096, 4096, 4096), 40, ("LDG.E.128", "F2FP.BF16", "STG.E.64")),
+        "kv_write": Example(
+            kv_write_spec(32, 8, 128, 16, 48 * 128, 128, qk_norm="head", norm_eps=1e-6, dtype="bf16"), 56,
+            ("SHFL.BFLY", "F2FP.BF16", "STG.E.U16"),
+        ),
+        "kv_write of whole rows": Example(
+            kv_write_spec(12, 12, 80, 16, 36 * 80, 34, qk_norm="row", norm_eps=1e-6), 56, ("SHFL.BFLY", "BAR")
+        ),
+        "block_max": Example(block_max_spec(151936, 151936), 40, ("LDG.E", "SHFL.BFLY")),
+        "argmax": Example(argmax_spec(50257, 50264), 40, ("SHFL.BFLY", "BAR")),
+        "pages": Example(copy_pages_spec(16 * 8 * 128 * 2), 40, ("LDG.E.128", "STG.E.128")),
+    }  # fmt: skip
+    f32 = ("FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "DEPBAR", "BAR")
+    mma = ("HMMA.16816.F32.BF16", "LDSM.16.M88", "LDGSTS.E.BYPASS.128", "DEPBAR", "BAR")
+    narrow = {"x": "bf16", "dtype": "bf16"}
+    plans = {
+        "f32": (f32, gemm_plan(4096, 4096, 4096, 4096, chip, residual=True)),
+        "f32 of bf16": (f32, gemm_plan(2048, 2048, 2048, 2048, chip, dtype="bf16", bias=True)),
+        "f32 gated": (f32, gemm_plan(4096, 11008, 4096, 11008, chip, gated=True, activation="silu")),
+        "bf16": (mma, gemm_plan(4096, 4096, 4096, 4096, chip, residual=True, **narrow)),
+        "bf16 gated": (
+            mma, gemm_plan(4096, 11008, 4096, 11008, chip, gated=True, activation="gelu_erf", bias=True, y="bf16", **narrow),
+        ),
+        "bf16 head": (mma, gemm_plan(768, 50257, 768, 50264, chip, softcap=30.0, **narrow)),
+    }  # fmt: skip
+    if chip.wgmma:
+        wgmma = ("HGMMA.64x", "LDGSTS.E.BYPASS.128", "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR", "BAR")
+        narrow |= {"wgmma": True}
+        plans |= {
+            "wgmma": (wgmma, gemm_plan(4096, 4096, 4096, 4096, chip, residual=True, **narrow)),
+            "wgmma gated": (
+                wgmma,
+                gemm_plan(4096, 11008, 4096, 11008, chip, gated=True, activation="silu", y="bf16", **narrow),
+            ),
+        }
+    for name, (instructions, plan) in plans.items():
+        large = LARGE_F32 if instructions is f32 else LARGE_MMA
+        for most, spec in plan.steps:
+            found[f"{name}, {most or 'any'} rows"] = Example(
+                spec, large if most is None else 128, instructions
+            )
+    return found
