@@ -23,9 +23,26 @@ _FLOATS = {"f16": "half", "bf16": "bfloat", "f32": "float", "f64": "double", "f1
 _FLOATS["bf16x2"] = "<2 x bfloat>"
 _COMPARE = {"eq": "eq", "ne": "ne", "lt": "slt", "le": "sle", "gt": "sgt", "ge": "sge"}
 _SPACES = {"global": 1, "shared": 3}
-_UNARY = {"ex2": "exp2", "lg2": "log2", "sqrt": "sqrt", "tanh": "tanh", "sin": "sin", "cos": "cos", "abs": "fabs"}
+_UNARY = {
+    "ex2": "exp2",
+    "lg2": "log2",
+    "sqrt": "sqrt",
+    "tanh": "tanh",
+    "sin": "sin",
+    "cos": "cos",
+    "abs": "fabs",
+}
 # Hints and fences: threads run one at a time, so memory is always in order.
-_NOTHING = {"fence", "membar", "prefetch", "prefetchu", "griddepcontrol", "nanosleep", "createpolicy", "discard"}
+_NOTHING = {
+    "fence",
+    "membar",
+    "prefetch",
+    "prefetchu",
+    "griddepcontrol",
+    "nanosleep",
+    "createpolicy",
+    "discard",
+}
 
 
 def _width(modifiers: Sequence[str]) -> int:
@@ -271,7 +288,9 @@ class PtxFunction:
         to, of = s.modifiers[-2:]
         if to in ("bf16x2", "f16x2") and of == "f32":
             half = _FLOATS[to.removesuffix("x2")]
-            high, low = (self._f.value(f"fptrunc float {self._load_float(x, 'float')} to {half}") for x in sources)
+            high, low = (
+                self._f.value(f"fptrunc float {self._load_float(x, 'float')} to {half}") for x in sources
+            )
             one = self._f.value(f"insertelement <2 x {half}> poison, {half} {low}, i32 0")
             both = self._f.value(f"insertelement <2 x {half}> {one}, {half} {high}, i32 1")
             self._store_float(destination, f"<2 x {half}>", both)
@@ -283,7 +302,9 @@ class PtxFunction:
             kinds = _FLOATS[of], _FLOATS[to]
             operation = "fpext" if type_bits(kinds[0]) < type_bits(kinds[1]) else "fptrunc"
             value = self._load_float(sources[0], kinds[0])
-            self._store_float(destination, kinds[1], self._f.value(f"{operation} {kinds[0]} {value} to {kinds[1]}"))
+            self._store_float(
+                destination, kinds[1], self._f.value(f"{operation} {kinds[0]} {value} to {kinds[1]}")
+            )
         elif to not in _FLOATS and of not in _FLOATS:
             bits, wanted = _width([of]), _width([to])
             value = self._load(sources[0], bits)
@@ -339,7 +360,9 @@ class PtxFunction:
             self._store(name, word, 32)
 
     def _stmatrix(self, s: Statement) -> None:
-        gpu.store_matrix(self._f, "trans" in s.modifiers, self._address(s.operands[0]), self._words(s.operands[1]))
+        gpu.store_matrix(
+            self._f, "trans" in s.modifiers, self._address(s.operands[0]), self._words(s.operands[1])
+        )
 
     def _mma(self, s: Statement) -> None:
         """mma.sync.aligned.<shape>.row.col.f32.<a>.<b>.f32"""
@@ -377,7 +400,9 @@ class PtxFunction:
 
     def _wgmma_multiply(self, s: Statement) -> None:
         """wgmma.mma_async.sync.aligned.m64n<n>k16.f32.<a>.<b> d, a, b-desc, scale-d, scale-a, scale-b, trans..."""
-        found = re.fullmatch(r"mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(\w+)\.(\w+)", ".".join(s.modifiers))
+        found = re.fullmatch(
+            r"mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(\w+)\.(\w+)", ".".join(s.modifiers)
+        )
         if found is None or found[2] != found[3]:
             raise UnsupportedInstruction(f"the emulator does not know the PTX instruction {s.opcode}")
         names, a, b, scale_d, *modifiers = s.operands

@@ -1,6 +1,7 @@
 """GPU kernels by specification: specs in, artifacts out, compiled at most once per machine.
 
-As kernels/library.py. `build(spec, chip, **params)` of `kernels/cuda/<kind>.py` emits a kernel; it is imported only on a miss.
+As kernels/library.py. `kernels/cuda/<kind>.py` has `build(spec, chip, **params)`, which emits a kernel as MLIR, or
+`triton_source(spec, chip, **params)`, which names one written in Triton; compilers are imported only on a miss.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoserve.compiler import bindings, jit
-from nanoserve.compiler.gpu import cubin, ptx
+from nanoserve.compiler.gpu import cubin, ptx, triton_kernel
 from nanoserve.compiler.gpu.artifact import Artifact, ArtifactStore, Usage, launch_of
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
@@ -30,8 +31,10 @@ class KernelMissing(RuntimeError):
     """A kernel is not there, and neither is what compiles it."""
 
 
-def toolchain() -> str | None:
-    """What compiles here: MLIR, LLVM's NVPTX and ptxas with their versions; None where one of them is not installed."""
+def toolchain(spec: GpuKernelSpec | None = None) -> str | None:
+    """What compiles a kernel here (None: one written as MLIR), with versions; None where a part of it is not installed."""
+    if spec is not None and hasattr(_module_of(spec), "triton_source"):
+        return triton_kernel.toolchain()
     found = (bindings.toolchain(), ptx.version(), cubin.version())
     return None if None in found else ", ".join(str(part) for part in found)
 
@@ -56,13 +59,17 @@ def key_of(spec: GpuKernelSpec, chip: Chip) -> str:
     return hashlib.sha256("\0".join((repr(spec), _source_digest(), chip.name)).encode()).hexdigest()
 
 
+def _module_of(spec: GpuKernelSpec) -> Any:
+    return importlib.import_module(f"nanoserve.kernels.cuda.{spec.kind}")
+
+
 def build_module(spec: GpuKernelSpec, chip: Chip) -> Any:
     """The kernel as it is written, before any stage.
 
     Raises:
         MlirMissing: no bindings are installed.
     """
-    build = importlib.import_module(f"nanoserve.kernels.cuda.{spec.kind}").build
+    build = _module_of(spec).build
     return jit.build_module(lambda: build(spec, chip, **dict(spec.params)))
 
 
@@ -72,11 +79,14 @@ def compile_kernel(
     """A kernel's artifact, made here and now; `after_stage` as lowering.lower's.
 
     Raises:
-        MlirMissing, PtxCompilerMissing, AssemblerMissing: a compiler is not installed.
+        MlirMissing, TritonMissing, PtxCompilerMissing, AssemblerMissing: a compiler is not installed.
         NotLowered, AssemblyFailed: the kernel cannot be compiled.
     """
     from nanoserve.compiler.gpu.lowering import lower
 
+    kernel = _module_of(spec)
+    if hasattr(kernel, "triton_source"):
+        return triton_kernel.compile_source(spec, chip, kernel.triton_source(spec, chip, **dict(spec.params)))
     if spec.shared_bytes > chip.shared_bytes:
         raise ValueError(
             f"{spec.symbol}: {spec.shared_bytes} bytes of shared memory, {chip.name} has {chip.shared_bytes}"
@@ -101,15 +111,14 @@ def load_artifacts(
         NotLowered, AssemblyFailed: a kernel cannot be compiled.
     """
     kept = ArtifactStore() if store is None else store
-    here = toolchain()
     found: dict[GpuKernelSpec, Artifact] = {}
     for spec in dict.fromkeys(specs):
-        key = key_of(spec, chip)
+        key, here = key_of(spec, chip), toolchain(spec)
         artifact = kept.find(key)
         if artifact is None and here is None:
             raise KernelMissing(
-                f"{spec.symbol} for {chip.name} is not in {kept.directory}, and compiling it needs torch-mlir, llvmlite and "
-                "ptxas: install nanoserve[cuda], or copy the folder from a machine that has compiled this model's kernels"
+                f"{spec.symbol} for {chip.name} is not in {kept.directory}, and compiling it needs torch-mlir, llvmlite, "
+                "triton and ptxas: install nanoserve[cuda], or copy the folder from a machine that has compiled this model's kernels"
             )
         if artifact is None or (here is not None and artifact.toolchain != here):
             artifact = compile_kernel(spec, chip)

@@ -1,193 +1,172 @@
-"""Attention over pages, in Triton: the rows of a span (consecutive positions of one sequence) against all keys before them.
+"""Specifications of attention over pages; the kernels are in paged_attention_triton.py.
 
-    attend   a program has a tile of rows of one KV head: rows x the query heads that share it. It walks the keys in blocks of
-             BLOCK and merges what each segment of SEGMENT keys gave, in order.
-    split    the same for spans of one row, a program per segment, so that few long sequences fill a device: leaves the sums of
-             its segment for
-    merge    which adds segments up, in the same order and with the same operations.
-
-Bits: blocks and segments begin at absolute positions, so a row's sums are the same sums whoever computes them: alone or among
-others, in a chunk or as the last token, in one program or in many. What a row does not see contributes exactly nothing. Sums
-over a block are all matrix products, the sum of the weights too (times a column of ones): their order belongs to the
-instruction, while that of tl.sum belongs to how a tile is spread over threads. Products and sums are fused only where fma says
-so (`enable_fp_fusion=False`), or each kernel could be fused differently.
-
-Layouts: queries float32 [rows][ld_q], head after head; keys and values [page][kv_head][slot][dim]; spans int32 [n][4] as
-src/cuda_step.h's AttentionSpan; the flat block table as src/attention_work.h's. Source of the online softmax: Milakov and
-Gimelshein, "Online normalizer calculation for softmax" (2018); of splitting keys: "Flash-Decoding" (Dao et al., 2023).
+Rows that attend come as spans (src/cuda_step.h's AttentionSpan). One row of a sequence is a span for `split` and `merge`, a
+program per SEGMENT keys; several are spans of at most `chunk_rows` for `attend`. Whichever computes a row, its bits are the same.
 """
 
-# Triton reads the source of what is decorated: no annotations from __future__, and names as Triton has them.
-import triton
-import triton.language as tl
+from __future__ import annotations
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from nanoserve.compiler.gpu.chip import WARP, Chip
+from nanoserve.compiler.gpu.spec import SCALAR, UNBOUNDED, Extent, GpuKernelSpec, pointer
+from nanoserve.compiler.gpu.triton_kernel import SCRATCH, TritonSource
+from nanoserve.kernels.cuda.layout import check_stride, pages
 
-@triton.jit
-def _exp2(x, largest):
-    """2^(x - largest), 0 where nothing was seen yet."""
-    return tl.where(x == float("-inf"), 0.0, tl.exp2(x - tl.where(largest == float("-inf"), 0.0, largest)))
-
-
-@triton.jit
-def _merged(m, l, acc, m_more, l_more, acc_more):
-    """Two partial softmaxes as one. fma says which product is rounded: it must be the same everywhere."""
-    largest = tl.maximum(m, m_more)
-    a, b = _exp2(m, largest), _exp2(m_more, largest)
-    l = tl.fma(l_more, b, l * a)
-    a, b = tl.broadcast_to(a[:, None], acc.shape), tl.broadcast_to(b[:, None], acc.shape)
-    return largest, l, tl.fma(acc_more, b, acc * a)
+TABLE_TOKENS = 64  # the flat block table is padded to a multiple
+SEGMENT = 512  # keys whose results are merged; part of every row's bits
+_LEAST_ROWS = 16  # of a tile: the height of a matrix instruction
+DTYPES = ("f32", "bf16")
 
 
-@triton.jit
-def _segment(
-    q, positions, keys, K, V, table, kv_head, first, last,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, NARROW: tl.constexpr,
-):  # fmt: skip
-    """Blocks [first, last) of a sequence's `keys`: the largest score, the sum, and the weighted values, of each row."""
-    ROWS: tl.constexpr = q.shape[0]
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    sums = tl.zeros([ROWS, 16], tl.float32)  # all columns the same: no product is narrower
-    acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    dims = tl.arange(0, DIM_PAD)
-    for block in range(first, last):
-        key = block * BLOCK + tl.arange(0, BLOCK)
-        page = tl.load(table + key // PAGE).to(tl.int64)
-        at = ((page * KV_HEADS + kv_head) * PAGE + key % PAGE) * DIM
-        inside = (dims < DIM)[None, :]
-        k = tl.load(K + at[:, None] + dims[None, :], mask=inside, other=0.0)
-        if NARROW:
-            score = tl.dot(q, tl.trans(k))
-        else:
-            score = tl.dot(q, tl.trans(k.to(tl.float32)), input_precision="ieee")
-        score = score * SCALE
-        if SOFTCAP > 0.0:
-            # tanh(x) = 1 - 2 / (1 + e^2x)
-            score = SOFTCAP * (1.0 - 2.0 / (1.0 + tl.exp2(score * (2.0 * LOG2_E / SOFTCAP))))
-        score = score * LOG2_E
-        seen = key[None, :] <= positions[:, None]
-        if WINDOW > 0:
-            seen = seen & (key[None, :] > positions[:, None] - WINDOW)
-        score = tl.where(seen, score, float("-inf"))
-        largest = tl.maximum(m, tl.max(score, 1))
-        p = _exp2(score, tl.broadcast_to(largest[:, None], score.shape))
-        a = _exp2(m, largest)
-        sums = sums * tl.broadcast_to(a[:, None], sums.shape)
-        acc = acc * tl.broadcast_to(a[:, None], acc.shape)
-        # A page's unused slots may hold anything, and 0 * inf is not 0.
-        v = tl.load(V + at[:, None] + dims[None, :], mask=inside & (key < keys)[:, None], other=0.0)
-        if NARROW:
-            sums = tl.dot(p.to(tl.bfloat16), tl.full([BLOCK, 16], 1.0, tl.bfloat16), sums)
-            acc = tl.dot(p.to(tl.bfloat16), v, acc)
-        else:
-            sums = tl.dot(p, tl.full([BLOCK, 16], 1.0, tl.float32), sums, input_precision="ieee")
-            acc = tl.dot(p, v.to(tl.float32), acc, input_precision="ieee")
-        m = largest
-    return m, tl.max(sums, 1), acc
+@dataclass(frozen=True, slots=True)
+class AttentionForm:
+    """What the kernels of a layer depend on.
+
+    Args:
+        dtype: of keys and values. narrow: products of bfloat16, which needs keys and values of it; else of float32.
+        out: "f32" or "bf16".
+        ld_q, ld_out: strides of the rows of queries (float32) and of the result.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    ld_q: int
+    ld_out: int
+    dtype: str = "f32"
+    narrow: bool = False
+    out: str = "f32"
+    scale: float = 1.0
+    softcap: float = 0.0
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.heads, self.kv_heads, self.head_dim) < 1 or self.heads % self.kv_heads:
+            raise ValueError(
+                f"attention: heads={self.heads} must be a multiple of kv_heads={self.kv_heads}, head_dim={self.head_dim} positive"
+            )
+        if self.page_size < 1 or TABLE_TOKENS % self.page_size:
+            raise ValueError(f"attention: page_size={self.page_size} must divide {TABLE_TOKENS}")
+        for name, value, known in (("dtype", self.dtype, DTYPES), ("out", self.out, DTYPES)):
+            if value not in known:
+                raise ValueError(f"attention: {name} {value!r} must be one of {', '.join(known)}")
+        if self.narrow and self.dtype != "bf16":
+            raise ValueError("attention: narrow products need bf16 keys and values")
+        if self.window < 0 or not 0 <= self.softcap < math.inf or not 0 < self.scale < math.inf:
+            raise ValueError(
+                f"attention: window={self.window}, softcap={self.softcap} and scale={self.scale} must be finite and not negative"
+            )
+        columns = self.heads * self.head_dim
+        check_stride("attention", columns, ld_q=self.ld_q, ld_out=self.ld_out)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def chunk_rows(self) -> int:
+        """Most rows of a span for `attend`."""
+        return self._tile("attend") // self.group
+
+    def _tile(self, part: str) -> int:
+        """Rows of a tile: a row of the step is `group` of them."""
+        is_tall = part == "attend" and self.narrow and self.dim_pad <= 128
+        rows = 4 * _LEAST_ROWS if is_tall else _LEAST_ROWS
+        return max(rows, 1 << (self.group - 1).bit_length())
+
+    def _warps(self, part: str) -> int:
+        """How many share a tile; wide heads need their registers."""
+        if part == "merge":
+            return 1
+        if not self.narrow:
+            return 8 if self.dim_pad >= 64 else 4
+        return (8 if self.dim_pad > 64 else 4) if part == "attend" else (4 if self.dim_pad > 64 else 2)
+
+    def stages(self, part: str) -> int:
+        """Copies of keys and values ahead of the products, by what fits beside the rest."""
+        return 3 if part == "split" and self.narrow else 2
+
+    def constants(self, part: str) -> dict[str, Any]:
+        """Of the Triton function."""
+        if part == "merge":
+            return {
+                "HEADS": self.heads, "DIM": self.head_dim, "DIM_PAD": self.dim_pad, "WINDOW": self.window, "SEGMENT": SEGMENT,
+            }  # fmt: skip
+        return {
+            "SCALE": self.scale, "SOFTCAP": self.softcap, "WINDOW": self.window, "KV_HEADS": self.kv_heads, "GROUP": self.group,
+            "DIM": self.head_dim, "DIM_PAD": self.dim_pad, "PAGE": self.page_size, "ROWS": self._tile(part), "BLOCK": self.block,
+            "SEGMENT": SEGMENT, "NARROW": self.narrow,
+        }  # fmt: skip
+
+    @property
+    def block(self) -> int:
+        """Keys that are multiplied at once, part of every row's bits: as many as registers hold beside the sums."""
+        if not self.narrow:
+            return 16
+        return max(16, min(64, 4096 // self.dim_pad))
+
+    @property
+    def dim_pad(self) -> int:
+        return max(16, 1 << (self.head_dim - 1).bit_length())
+
+    def _inputs(self) -> dict[str, str]:
+        i32, kv = (
+            pointer(UNBOUNDED, element="i32"),
+            pages(self.kv_heads, self.page_size, self.head_dim, self.dtype),
+        )
+        return {"Q": pointer(UNBOUNDED, self.ld_q), "K": kv, "V": kv, "table": i32, "spans": i32}
+
+    def _spec(self, part: str, arguments: dict[str, str], grid: tuple[Extent, ...]) -> GpuKernelSpec:
+        return GpuKernelSpec.make(
+            "paged_attention",
+            {**arguments, **SCRATCH},
+            grid,
+            self._warps(part) * WARP,
+            part=part,
+            **asdict(self),
+        )
+
+    def attend_spec(self) -> GpuKernelSpec:
+        """Args: Q, K, V, table, spans, out, ld_q, ld_out, num_spans, and two null pointers."""
+        arguments = {
+            **self._inputs(), "out": pointer(UNBOUNDED, self.ld_out, element=self.out), "ld_q": SCALAR, "ld_out": SCALAR,
+            "num_spans": SCALAR,
+        }  # fmt: skip
+        return self._spec("attend", arguments, (Extent("num_spans"), Extent(times=self.kv_heads)))
+
+    def split_spec(self) -> GpuKernelSpec:
+        """Args: Q, K, V, table, spans, parts, sums, ld_q, num_segments, num_spans, and two null pointers.
+
+        parts: float32 [spans][heads][num_segments][head_dim]; sums: [spans][heads][num_segments][2].
+        """
+        arguments = {
+            **self._inputs(), "parts": pointer(UNBOUNDED), "sums": pointer(UNBOUNDED), "ld_q": SCALAR, "num_segments": SCALAR,
+            "num_spans": SCALAR,
+        }  # fmt: skip
+        grid = (Extent("num_spans"), Extent(times=self.kv_heads), Extent("num_segments"))
+        return self._spec("split", arguments, grid)
+
+    def merge_spec(self) -> GpuKernelSpec:
+        """Args: parts, sums, spans, out, ld_out, num_segments, num_spans, and two null pointers."""
+        arguments = {
+            "parts": pointer(UNBOUNDED), "sums": pointer(UNBOUNDED), "spans": pointer(UNBOUNDED, element="i32"),
+            "out": pointer(UNBOUNDED, self.ld_out, element=self.out), "ld_out": SCALAR, "num_segments": SCALAR, "num_spans": SCALAR,
+        }  # fmt: skip
+        return self._spec("merge", arguments, (Extent("num_spans"), Extent(times=self.heads)))
 
 
-@triton.jit
-def _queries(
-    Q, spans, span, kv_head, ld_q,
-    ROWS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, NARROW: tl.constexpr,
-):  # fmt: skip
-    """A tile: its queries, their positions (-1: none), rows and heads, which of them count; the span's begin, end and table."""
-    first_row, count = tl.load(spans + 4 * span), tl.load(spans + 4 * span + 1)
-    start, table_off = tl.load(spans + 4 * span + 2), tl.load(spans + 4 * span + 3)
-    index = tl.arange(0, ROWS)
-    row, head = index // GROUP, kv_head * GROUP + index % GROUP
-    dims = tl.arange(0, DIM_PAD)
-    valid = (row < count)[:, None] & (dims < DIM)[None, :]
-    at = (first_row + row).to(tl.int64)
-    q = tl.load(Q + (at * ld_q + head * DIM)[:, None] + dims[None, :], mask=valid, other=0.0)
-    if NARROW:
-        q = q.to(tl.bfloat16)
-    return q, tl.where(row < count, start + row, -1), at, head, valid, start, start + count, table_off
+def triton_source(spec: GpuKernelSpec, chip: Chip, *, part: str, **fields: Any) -> TritonSource:
+    """What library.py compiles."""
+    from nanoserve.kernels.cuda import paged_attention_triton as kernels
 
-
-@triton.jit
-def attend(
-    Q, K, V, table, spans, out, ld_q, ld_out,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    SEGMENT: tl.constexpr, NARROW: tl.constexpr,
-):  # fmt: skip
-    """Grid: spans, KV heads. A span has at most ROWS // GROUP rows."""
-    kv_head = tl.program_id(1)
-    q, positions, row, head, valid, start, keys, table_off = _queries(
-        Q, spans, tl.program_id(0), kv_head, ld_q, ROWS, GROUP, DIM, DIM_PAD, NARROW
-    )
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    begin = 0
-    if WINDOW > 0:  # the first row's first key, at the begin of its segment
-        begin = tl.maximum(start - WINDOW + 1, 0) // SEGMENT * SEGMENT
-    for segment in range(begin, keys, SEGMENT):
-        last = tl.minimum(tl.cdiv(keys, BLOCK), (segment + SEGMENT) // BLOCK)
-        more = _segment(
-            q, positions, keys, K, V, table + table_off, kv_head, segment // BLOCK, last,
-            SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, DIM_PAD, PAGE, BLOCK, NARROW,
-        )  # fmt: skip
-        m, l, acc = _merged(m, l, acc, more[0], more[1], more[2])
-    dims = tl.arange(0, DIM_PAD)
-    result = acc / tl.broadcast_to(tl.where(l > 0.0, l, 1.0)[:, None], acc.shape)
-    tl.store(out + (row * ld_out + head * DIM)[:, None] + dims[None, :], result.to(out.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def split(
-    Q, K, V, table, spans, parts, sums, ld_q, max_segments,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    SEGMENT: tl.constexpr, NARROW: tl.constexpr,
-):  # fmt: skip
-    """Grid: spans of one row, KV heads, segments. parts [span][head][segment][DIM], sums the same with (largest, sum)."""
-    kv_head, segment = tl.program_id(1), tl.program_id(2)
-    q, positions, row, head, valid, start, keys, table_off = _queries(
-        Q, spans, tl.program_id(0), kv_head, ld_q, ROWS, GROUP, DIM, DIM_PAD, NARROW
-    )
-    is_seen = segment * SEGMENT < keys  # never in padding, whose start and count are 0
-    if WINDOW > 0:
-        is_seen = is_seen & ((segment + 1) * SEGMENT > keys - WINDOW)
-    if is_seen:
-        last = tl.minimum(tl.cdiv(keys, BLOCK), (segment + 1) * (SEGMENT // BLOCK))
-        m, l, acc = _segment(
-            q, positions, keys, K, V, table + table_off, kv_head, segment * (SEGMENT // BLOCK), last,
-            SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, DIM_PAD, PAGE, BLOCK, NARROW,
-        )  # fmt: skip
-        at = (tl.program_id(0).to(tl.int64) * (KV_HEADS * GROUP) + head) * max_segments + segment
-        dims = tl.arange(0, DIM_PAD)
-        tl.store(parts + at[:, None] * DIM + dims[None, :], acc, mask=valid)
-        tl.store(sums + 2 * at, m, mask=positions >= 0)
-        tl.store(sums + 2 * at + 1, l, mask=positions >= 0)
-
-
-@triton.jit
-def merge(
-    parts, sums, spans, out, ld_out, max_segments,
-    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
-):  # fmt: skip
-    """Grid: spans of one row, heads."""
-    span, head = tl.program_id(0), tl.program_id(1)
-    first_row, count = tl.load(spans + 4 * span), tl.load(spans + 4 * span + 1)
-    keys = tl.load(spans + 4 * span + 2) + count
-    if count > 0:
-        first = 0
-        if WINDOW > 0:
-            first = tl.maximum(keys - WINDOW, 0) // SEGMENT
-        dims = tl.arange(0, DIM_PAD)
-        m = tl.full([1], float("-inf"), tl.float32)
-        l = tl.zeros([1], tl.float32)
-        acc = tl.zeros([1, DIM_PAD], tl.float32)
-        for segment in range(first, tl.cdiv(keys, SEGMENT)):
-            at = (span.to(tl.int64) * HEADS + head) * max_segments + segment
-            more = tl.load(parts + at * DIM + dims, mask=dims < DIM, other=0.0)[None, :]
-            m_more = tl.load(sums + 2 * at + tl.zeros([1], tl.int32))
-            l_more = tl.load(sums + 2 * at + 1 + tl.zeros([1], tl.int32))
-            m, l, acc = _merged(m, l, acc, m_more, l_more, more)
-        result = acc / tl.broadcast_to(tl.where(l > 0.0, l, 1.0)[:, None], acc.shape)
-        place = out + first_row.to(tl.int64) * ld_out + head * DIM + dims[None, :]
-        tl.store(place, result.to(out.dtype.element_ty), mask=(dims < DIM)[None, :])
+    form = AttentionForm(**fields)
+    function = {"attend": kernels.attend, "split": kernels.split, "merge": kernels.merge}[part]
+    return TritonSource(function, form.constants(part), form.stages(part))

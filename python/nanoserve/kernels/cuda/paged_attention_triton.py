@@ -1,0 +1,197 @@
+"""Attention over pages, in Triton: the rows of a span (consecutive positions of one sequence) against all keys before them.
+
+    attend   a program has a tile of rows of one KV head: rows x the query heads that share it. It walks the keys in blocks of
+             BLOCK and merges what each segment of SEGMENT keys gave, in order.
+    split    the same for spans of one row, a program per segment, so that few long sequences fill a device: leaves the sums of
+             its segment for
+    merge    which adds segments up, in the same order and with the same operations.
+
+Bits: blocks and segments begin at absolute positions, so a row's sums are the same sums whoever computes them: alone or among
+others, in a chunk or as the last token, in one program or in many. What a row does not see contributes exactly nothing. Sums
+over a block are all matrix products, the sum of the weights too (times a column of ones): their order belongs to the
+instruction, while that of tl.sum belongs to how a tile is spread over threads. Products and sums are fused only where fma says
+so (`enable_fp_fusion=False`), or each kernel could be fused differently.
+
+Layouts: queries float32 [rows][ld_q], head after head; keys and values [page][kv_head][slot][dim]; spans int32 [n][4] as
+src/cuda_step.h's AttentionSpan; the flat block table as src/attention_work.h's. Source of the online softmax: Milakov and
+Gimelshein, "Online normalizer calculation for softmax" (2018); of splitting keys: "Flash-Decoding" (Dao et al., 2023).
+"""
+
+# Triton reads the source of what is decorated: no annotations from __future__, and names as Triton has them.
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _exp2(x, largest):
+    """2^(x - largest), 0 where nothing was seen yet."""
+    return tl.where(x == float("-inf"), 0.0, tl.exp2(x - tl.where(largest == float("-inf"), 0.0, largest)))
+
+
+@triton.jit
+def _merged(m, l, acc, m_more, l_more, acc_more):
+    """Two partial softmaxes as one. fma says which product is rounded: it must be the same everywhere."""
+    largest = tl.maximum(m, m_more)
+    a, b = _exp2(m, largest), _exp2(m_more, largest)
+    l = tl.fma(l_more, b, l * a)
+    a, b = tl.broadcast_to(a[:, None], acc.shape), tl.broadcast_to(b[:, None], acc.shape)
+    return largest, l, tl.fma(acc_more, b, acc * a)
+
+
+@triton.jit
+def _segment(
+    q, positions, keys, K, V, table, kv_head, first, last,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """Blocks [first, last) of a sequence's `keys`: the largest score, the sum, and the weighted values, of each row."""
+    ROWS: tl.constexpr = q.shape[0]
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    sums = tl.zeros([ROWS, 16], tl.float32)  # all columns the same: no product is narrower
+    acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    dims = tl.arange(0, DIM_PAD)
+    for block in range(first, last):
+        key = block * BLOCK + tl.arange(0, BLOCK)
+        page = tl.load(table + key // PAGE).to(tl.int64)
+        at = ((page * KV_HEADS + kv_head) * PAGE + key % PAGE) * DIM
+        inside = (dims < DIM)[None, :]
+        k = tl.load(K + at[:, None] + dims[None, :], mask=inside, other=0.0)
+        if NARROW:
+            score = tl.dot(q, tl.trans(k))
+        else:
+            score = tl.dot(q, tl.trans(k.to(tl.float32)), input_precision="ieee")
+        score = score * SCALE
+        if SOFTCAP > 0.0:
+            # tanh(x) = 1 - 2 / (1 + e^2x)
+            score = SOFTCAP * (1.0 - 2.0 / (1.0 + tl.exp2(score * (2.0 * LOG2_E / SOFTCAP))))
+        score = score * LOG2_E
+        seen = key[None, :] <= positions[:, None]
+        if WINDOW > 0:
+            seen = seen & (key[None, :] > positions[:, None] - WINDOW)
+        score = tl.where(seen, score, float("-inf"))
+        largest = tl.maximum(m, tl.max(score, 1))
+        p = _exp2(score, tl.broadcast_to(largest[:, None], score.shape))
+        a = _exp2(m, largest)
+        sums = sums * tl.broadcast_to(a[:, None], sums.shape)
+        acc = acc * tl.broadcast_to(a[:, None], acc.shape)
+        # A page's unused slots may hold anything, and 0 * inf is not 0.
+        v = tl.load(V + at[:, None] + dims[None, :], mask=inside & (key < keys)[:, None], other=0.0)
+        if NARROW:
+            sums = tl.dot(p.to(tl.bfloat16), tl.full([BLOCK, 16], 1.0, tl.bfloat16), sums)
+            acc = tl.dot(p.to(tl.bfloat16), v, acc)
+        else:
+            sums = tl.dot(p, tl.full([BLOCK, 16], 1.0, tl.float32), sums, input_precision="ieee")
+            acc = tl.dot(p, v.to(tl.float32), acc, input_precision="ieee")
+        m = largest
+    return m, tl.max(sums, 1), acc
+
+
+@triton.jit
+def _queries(
+    Q, spans, span, kv_head, ld_q,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """A tile: its queries, their positions (-1: none), rows and heads, which of them count; the span's begin, end and table."""
+    first_row, count = tl.load(spans + 4 * span), tl.load(spans + 4 * span + 1)
+    start, table_off = tl.load(spans + 4 * span + 2), tl.load(spans + 4 * span + 3)
+    index = tl.arange(0, ROWS)
+    row, head = index // GROUP, kv_head * GROUP + index % GROUP
+    dims = tl.arange(0, DIM_PAD)
+    valid = (row < count)[:, None] & (dims < DIM)[None, :]
+    at = (first_row + row).to(tl.int64)
+    q = tl.load(Q + (at * ld_q + head * DIM)[:, None] + dims[None, :], mask=valid, other=0.0)
+    if NARROW:
+        q = q.to(tl.bfloat16)
+    return q, tl.where(row < count, start + row, -1), at, head, valid, start, start + count, table_off
+
+
+@triton.jit
+def attend(
+    Q, K, V, table, spans, out, ld_q, ld_out, num_spans,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """Grid: spans, KV heads. A span has at most ROWS // GROUP rows."""
+    kv_head = tl.program_id(1)
+    q, positions, row, head, valid, start, keys, table_off = _queries(
+        Q, spans, tl.program_id(0), kv_head, ld_q, ROWS, GROUP, DIM, DIM_PAD, NARROW
+    )
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    begin = 0
+    if WINDOW > 0:  # the first row's first key, at the begin of its segment
+        begin = tl.maximum(start - WINDOW + 1, 0) // SEGMENT * SEGMENT
+    for segment in range(begin, keys, SEGMENT):
+        last = tl.minimum(tl.cdiv(keys, BLOCK), (segment + SEGMENT) // BLOCK)
+        more = _segment(
+            q, positions, keys, K, V, table + table_off, kv_head, segment // BLOCK, last,
+            SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, DIM_PAD, PAGE, BLOCK, NARROW,
+        )  # fmt: skip
+        m, l, acc = _merged(m, l, acc, more[0], more[1], more[2])
+    dims = tl.arange(0, DIM_PAD)
+    result = acc / tl.broadcast_to(tl.where(l > 0.0, l, 1.0)[:, None], acc.shape)
+    tl.store(
+        out + (row * ld_out + head * DIM)[:, None] + dims[None, :],
+        result.to(out.dtype.element_ty),
+        mask=valid,
+    )
+
+
+@triton.jit
+def split(
+    Q, K, V, table, spans, parts, sums, ld_q, num_segments, num_spans,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """Grid: spans of one row, KV heads, segments. parts [span][head][segment][DIM], sums the same with (largest, sum)."""
+    kv_head, segment = tl.program_id(1), tl.program_id(2)
+    q, positions, row, head, valid, start, keys, table_off = _queries(
+        Q, spans, tl.program_id(0), kv_head, ld_q, ROWS, GROUP, DIM, DIM_PAD, NARROW
+    )
+    is_seen = segment * SEGMENT < keys  # never in padding, whose start and count are 0
+    if WINDOW > 0:
+        is_seen = is_seen & ((segment + 1) * SEGMENT > keys - WINDOW)
+    if is_seen:
+        last = tl.minimum(tl.cdiv(keys, BLOCK), (segment + 1) * (SEGMENT // BLOCK))
+        m, l, acc = _segment(
+            q, positions, keys, K, V, table + table_off, kv_head, segment * (SEGMENT // BLOCK), last,
+            SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, DIM_PAD, PAGE, BLOCK, NARROW,
+        )  # fmt: skip
+        at = (tl.program_id(0).to(tl.int64) * (KV_HEADS * GROUP) + head) * num_segments + segment
+        dims = tl.arange(0, DIM_PAD)
+        tl.store(parts + at[:, None] * DIM + dims[None, :], acc, mask=valid)
+        tl.store(sums + 2 * at, m, mask=positions >= 0)
+        tl.store(sums + 2 * at + 1, l, mask=positions >= 0)
+
+
+@triton.jit
+def merge(
+    parts, sums, spans, out, ld_out, num_segments, num_spans,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """Grid: spans of one row, heads."""
+    span, head = tl.program_id(0), tl.program_id(1)
+    first_row, count = tl.load(spans + 4 * span), tl.load(spans + 4 * span + 1)
+    keys = tl.load(spans + 4 * span + 2) + count
+    if count > 0:
+        first = 0
+        if WINDOW > 0:
+            first = tl.maximum(keys - WINDOW, 0) // SEGMENT
+        dims = tl.arange(0, DIM_PAD)
+        m = tl.full([1], float("-inf"), tl.float32)
+        l = tl.zeros([1], tl.float32)
+        acc = tl.zeros([1, DIM_PAD], tl.float32)
+        for segment in range(first, tl.cdiv(keys, SEGMENT)):
+            at = (span.to(tl.int64) * HEADS + head) * num_segments + segment
+            more = tl.load(parts + at * DIM + dims, mask=dims < DIM, other=0.0)[None, :]
+            m_more = tl.load(sums + 2 * at + tl.zeros([1], tl.int32))
+            l_more = tl.load(sums + 2 * at + 1 + tl.zeros([1], tl.int32))
+            m, l, acc = _merged(m, l, acc, m_more, l_more, more)
+        result = acc / tl.broadcast_to(tl.where(l > 0.0, l, 1.0)[:, None], acc.shape)
+        place = out + first_row.to(tl.int64) * ld_out + head * DIM + dims[None, :]
+        tl.store(place, result.to(out.dtype.element_ty), mask=(dims < DIM)[None, :])
