@@ -31,13 +31,13 @@ def _exp2(x, largest):
 
 
 @triton.jit
-def _merged(m, l, acc, m_more, l_more, acc_more):
+def _merged(m, total, acc, m_more, total_more, acc_more):
     """Two partial softmaxes as one. fma says which product is rounded: it must be the same everywhere."""
     largest = tl.maximum(m, m_more)
     a, b = _exp2(m, largest), _exp2(m_more, largest)
-    l = tl.fma(l_more, b, l * a)
+    total = tl.fma(total_more, b, total * a)
     a, b = tl.broadcast_to(a[:, None], acc.shape), tl.broadcast_to(b[:, None], acc.shape)
-    return largest, l, tl.fma(acc_more, b, acc * a)
+    return largest, total, tl.fma(acc_more, b, acc * a)
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def attend(
         Q, spans, tl.program_id(0), kv_head, ld_q, ROWS, GROUP, DIM, DIM_PAD, NARROW
     )
     m = tl.full([ROWS], float("-inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
     begin = 0
     if WINDOW > 0:  # the first row's first key, at the begin of its segment
@@ -131,9 +131,9 @@ def attend(
             q, positions, keys, K, V, table + table_off, kv_head, segment // BLOCK, last,
             SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, DIM_PAD, PAGE, BLOCK, NARROW,
         )  # fmt: skip
-        m, l, acc = _merged(m, l, acc, more[0], more[1], more[2])
+        m, total, acc = _merged(m, total, acc, more[0], more[1], more[2])
     dims = tl.arange(0, DIM_PAD)
-    result = acc / tl.broadcast_to(tl.where(l > 0.0, l, 1.0)[:, None], acc.shape)
+    result = acc / tl.broadcast_to(tl.where(total > 0.0, total, 1.0)[:, None], acc.shape)
     tl.store(
         out + (row * ld_out + head * DIM)[:, None] + dims[None, :],
         result.to(out.dtype.element_ty),
@@ -150,7 +150,7 @@ def split(
 ):  # fmt: skip
     """Grid: spans of one row, KV heads, segments. parts [span][head][segment][DIM], sums the same with (largest, sum)."""
     kv_head, segment = tl.program_id(1), tl.program_id(2)
-    q, positions, row, head, valid, start, keys, table_off = _queries(
+    q, positions, _row, head, valid, _start, keys, table_off = _queries(
         Q, spans, tl.program_id(0), kv_head, ld_q, ROWS, GROUP, DIM, DIM_PAD, NARROW
     )
     is_seen = segment * SEGMENT < keys  # never in padding, whose start and count are 0
@@ -158,7 +158,7 @@ def split(
         is_seen = is_seen & ((segment + 1) * SEGMENT > keys - WINDOW)
     if is_seen:
         last = tl.minimum(tl.cdiv(keys, BLOCK), (segment + 1) * (SEGMENT // BLOCK))
-        m, l, acc = _segment(
+        m, total, acc = _segment(
             q, positions, keys, K, V, table + table_off, kv_head, segment * (SEGMENT // BLOCK), last,
             SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, DIM_PAD, PAGE, BLOCK, NARROW,
         )  # fmt: skip
@@ -166,7 +166,7 @@ def split(
         dims = tl.arange(0, DIM_PAD)
         tl.store(parts + at[:, None] * DIM + dims[None, :], acc, mask=valid)
         tl.store(sums + 2 * at, m, mask=positions >= 0)
-        tl.store(sums + 2 * at + 1, l, mask=positions >= 0)
+        tl.store(sums + 2 * at + 1, total, mask=positions >= 0)
 
 
 @triton.jit
@@ -184,14 +184,14 @@ def merge(
             first = tl.maximum(keys - WINDOW, 0) // SEGMENT
         dims = tl.arange(0, DIM_PAD)
         m = tl.full([1], float("-inf"), tl.float32)
-        l = tl.zeros([1], tl.float32)
+        total = tl.zeros([1], tl.float32)
         acc = tl.zeros([1, DIM_PAD], tl.float32)
         for segment in range(first, tl.cdiv(keys, SEGMENT)):
             at = (span.to(tl.int64) * HEADS + head) * num_segments + segment
             more = tl.load(parts + at * DIM + dims, mask=dims < DIM, other=0.0)[None, :]
             m_more = tl.load(sums + 2 * at + tl.zeros([1], tl.int32))
-            l_more = tl.load(sums + 2 * at + 1 + tl.zeros([1], tl.int32))
-            m, l, acc = _merged(m, l, acc, m_more, l_more, more)
-        result = acc / tl.broadcast_to(tl.where(l > 0.0, l, 1.0)[:, None], acc.shape)
+            total_more = tl.load(sums + 2 * at + 1 + tl.zeros([1], tl.int32))
+            m, total, acc = _merged(m, total, acc, m_more, total_more, more)
+        result = acc / tl.broadcast_to(tl.where(total > 0.0, total, 1.0)[:, None], acc.shape)
         place = out + first_row.to(tl.int64) * ld_out + head * DIM + dims[None, :]
         tl.store(place, result.to(out.dtype.element_ty), mask=(dims < DIM)[None, :])
