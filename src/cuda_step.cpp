@@ -1,6 +1,7 @@
 #include "cuda_step.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
@@ -58,6 +59,7 @@ Limits checked(const Limits& limits) {
     require_at_least("max_sequences", limits.max_sequences, 1);
     require_at_least("max_tokens", limits.max_tokens, limits.max_sequences);
     require_at_least("chunk_rows", limits.chunk_rows, 1);
+    require_at_least("segment", limits.segment, 1);
     require_at_least("vocab", limits.vocab, 1);
     require_at_least("logits_stride", limits.logits_stride, limits.vocab);
     require_at_least("num_blocks", limits.num_blocks, 1);
@@ -179,17 +181,29 @@ std::int64_t CudaStep::weight_bytes() const {
 }
 
 void CudaStep::op(Op op) {
-    if (op.kernel == nullptr || op.args.size() > kMaxArgs) {
+    if (op.variants.empty() || op.args.size() > kMaxArgs) {
         throw std::invalid_argument(op.name + ": needs a kernel, and at most " + std::to_string(kMaxArgs) +
                                     " arguments");
     }
+    constexpr Sizes kOne{.rows = 1, .samples = 1, .decodes = 1, .chunks = 1, .segments = 1};
     for (const Arg& arg : op.args) {
-        static_cast<void>(value_of(arg, {.rows = 1, .samples = 1, .decodes = 1, .chunks = 1}));
+        static_cast<void>(value_of(arg, kOne));
     }
-    for (const Extent& extent : op.grid) {
-        if (!is_scalar(extent.scalar.source) || extent.per < 1 || extent.times < 1) {
-            throw std::invalid_argument(op.name + ": a grid follows from numbers, per and times at least 1");
+    std::int64_t before = -1;
+    for (const Variant& variant : op.variants) {
+        if (variant.kernel == nullptr || (&variant != &op.variants.back() && variant.most <= before)) {
+            throw std::invalid_argument(op.name + ": variants need a kernel each, and must ascend");
         }
+        before = variant.most;
+        for (const Extent& extent : variant.grid) {
+            if (!is_scalar(extent.scalar.source) || extent.per < 1 || extent.times < 1) {
+                throw std::invalid_argument(op.name +
+                                            ": a grid follows from numbers, per and times at least 1");
+            }
+        }
+    }
+    if (!is_scalar(op.over.source)) {
+        throw std::invalid_argument(op.name + ": a number chooses among variants");
     }
     graphs_.clear();  // of the plan before
     ops_.push_back(std::move(op));
@@ -244,6 +258,8 @@ std::int64_t CudaStep::value_of(const Arg& arg, const Sizes& sizes) const {
             return sizes.decodes;
         case Source::num_chunks:
             return sizes.chunks;
+        case Source::num_segments:
+            return sizes.segments;
         case Source::number:
             return arg.index;
     }
@@ -276,7 +292,9 @@ void CudaStep::prepare(const StepInputs& inputs) {
 // Everything of the step into the block that is copied, padded to the bucket if there is one.
 void CudaStep::stage() {
     const Inputs& in = *inputs_;
-    sizes_ = {.rows = batch_.num_rows(), .samples = batch_.num_samples(), .decodes = 0, .chunks = 0};
+    sizes_ = {
+        .rows = batch_.num_rows(), .samples = batch_.num_samples(), .decodes = 0, .chunks = 0, .segments = 0};
+    std::int64_t longest = 0;
     const auto decodes = in.at_offset<AttentionSpan>(in.decodes, at(limits_.max_sequences));
     const auto chunks = in.at_offset<AttentionSpan>(in.chunks, at(in.max_chunks));
     for (const SequenceSpan& sequence : batch_.sequences()) {
@@ -288,11 +306,14 @@ void CudaStep::stage() {
                 .table_off = static_cast<std::int32_t>(sequence.table_off)};
             if (sequence.count == 1) {
                 decodes[at(sizes_.decodes++)] = span;
+                longest = std::max(longest, sequence.start + 1);
             } else {
                 chunks[at(sizes_.chunks++)] = span;
             }
         }
     }
+    sizes_.segments = static_cast<std::int64_t>(
+        std::bit_ceil(static_cast<std::uint64_t>(ceil_div(longest, limits_.segment))));
     if (std::ssize(batch_.table()) > in.max_table) {
         throw std::invalid_argument("the block table of this step has " +
                                     std::to_string(batch_.table().size()) + " entries, at most " +
@@ -322,9 +343,12 @@ void CudaStep::launch_all(const Sizes& sizes) {
     std::array<std::int64_t, kMaxArgs> values;
     std::array<void*, kMaxArgs> args;
     for (const Op& op : ops_) {
+        const std::int64_t over = value_of(op.over, sizes);
+        const Variant& variant = *std::find_if(op.variants.begin(), op.variants.end() - 1,
+                                               [&](const Variant& each) { return over <= each.most; });
         std::array<unsigned, 3> grid{};
         for (std::size_t axis = 0; axis < 3; ++axis) {
-            const Extent& extent = op.grid[axis];
+            const Extent& extent = variant.grid[axis];
             grid[axis] =
                 narrow<unsigned>(extent.times * ceil_div(value_of(extent.scalar, sizes), extent.per));
         }
@@ -332,23 +356,24 @@ void CudaStep::launch_all(const Sizes& sizes) {
             values[i] = value_of(op.args[i], sizes);
             args[i] = &values[i];
         }
-        stream_->launch(op.kernel->function(), op.name.c_str(), op.kernel->shape(grid),
+        stream_->launch(variant.kernel->function(), op.name.c_str(), variant.kernel->shape(grid),
                         std::span<void* const>(args.data(), op.args.size()));
         ++counts_.kernel_launches;
     }
 }
 
-void CudaStep::launch_graph(std::int64_t bucket) {
-    auto found = graphs_.find(bucket);
+void CudaStep::launch_graph(const GraphKey& key) {
+    auto found = graphs_.find(key);
     if (found == graphs_.end()) {
         stream_->begin_capture();
         try {
-            launch_all({.rows = bucket, .samples = bucket, .decodes = bucket, .chunks = 0});
+            const auto [rows, segments] = key;
+            launch_all({.rows = rows, .samples = rows, .decodes = rows, .chunks = 0, .segments = segments});
         } catch (...) {
             stream_->abandon_capture();
             throw;
         }
-        found = graphs_.emplace(bucket, stream_->end_capture()).first;
+        found = graphs_.emplace(key, stream_->end_capture()).first;
         ++counts_.graphs;
     }
     stream_->launch(found->second);
@@ -363,7 +388,7 @@ void CudaStep::run(float* logits, float* block_max) {
     device()->use();
     stream_->copy_in(inputs_->block.data(), inputs_->host.data(), inputs_->used);
     if (const std::int64_t bucket = bucket_of(sizes_); bucket > 0) {
-        launch_graph(bucket);
+        launch_graph({bucket, sizes_.segments});
     } else {
         launch_all(sizes_);
     }

@@ -3,8 +3,8 @@
 // A plan is a list of kernels, where their arguments come from, and how their grids follow from the step's
 // sizes; it names no batch. What differs from step to step is written to one block of device memory in one
 // copy: token ids, positions, slots, page tables, and the work of attention. So a step of nothing but
-// decoding rows is captured once per bucket of rows and then launched whole; rows up to the bucket are
-// padding that writes no keys, and whose logits nobody reads.
+// decoding rows is captured once per bucket of rows (and of their longest context) and then launched whole;
+// rows up to the bucket are padding that writes no keys, and whose logits nobody reads.
 #pragma once
 
 #include <array>
@@ -43,7 +43,8 @@ enum class Source : std::uint8_t {
     num_samples,
     num_decodes,
     num_chunks,
-    number,  // the index itself
+    num_segments,  // of the longest sequence among the decodes, rounded up to a power of two
+    number,        // the index itself
 };
 
 [[nodiscard]] Source source_from_name(std::string_view name);
@@ -68,11 +69,18 @@ struct Extent {
     std::int64_t times = 1;
 };
 
+// A kernel for up to `most` of something; all of an operation give the same bits.
+struct Variant {
+    std::int64_t most;  // the last one's is not looked at
+    std::shared_ptr<const Kernel> kernel;
+    std::array<Extent, 3> grid;
+};
+
 struct Op {
     std::string name;
-    std::shared_ptr<const Kernel> kernel;
+    std::vector<Variant> variants;       // by `most`, ascending
+    Arg over{.source = Source::number};  // the number that chooses among them
     std::vector<Arg> args;
-    std::array<Extent, 3> grid;
 };
 
 struct Limits {
@@ -80,6 +88,7 @@ struct Limits {
     std::int64_t max_positions;  // rows of the model's position tables
     std::int64_t max_sequences;  // and samples, of a step
     std::int64_t chunk_rows;     // most rows of an AttentionSpan
+    std::int64_t segment;        // tokens of a sequence that one program reads
     std::int64_t vocab;
     std::int64_t logits_stride, num_blocks;  // floats per sample
 };
@@ -119,14 +128,15 @@ class CudaStep {
   private:
     struct Inputs;  // where the arrays of a step lie in the block that is copied
     struct Sizes {
-        std::int64_t rows, samples, decodes, chunks;
+        std::int64_t rows, samples, decodes, chunks, segments;
     };
+    using GraphKey = std::pair<std::int64_t, std::int64_t>;  // rows, segments
 
     [[nodiscard]] std::int64_t value_of(const Arg& arg, const Sizes& sizes) const;
     [[nodiscard]] std::int64_t bucket_of(const Sizes& sizes) const;  // 0: none
     void stage();
     void launch_all(const Sizes& sizes);
-    void launch_graph(std::int64_t bucket);
+    void launch_graph(const GraphKey& key);
 
     const std::shared_ptr<KVCachePool> pool_;
     DevicePages& pages_;
@@ -140,7 +150,7 @@ class CudaStep {
     std::unique_ptr<Inputs> inputs_;
     DeviceBlock logits_, block_max_;
     PinnedBlock logits_out_, block_max_out_;
-    std::map<std::int64_t, Graph> graphs_;
+    std::map<GraphKey, Graph> graphs_;
 
     StepBatch batch_;
     Sizes sizes_{};

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanoserve.cache.kv_pool import KVCachePool
 from nanoserve.cache.radix_manager import RadixCacheManager
@@ -28,6 +28,9 @@ from nanoserve.scheduling.audit import audit
 from nanoserve.scheduling.chunked_prefill import ChunkedPrefillManager
 from nanoserve.scheduling.continuous_batcher import ContinuousBatcher, StepOutput
 from nanoserve.scheduling.decode_manager import DecodeManager
+
+if TYPE_CHECKING:
+    from nanoserve.cuda.executor import CudaExecutor
 
 
 class NanoServingEngine:
@@ -47,6 +50,7 @@ class NanoServingEngine:
         precision: number formats of the forward pass and the KV pool; None: float32, both.
         enable_prefix_cache: keep finished prefixes in the radix tree for later requests.
         num_threads: threads of a forward pass; None takes the machine's cores.
+        device: where the forward pass runs and KV memory lies: "cpu", or "cuda" (or "cuda:1") for a GPU of NVIDIA's.
         seed: source of the seeds of requests that bring none.
         on_progress: called as (done, total, kernel name) while kernels compile.
         on_load, weight_cache: as ModelExecutor's.
@@ -72,6 +76,7 @@ class NanoServingEngine:
         precision: Precision | None = None,
         enable_prefix_cache: bool = True,
         num_threads: int | None = None,
+        device: str = "cpu",
         seed: int = 0,
         on_progress: Callable[[int, int, str], None] | None = None,
         on_load: Callable[[int, int, str], None] | None = None,
@@ -100,26 +105,45 @@ class NanoServingEngine:
         self.config = config
         self.eos_token_ids = _eos_ids(config, eos_token_id)
         precision = Precision() if precision is None else precision
-        self.kv_pool = KVCachePool(
-            kv_cache_pages,
-            page_size,
-            config.n_layer,
-            config.kv_heads,
-            config.dim_per_head,
-            precision.kv_element,
-        )
-        self.executor = ModelExecutor(
-            config,
-            weights,
-            self.kv_pool,
-            precision=precision,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            num_threads=num_threads,
-            on_progress=on_progress,
-            on_load=on_load,
-            weight_cache=weight_cache,
-        )
+        self.kv_pool: KVCachePool
+        self.executor: ModelExecutor | CudaExecutor
+        if device == "cpu":
+            self.kv_pool = KVCachePool(
+                kv_cache_pages,
+                page_size,
+                config.n_layer,
+                config.kv_heads,
+                config.dim_per_head,
+                precision.kv_element,
+            )
+            self.executor = ModelExecutor(
+                config,
+                weights,
+                self.kv_pool,
+                precision=precision,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_model_len=max_model_len,
+                num_threads=num_threads,
+                on_progress=on_progress,
+                on_load=on_load,
+                weight_cache=weight_cache,
+            )
+        else:
+            from nanoserve.cuda.backend import open_device
+
+            gpu = open_device(device)
+            self.kv_pool = gpu.make_pool(config, precision, kv_cache_pages, page_size)
+            self.executor = gpu.make_executor(
+                config,
+                weights,
+                self.kv_pool,
+                precision=precision,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_num_seqs=max_batch_size,
+                max_model_len=max_model_len,
+                on_progress=on_progress,
+                on_load=on_load,
+            )
         self.radix_mgr = RadixCacheManager(self.kv_pool, enabled=enable_prefix_cache)
         self.batcher = ContinuousBatcher(
             self.executor,

@@ -57,6 +57,12 @@ def _load() -> ModuleType:
 if TYPE_CHECKING:
     from nanoserve._ch16 import (
         LOGITS_BLOCK,
+        CudaDevice,
+        CudaDriverMissing,
+        CudaError,
+        CudaKernel,
+        CudaStep,
+        CudaStream,
         KVCachePool,
         LogitsReader,
         PageTable,
@@ -65,12 +71,20 @@ if TYPE_CHECKING:
         ThreadPool,
         WeightArena,
         checksum,
+        cuda_layer_cache,
+        cuda_pool,
         default_num_threads,
         paged_attention,
     )
 else:
     _module = _load()
     LOGITS_BLOCK = _module.LOGITS_BLOCK
+    CudaDevice = _module.CudaDevice
+    CudaDriverMissing = _module.CudaDriverMissing
+    CudaError = _module.CudaError
+    CudaKernel = _module.CudaKernel
+    CudaStep = _module.CudaStep
+    CudaStream = _module.CudaStream
     KVCachePool = _module.KVCachePool
     LogitsReader = _module.LogitsReader
     PageTable = _module.PageTable
@@ -79,11 +93,19 @@ else:
     ThreadPool = _module.ThreadPool
     WeightArena = _module.WeightArena
     checksum = _module.checksum
+    cuda_layer_cache = _module.cuda_layer_cache
+    cuda_pool = _module.cuda_pool
     default_num_threads = _module.default_num_threads
     paged_attention = _module.paged_attention
 
 __all__ = [
     "LOGITS_BLOCK",
+    "CudaDevice",
+    "CudaDriverMissing",
+    "CudaError",
+    "CudaKernel",
+    "CudaStep",
+    "CudaStream",
     "KVCachePool",
     "LogitsReader",
     "PageTable",
@@ -92,6 +114,8 @@ __all__ = [
     "ThreadPool",
     "WeightArena",
     "checksum",
+    "cuda_layer_cache",
+    "cuda_pool",
     "default_num_threads",
     "paged_attention",
 ]

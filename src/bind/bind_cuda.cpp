@@ -32,17 +32,27 @@ Extent extent_of(const py::tuple& value) {
             .times = value[2].cast<std::int64_t>()};
 }
 
-void add_op(CudaStep& step, const std::string& name, std::shared_ptr<const Kernel> kernel,
-            const std::vector<py::tuple>& args, const std::vector<py::tuple>& grid) {
-    if (grid.size() > 3) {
-        throw std::invalid_argument(name + ": a grid has at most 3 dimensions");
+std::array<Extent, 3> grid_of(const std::vector<py::tuple>& extents) {
+    std::array<Extent, 3> grid;
+    if (extents.size() > grid.size()) {
+        throw std::invalid_argument("a grid has at most 3 dimensions");
     }
-    cuda::Op op{.name = name, .kernel = std::move(kernel), .args = {}, .grid = {}};
+    for (std::size_t axis = 0; axis < extents.size(); ++axis) {
+        grid[axis] = extent_of(extents[axis]);
+    }
+    return grid;
+}
+
+using VariantTuple = std::tuple<std::int64_t, std::shared_ptr<Kernel>, std::vector<py::tuple>>;
+
+void add_op(CudaStep& step, const std::string& name, const std::vector<VariantTuple>& variants,
+            const std::vector<py::tuple>& args, const py::tuple& over) {
+    cuda::Op op{.name = name, .variants = {}, .over = arg_of(over), .args = {}};
+    for (const auto& [most, kernel, grid] : variants) {
+        op.variants.push_back({.most = most, .kernel = kernel, .grid = grid_of(grid)});
+    }
     for (const py::tuple& arg : args) {
         op.args.push_back(arg_of(arg));
-    }
-    for (std::size_t axis = 0; axis < grid.size(); ++axis) {
-        op.grid[axis] = extent_of(grid[axis]);
     }
     step.op(std::move(op));
 }
@@ -172,21 +182,23 @@ void populate_cuda(py::module_& m) {
     py::class_<CudaStep>(m, "CudaStep", "Runs a plan of kernels over a ragged batch, on a device.")
         .def(py::init([](std::shared_ptr<KVCachePool> pool, std::int64_t max_tokens,
                          std::int64_t max_positions, std::int64_t max_sequences, std::int64_t chunk_rows,
-                         std::int64_t vocab, std::int64_t logits_stride, std::int64_t num_blocks,
-                         std::vector<std::int64_t> buckets) {
+                         std::int64_t segment, std::int64_t vocab, std::int64_t logits_stride,
+                         std::int64_t num_blocks, std::vector<std::int64_t> buckets) {
                  return std::make_unique<CudaStep>(std::move(pool),
                                                    cuda::Limits{.max_tokens = max_tokens,
                                                                 .max_positions = max_positions,
                                                                 .max_sequences = max_sequences,
                                                                 .chunk_rows = chunk_rows,
+                                                                .segment = segment,
                                                                 .vocab = vocab,
                                                                 .logits_stride = logits_stride,
                                                                 .num_blocks = num_blocks},
                                                    std::move(buckets));
              }),
              py::arg("pool").none(false), py::arg("max_tokens"), py::arg("max_positions"),
-             py::arg("max_sequences"), py::arg("chunk_rows"), py::arg("vocab"), py::arg("logits_stride"),
-             py::arg("num_blocks"), py::arg("buckets") = std::vector<std::int64_t>{})
+             py::arg("max_sequences"), py::arg("chunk_rows"), py::arg("segment"), py::arg("vocab"),
+             py::arg("logits_stride"), py::arg("num_blocks"),
+             py::arg("buckets") = std::vector<std::int64_t>{})
         .def("buffer", &CudaStep::buffer, py::arg("num_bytes"), "Activations, zeroed; returns the id.")
         .def(
             "weight", [](CudaStep& step, const py::array& array) { return step.weight(bytes_of(array)); },
@@ -198,10 +210,13 @@ void populate_cuda(py::module_& m) {
                 step.fill_weight(id, offset, bytes_of(array));
             },
             py::arg("id"), py::arg("offset"), py::arg("array"))
-        .def("op", &add_op, py::arg("name"), py::arg("kernel").none(false), py::arg("args"), py::arg("grid"),
-             "Appends a launch. args: (source,) or (source, index), in the kernel's order. grid: per "
-             "dimension "
-             "(argument, per, times): times * ceil(argument / per) blocks.")
+        .def("op", &add_op, py::arg("name"), py::arg("variants"), py::arg("args"),
+             py::arg("over") = py::make_tuple("number"),
+             "Appends a launch. variants: (most, kernel, grid), ascending; `over` chooses the first that is "
+             "not too small, "
+             "else the last. args: (source,) or (source, index), in the kernel's order. grid: per dimension "
+             "(argument, per, "
+             "times): times * ceil(argument / per) blocks.")
         .def("forward", &forward, py::arg("input_ids"), py::arg("tables"), py::arg("starts"),
              py::arg("counts"), py::arg("sample_rows"), py::arg("vocab"),
              py::arg("position_offsets") = py::none(),

@@ -101,7 +101,10 @@ def compile_kernel(
 
 
 def load_artifacts(
-    specs: Iterable[GpuKernelSpec], chip: Chip, store: ArtifactStore | None = None
+    specs: Iterable[GpuKernelSpec],
+    chip: Chip,
+    store: ArtifactStore | None = None,
+    on_progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[GpuKernelSpec, Artifact]:
     """Artifacts of kernels; what is not stored, or was made by other compilers than those here, is compiled.
 
@@ -112,7 +115,8 @@ def load_artifacts(
     """
     kept = ArtifactStore() if store is None else store
     found: dict[GpuKernelSpec, Artifact] = {}
-    for spec in dict.fromkeys(specs):
+    wanted = list(dict.fromkeys(specs))
+    for done, spec in enumerate(wanted):
         key, here = key_of(spec, chip), toolchain(spec)
         artifact = kept.find(key)
         if artifact is None and here is None:
@@ -121,6 +125,8 @@ def load_artifacts(
                 "triton and ptxas: install nanoserve[cuda], or copy the folder from a machine that has compiled this model's kernels"
             )
         if artifact is None or (here is not None and artifact.toolchain != here):
+            if on_progress is not None:
+                on_progress(done, len(wanted), spec.symbol)
             artifact = compile_kernel(spec, chip)
             kept.store(key, artifact)
         found[spec] = artifact

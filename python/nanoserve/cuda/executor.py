@@ -1,0 +1,188 @@
+"""CudaExecutor: ModelExecutor's interface over a GPU.
+
+Construction copies the weights to the device, loads (or compiles) the kernels for its chip, and hands the native CudaStep a plan.
+`forward` is one native call: inputs in one copy, launches or a graph, logits back. Tokens are chosen on the host, from the same
+logits and block maxima as the CPU's.
+
+Every output row's bits depend on its own tokens only, as on the CPU: an output of a product is one chain along k, attention has
+fixed blocks and segments, and kernels are chosen by number of rows only among those that give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoserve.batch import Batch
+from nanoserve.compiler.gpu.artifact import Artifact, ArtifactStore
+from nanoserve.compiler.gpu.chip import CHIPS, Chip
+from nanoserve.cuda.device_weights import DeviceWeights
+from nanoserve.cuda.op_binder import CudaOpBinder
+from nanoserve.kernels.cuda.layout import row_stride
+from nanoserve.kernels.cuda.library import load_artifacts
+from nanoserve.kernels.cuda.paged_attention import SEGMENT, AttentionForm
+from nanoserve.kernels.logits import num_blocks
+from nanoserve.logits import Logits
+from nanoserve.models.config import ModelConfig
+from nanoserve.models.decoder import forward_ops
+from nanoserve.models.weights import Tensors, bind_weights
+from nanoserve.native import CudaDevice, CudaKernel, CudaStep, KVCachePool
+from nanoserve.packed_weights import OnProgress
+from nanoserve.precision import Precision
+
+
+def chip_of(device: CudaDevice) -> Chip:
+    """What code for a device is made for: of its own capability, with the instructions of that alone where there are any.
+
+    Raises:
+        ValueError: it is older than any that is known, with the list.
+    """
+    fitting = [chip for chip in CHIPS.values() if chip.runs_on(device.capability)]
+    if not fitting:
+        raise ValueError(
+            f"device: {device.name} has compute capability {device.capability / 10:.1f}, kernels are made for "
+            f"{', '.join(CHIPS)}"
+        )
+    return max(fitting, key=lambda chip: (chip.capability, chip.wgmma))
+
+
+def default_buckets(most: int) -> list[int]:
+    """Rows of graphs: powers of two, and from 16 on what lies halfway between, so that padding is at most a third."""
+    buckets = {most}
+    size = 1
+    while size < most:
+        buckets.add(size)
+        if size >= 16 and size * 3 // 2 < most:
+            buckets.add(size * 3 // 2)
+        size *= 2
+    return sorted(buckets)
+
+
+class CudaExecutor:
+    """Runs one model's forward pass over a KV pool on a GPU.
+
+    Args:
+        config, weights: as NanoServingEngine's.
+        device: where. kv_pool: there (nanoserve.native.cuda_pool), of the model's layers, KV heads, head size and element type.
+        precision: float32 or bfloat16 arithmetic; None: float32.
+        max_num_batched_tokens, max_num_seqs: most rows, and sequences, of one forward.
+        max_model_len: longest sequence. None takes the config's max_seq_len.
+        buckets: rows of the graphs; None: default_buckets; empty: no graphs.
+        wgmma: bfloat16 products by Hopper's warpgroup instructions.
+        store: of compiled kernels; None: the user's. image: what of an artifact the driver loads, its cubin.
+        on_progress: called as (done, total, kernel name) while kernels compile.
+        on_load: called as (bytes done, bytes in total, weight name).
+
+    Attributes:
+        weight_bytes: in device memory.
+
+    Raises:
+        ValueError: a size, a number format or a device that does not fit. MemoryError: the device's memory does not suffice.
+        KernelMissing: a kernel must be compiled, and no compiler is installed. CudaError: the driver fails.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Tensors,
+        kv_pool: KVCachePool,
+        device: CudaDevice,
+        *,
+        precision: Precision | None = None,
+        max_num_batched_tokens: int = 2048,
+        max_num_seqs: int = 256,
+        max_model_len: int | None = None,
+        buckets: Sequence[int] | None = None,
+        wgmma: bool = False,
+        store: ArtifactStore | None = None,
+        image: Callable[[Artifact], bytes] = lambda artifact: artifact.cubin,
+        on_progress: OnProgress | None = None,
+        on_load: OnProgress | None = None,
+    ) -> None:
+        self.precision = precision = Precision() if precision is None else precision
+        if precision.gemm_input == "u8":
+            raise ValueError(
+                "quantization: int8 is for the CPU; on a GPU, float32 and bfloat16 are supported"
+            )
+        self.config, self.kv_pool, self.device = config, kv_pool, device
+        self.chip = chip_of(device)
+        self.max_model_len = config.max_seq_len if max_model_len is None else max_model_len
+        self._switch_len = self.max_model_len if config.switch_len is None else config.switch_len
+        halves = 2 if self.max_model_len > self._switch_len else 1
+        max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self._logits_stride = row_stride(config.vocab_size)
+        ops = list(forward_ops(config, precision.gemm_input))
+        segments = -(-self.max_model_len // SEGMENT)
+        self._native = CudaStep(
+            kv_pool, max_tokens=max_num_batched_tokens, max_positions=halves * self.max_model_len, max_sequences=max_num_seqs,
+            chunk_rows=_chunk_rows(config, precision), segment=SEGMENT, vocab=config.vocab_size,
+            logits_stride=self._logits_stride, num_blocks=num_blocks(config.vocab_size),
+            buckets=default_buckets(max_num_seqs) if buckets is None else list(buckets),
+        )  # fmt: skip
+        bound = bind_weights(config, weights)
+        held = DeviceWeights(self._native, bound, self.max_model_len, self._switch_len, on_load)
+        binder = CudaOpBinder(
+            config, precision, self.chip, self._native, kv_pool.page_size, held, max_tokens=max_num_batched_tokens,
+            max_sequences=max_num_seqs, max_segments=1 << (segments - 1).bit_length(), logits_stride=self._logits_stride,
+            wgmma=wgmma,
+        )  # fmt: skip
+        launches = [launch for op in ops for launch in binder.bind(op)]
+        self.weight_bytes = self._native.weight_bytes
+        specs = [spec for launch in launches for _, spec in launch.variants]
+        self.artifacts = load_artifacts(specs, self.chip, store, on_progress)
+        self._image = image
+        self._kernels: dict[int, CudaKernel] = {}
+        for launch in launches:
+            launch.add_to(self._native, self.artifacts, self._loaded)
+
+    def forward(self, batch: Batch) -> Logits:
+        """Logits of the batch's `sample_rows`, in fresh memory; writes the KV of every row."""
+        values, block_max = self._native.forward(
+            batch.input_ids, batch.tables, batch.starts, batch.counts, batch.sample_rows, self.config.vocab_size,
+            self._position_offsets(batch),
+        )  # fmt: skip
+        return Logits(values[:, : self.config.vocab_size], block_max)
+
+    def execute_prefill(self, batch: Batch) -> Logits:
+        """`forward` for a batch that computes prompt tokens."""
+        if not batch.is_prefill:
+            raise ValueError("execute_prefill: the batch is decode only")
+        return self.forward(batch)
+
+    def execute_decode(self, batch: Batch) -> Logits:
+        """`forward` for a batch of one output token per request."""
+        if not batch.is_decode:
+            raise ValueError("execute_decode: the batch has prompt tokens to compute")
+        return self.forward(batch)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Steps, launches of graphs and of kernels, and graphs made."""
+        return self._native.counts
+
+    def _loaded(self, artifact: Artifact) -> CudaKernel:
+        if id(artifact) not in self._kernels:
+            launch = artifact.launch
+            self._kernels[id(artifact)] = CudaKernel(
+                self.device, self._image(artifact), launch.entry, launch.block, launch.shared_bytes
+            )
+        return self._kernels[id(artifact)]
+
+    def _position_offsets(self, batch: Batch) -> NDArray[np.int32] | None:
+        """Where each sequence's rows of the rotary table begin; None: at 0, all of them."""
+        if self._switch_len >= self.max_model_len:
+            return None
+        long_contexts = [request.long_context for request in batch.requests]
+        return np.where(long_contexts, self.max_model_len, 0).astype(np.int32)
+
+
+def _chunk_rows(config: ModelConfig, precision: Precision) -> int:
+    """What attention's tiles have room for; all layers alike."""
+    heads, dim = config.n_head, config.dim_per_head
+    narrow = precision.kv_element == "bf16" and precision.gemm_input == "bf16"
+    return AttentionForm(
+        heads, config.kv_heads, dim, 16, row_stride((heads + 2 * config.kv_heads) * dim), row_stride(heads * dim),
+        dtype=precision.kv_element, narrow=narrow,
+    ).chunk_rows  # fmt: skip

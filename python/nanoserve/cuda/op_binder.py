@@ -1,0 +1,228 @@
+"""The decoder's operations with their GPU kernels: what decoder.py names, bound to specs, buffers and weights.
+
+As bound_op.py for the CPU. A matrix product has several kernels, by number of rows; attention has three: the rows of prompts, and
+for sequences of one row, a program per segment of their keys and one that merges what those found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from nanoserve.compiler.gpu.artifact import Artifact
+from nanoserve.compiler.gpu.chip import Chip
+from nanoserve.compiler.gpu.spec import Extent, GpuKernelSpec
+from nanoserve.compiler.gpu.triton_kernel import SCRATCH
+from nanoserve.cuda.device_weights import DeviceWeights
+from nanoserve.kernels.cuda import activation, embedding, gemm, kv_write, logits, norm
+from nanoserve.kernels.cuda.layout import ELEMENT_BYTES, row_stride
+from nanoserve.kernels.cuda.paged_attention import AttentionForm
+from nanoserve.models.config import ModelConfig
+from nanoserve.models.decoder import Attention, BlockMax, Convert, Embedding, Gemm, KvWrite, Norm, Op, buffers
+from nanoserve.native import CudaKernel, CudaStep
+from nanoserve.packed_weights import Arg
+from nanoserve.precision import Precision
+
+NULL: Arg = ("number", 0)
+ONE: Arg = ("number", 1)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundLaunch:
+    """A launch of a plan.
+
+    Attributes:
+        variants: (most, spec) ascending; the last takes any number.
+        args: by the specs' argument names.
+        over: the number that chooses among variants.
+    """
+
+    name: str
+    variants: tuple[tuple[int | None, GpuKernelSpec], ...]
+    args: Mapping[str, Arg]
+    over: Arg = ONE
+
+    def add_to(
+        self,
+        native: CudaStep,
+        artifacts: Mapping[GpuKernelSpec, Artifact],
+        load: Callable[[Artifact], CudaKernel],
+    ) -> None:
+        """Appends it to a plan."""
+        made = []
+        for most, spec in self.variants:
+            grid = [self._extent(extent) for extent in spec.grid]
+            made.append((0 if most is None else most, load(artifacts[spec]), grid))
+        names = [name for name, _ in self.variants[0][1].arguments]
+        native.op(self.name, made, [self.args[name] for name in names], self.over)
+
+    def _extent(self, extent: Extent) -> tuple[Arg, int, int]:
+        scalar = ONE if extent.scalar is None else self.args[extent.scalar]
+        return scalar, extent.per, extent.times
+
+
+class CudaOpBinder:
+    """Binds one model's operations.
+
+    Args:
+        precision: of the forward pass: float32 or bfloat16 arithmetic.
+        native: whose buffers they use; makes them.
+        max_segments: of the longest sequence. max_sequences, max_tokens: of a step.
+        wgmma: bfloat16 products by Hopper's warpgroup instructions.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: Precision,
+        chip: Chip,
+        native: CudaStep,
+        page_size: int,
+        weights: DeviceWeights,
+        *,
+        max_tokens: int,
+        max_sequences: int,
+        max_segments: int,
+        logits_stride: int,
+        wgmma: bool = False,
+    ) -> None:
+        self._config, self._precision, self._chip = config, precision, chip
+        self._page_size, self._weights, self._wgmma = page_size, weights, wgmma
+        self._buffers: dict[str, Arg] = {"logits": ("logits",)}
+        self._strides = {"logits": logits_stride}
+        self._elements = {"logits": "f32"}
+        for name, buffer in buffers(config, precision.gemm_input).items():
+            self._strides[name] = row_stride(buffer.cols)
+            self._elements[name] = buffer.element
+            rows = max_sequences if name == "last" else max_tokens
+            size = rows * self._strides[name] * ELEMENT_BYTES[buffer.element]
+            self._buffers[name] = ("buffer", native.buffer(size))
+        results = max_sequences * config.n_head * max_segments
+        self._parts: Arg = ("buffer", native.buffer(results * config.dim_per_head * 4))
+        self._sums: Arg = ("buffer", native.buffer(results * 2 * 4))
+
+    def bind(self, op: Op) -> list[BoundLaunch]:
+        """The launches of an operation."""
+        match op:
+            case Embedding():
+                return [self._embedding(op)]
+            case Norm():
+                return [self._norm(op)]
+            case Gemm():
+                return [self._gemm(op)]
+            case KvWrite():
+                return [self._kv_write(op)]
+            case Attention():
+                return self._attention(op)
+            case Convert():
+                spec = activation.convert_spec(op.cols, self._strides[op.x], self._strides[op.out])
+                return [
+                    _launch(
+                        f"convert.{op.x}", spec, self._buffers[op.x], self._buffers[op.out], ("num_rows",)
+                    )
+                ]
+            case BlockMax():
+                spec = logits.block_max_spec(op.cols, self._strides["logits"])
+                return [_launch("block_max", spec, ("logits",), ("block_max",), ("num_samples",))]
+
+    def _embedding(self, op: Embedding) -> BoundLaunch:
+        dtype = self._weights.dtype(op.table)
+        if self._config.tie_embeddings:  # one copy, in what the head's product reads
+            dtype = self._precision.gemm_weight(dtype)
+        spec = embedding.embedding_spec(
+            self._config.n_embd,
+            self._strides[op.out],
+            positions=op.pos_table is not None,
+            scale=op.scale,
+            dtype=dtype,
+        )
+        args: list[Arg] = [("ids",), ("positions",), self._weights.rows(op.table, dtype)]
+        if op.pos_table is not None:
+            args.append(self._weights.rows(op.pos_table))
+        return _launch("embedding", spec, *args, self._buffers[op.out], ("num_rows",))
+
+    def _norm(self, op: Norm) -> BoundLaunch:
+        spec = norm.norm_spec(
+            op.kind, op.cols, self._strides[op.x], self._strides[op.out], self._config.norm_eps, bias=op.bias is not None,
+            gather=op.gather, residual=op.residual, dtype=self._elements[op.out],
+        )  # fmt: skip
+        args = [self._buffers[op.x]]
+        if op.gather:
+            args.append(("sample_rows",))
+        args.append(self._weights.rows(op.weight))
+        if op.bias is not None:
+            args.append(self._weights.rows(op.bias))
+        return _launch(
+            op.weight, spec, *args, self._buffers[op.out], ("num_samples",) if op.gather else ("num_rows",)
+        )
+
+    def _gemm(self, op: Gemm) -> BoundLaunch:
+        tied = op.weight == "head.weight" and self._config.tie_embeddings
+        weight = "embed.weight" if tied else op.weight
+        dtype = self._precision.gemm_weight(self._weights.dtype(weight))
+        x = self._elements[op.x]
+        plan = gemm.gemm_plan(
+            op.n_in, op.n_out, self._strides[op.x], self._strides[op.out], self._chip, x=x, dtype=dtype,
+            y=self._elements[op.out], bias=op.bias is not None, activation=op.activation, residual=op.residual, scale=op.scale,
+            softcap=op.softcap, gated=op.gated, wgmma=self._wgmma and x == "bf16",
+        )  # fmt: skip
+        args = [self._buffers[op.x], self._weights.rows(weight, dtype)]
+        if op.bias is not None:
+            args.append(self._weights.rows(op.bias))
+        count: Arg = ("num_samples",) if op.x == "last" else ("num_rows",)
+        return BoundLaunch(
+            op.weight, plan.steps, _by_name(plan.steps[0][1], *args, self._buffers[op.out], count), count
+        )
+
+    def _kv_write(self, op: KvWrite) -> BoundLaunch:
+        config = self._config
+        spec = kv_write.kv_write_spec(
+            config.n_head, config.kv_heads, config.dim_per_head, self._page_size, self._strides[op.qkv],
+            0 if op.rope is None else op.rope.dims, qk_norm=op.qk_norm, norm_eps=config.norm_eps,
+            dtype=self._precision.kv_element,
+        )  # fmt: skip
+        args = [self._buffers[op.qkv]]
+        if op.rope is not None:
+            args += [self._weights.rope(op.rope), ("positions",)]
+        if op.qk_norm is not None:
+            args += [self._weights.rows(op.q_weight), self._weights.rows(op.k_weight)]
+        args += [("k", op.layer), ("v", op.layer), ("slots",), ("num_rows",)]
+        return _launch(f"layers.{op.layer}.kv_write", spec, *args)
+
+    def form(self, op: Attention) -> AttentionForm:
+        """What the attention of a layer depends on."""
+        config, element = self._config, self._precision.kv_element
+        return AttentionForm(
+            config.n_head, config.kv_heads, config.dim_per_head, self._page_size, self._strides[op.qkv], self._strides[op.out],
+            dtype=element, narrow=element == "bf16" and self._precision.gemm_input == "bf16", out=self._elements[op.out],
+            scale=config.dim_per_head**-0.5 if config.attention_scale is None else config.attention_scale, softcap=config.attention_softcap, window=op.window,
+        )  # fmt: skip
+
+    def _attention(self, op: Attention) -> list[BoundLaunch]:
+        form, name = self.form(op), f"layers.{op.layer}.attention"
+        q, out = self._buffers[op.qkv], self._buffers[op.out]
+        pages: list[Arg] = [("k", op.layer), ("v", op.layer), ("table",)]
+        ld_q, ld_out = ("number", form.ld_q), ("number", form.ld_out)
+        null = [NULL] * len(SCRATCH)
+        return [
+            _launch(
+                f"{name}.attend", form.attend_spec(), q, *pages, ("chunks",), out, ld_q, ld_out, ("num_chunks",), *null
+            ),
+            _launch(
+                f"{name}.split", form.split_spec(), q, *pages, ("decodes",), self._parts, self._sums, ld_q, ("num_segments",),
+                ("num_decodes",), *null,
+            ),
+            _launch(
+                f"{name}.merge", form.merge_spec(), self._parts, self._sums, ("decodes",), out, ld_out, ("num_segments",),
+                ("num_decodes",), *null,
+            ),
+        ]  # fmt: skip
+
+
+def _by_name(spec: GpuKernelSpec, *args: Arg) -> dict[str, Arg]:
+    """Arguments in the kernel's order, by their names."""
+    return {name: arg for (name, _), arg in zip(spec.arguments, args, strict=True)}
+
+
+def _launch(name: str, spec: GpuKernelSpec, *args: Arg) -> BoundLaunch:
+    return BoundLaunch(name, ((None, spec),), _by_name(spec, *args))
