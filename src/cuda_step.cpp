@@ -32,6 +32,7 @@ constexpr std::array kSources = {
     Name{"num_samples", Source::num_samples},
     Name{"num_decodes", Source::num_decodes},
     Name{"num_chunks", Source::num_chunks},
+    Name{"num_segments", Source::num_segments},
     Name{"number", Source::number},
 };
 
