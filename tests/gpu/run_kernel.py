@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from functools import cache
 
 import numpy as np
-from nanoserve.emulator import Emulator
 
 from nanoserve.compiler.gpu.artifact import Artifact
 from nanoserve.compiler.gpu.chip import parse_chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
+from nanoserve.emulator import Emulator
 from nanoserve.kernels.cuda.library import load_artifacts
 
 ORDERS = (0, 1, 2)  # of threads: each as far as it gets, the last first, and random
@@ -35,7 +35,7 @@ def launch(spec: GpuKernelSpec, *args: np.ndarray | int, order: int = 0, chip: s
         assert is_pointer == isinstance(value, np.ndarray), f"{spec.symbol}: {name}"
     scalars = {name: value for name, value in zip(names, args, strict=True) if isinstance(value, int)}
     _emulator(spec, chip).launch(
-        spec.grid_of(scalars), (spec.block, 1, 1), spec.shared_bytes, list(args), order=order
+        spec.symbol, spec.grid_of(scalars), spec.block, spec.shared_bytes, list(args), order=order
     )
 
 

@@ -1,6 +1,7 @@
 """GPU kernels by specification: specs in, artifacts out, compiled at most once per machine.
 
-As kernels/library.py. `build(spec, chip, **params)` of `kernels/cuda/<kind>.py` emits a kernel; it is imported only on a miss.
+As kernels/library.py. `build(spec, chip, **params)` of `kernels/cuda/<kind>.py` emits a kernel; it is imported only
+on a miss.
 """
 
 from __future__ import annotations
@@ -37,23 +38,22 @@ def toolchain() -> str | None:
 
 
 @cache
-def _source_digest() -> str:
-    """Of everything that decides what code comes out."""
+def _source_digest(kind: str) -> str:
+    """Of everything that decides what code comes out: of the files beside this one, all but those of other kernels."""
     kernels = Path(__file__).parent
     compiler = kernels.parent.parent / "compiler"
-    paths = [
-        *sorted(kernels.glob("*.py")), *(compiler / name for name in _COMPILER_SOURCES), *sorted((compiler / "gpu").glob("*.py")),
-    ]  # fmt: skip
+    beside = [(path, path.read_bytes()) for path in sorted(kernels.glob("*.py"))]
+    sources = [(path, data) for path, data in beside if path.stem == kind or b"\ndef build(" not in data]
+    paths = [*(compiler / name for name in _COMPILER_SOURCES), *sorted((compiler / "gpu").glob("*.py"))]
     digest = hashlib.sha256()
-    for path in paths:
-        data = path.read_bytes()
+    for path, data in [*sources, *((path, path.read_bytes()) for path in paths)]:
         digest.update(b"%s\0%d\0" % (path.name.encode(), len(data)) + data)
     return digest.hexdigest()
 
 
 def key_of(spec: GpuKernelSpec, chip: Chip) -> str:
     """sha256 over what a kernel is made from."""
-    return hashlib.sha256("\0".join((repr(spec), _source_digest(), chip.name)).encode()).hexdigest()
+    return hashlib.sha256("\0".join((repr(spec), _source_digest(spec.kind), chip.name)).encode()).hexdigest()
 
 
 def build_module(spec: GpuKernelSpec, chip: Chip) -> Any:
@@ -108,8 +108,9 @@ def load_artifacts(
         artifact = kept.find(key)
         if artifact is None and here is None:
             raise KernelMissing(
-                f"{spec.symbol} for {chip.name} is not in {kept.directory}, and compiling it needs torch-mlir, llvmlite and "
-                "ptxas: install nanoserve[cuda], or copy the folder from a machine that has compiled this model's kernels"
+                f"{spec.symbol} for {chip.name} is not in {kept.directory}, and compiling it needs torch-mlir, "
+                "llvmlite and ptxas: install nanoserve[cuda], or copy the folder from a machine that has compiled this "
+                "model's kernels"
             )
         if artifact is None or (here is not None and artifact.toolchain != here):
             artifact = compile_kernel(spec, chip)
