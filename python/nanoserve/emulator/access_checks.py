@@ -52,20 +52,20 @@ class AccessChecks:
         parts = split_list(found[2])
         kind = found[1]
         body = _WORDS.sub("", parts[0])
-        if kind == "load":
-            type_ = leading_type(body)
-            pointer = parts[1]
-        elif kind == "store":
-            type_ = leading_type(body)
-            pointer = parts[1]
+        if kind in ("load", "store"):
+            type_, pointer = leading_type(body), parts[1]
         else:
-            pointer = body.split(" ", 1)[1] if kind == "atomicrmw" else body
             type_ = leading_type(parts[1])
+            pointer = body.split(" ", 1)[1] if kind == "atomicrmw" else body
         pointer_type = leading_type(pointer)
         address = pointer[len(pointer_type) :].strip()
         space = int(re.sub(r"\D", "", pointer_type) or 0)
         num_bytes = type_bytes(type_)
-        if space not in _CHECKED_SPACES or num_bytes is None or (space != SHARED_SPACE and address.startswith("@")):
+        if (
+            space not in _CHECKED_SPACES
+            or num_bytes is None
+            or (space != SHARED_SPACE and address.startswith("@"))
+        ):
             return []
         aligned = re.search(r"\balign (\d+)", parts[-1])
         alignment = int(aligned[1]) if aligned else num_bytes
@@ -101,7 +101,9 @@ class AccessChecks:
         f.place("near")
         if shared:
             # An access that is not aligned to its granules may touch one more.
-            granules = -(-num_bytes // _GRANULE) + (0 if alignment % _GRANULE == 0 or num_bytes <= alignment else 1)
+            granules = -(-num_bytes // _GRANULE) + (
+                0 if alignment % _GRANULE == 0 or num_bytes <= alignment else 1
+            )
             mask = _NO_WRITE if is_store else _CLOSED
             bits = 8 * granules
             index = f.value(f"lshr i64 {offset}, 2")
@@ -114,7 +116,12 @@ class AccessChecks:
                 f.call("void", "nvemu_shared_written", [("i64", address), ("i32", str(num_bytes))])
         f.emit("  br label %done")
         f.place("wrong")
-        args = [("i64", address), ("i32", str(num_bytes)), ("i32", str(alignment)), ("i32", str(int(is_store)))]
+        args = [
+            ("i64", address),
+            ("i32", str(num_bytes)),
+            ("i32", str(alignment)),
+            ("i32", str(int(is_store))),
+        ]
         f.call("void", "nvemu_check_access", [*args, ("i32", "%line")])
         f.emit("  br label %done")
         f.place("done")

@@ -118,7 +118,9 @@ def _parameter(kernel: str, index: int, type_: str, arg: Argument) -> Any:
         return ctypes.c_uint64(arg.address if isinstance(arg, DeviceArray) else int(arg))
     c_type = _C_TYPES.get(type_)
     if c_type is None or isinstance(arg, DeviceArray):
-        raise InvalidLaunch(f"{kernel}: argument {index} is {type(arg).__name__}, the kernel takes {type_}", kernel)
+        raise InvalidLaunch(
+            f"{kernel}: argument {index} is {type(arg).__name__}, the kernel takes {type_}", kernel
+        )
     return c_type(arg)
 
 

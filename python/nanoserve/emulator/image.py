@@ -31,7 +31,9 @@ def _llvm() -> Any:
     try:
         import llvmlite.binding as llvm
     except ImportError as error:
-        raise EmulatorMissing("the CUDA emulator compiles with llvmlite: pip install 'llvmlite>=0.50'") from error
+        raise EmulatorMissing(
+            "the CUDA emulator compiles with llvmlite: pip install 'llvmlite>=0.50'"
+        ) from error
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     return llvm
@@ -67,7 +69,9 @@ def compile_host(module: HostModule) -> bytes:
         args = [*command, "-z", "defs", "-o", str(shared), str(obj), str(library_path()), *_c_library()]
         done = subprocess.run(args, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise UnsupportedInstruction(f"the module calls what the emulator does not have: {done.stderr.strip()}")
+            raise UnsupportedInstruction(
+                f"the module calls what the emulator does not have: {done.stderr.strip()}"
+            )
         data = shared.read_bytes()
     return MAGIC + len(data).to_bytes(8, "little") + data
 

@@ -43,7 +43,11 @@ def special_register(f: FunctionText, name: str) -> str:
     base, _, dim = name.partition(".")
     if base in SPECIAL_REGISTERS and dim in ("x", "y", "z"):
         return f.call("i32", SPECIAL_REGISTERS[base], [("i32", str("xyz".index(dim)))], pure=True)
-    simple = {"laneid": "nvemu_lane", "warpid": "nvemu_warp", "dynamic_smem_size": "nvemu_dynamic_shared_bytes"}
+    simple = {
+        "laneid": "nvemu_lane",
+        "warpid": "nvemu_warp",
+        "dynamic_smem_size": "nvemu_dynamic_shared_bytes",
+    }
     if name in simple:
         return f.call("i32", simple[name], [], pure=True)
     if name == "warpsize":
@@ -95,13 +99,17 @@ def mma(f: FunctionText, shape: str, element: str, registers: Sequence[str]) -> 
         raise UnsupportedInstruction(f"mma.sync of shape {shape} on {element}")
     number, num_a, num_b = known
     if len(registers) != num_a + num_b + 4:
-        raise UnsupportedInstruction(f"mma.sync {shape} {element} with {len(registers)} registers: only f32 sums")
+        raise UnsupportedInstruction(
+            f"mma.sync {shape} {element} with {len(registers)} registers: only f32 sums"
+        )
     out = f.array(4)
     f.call("void", "nvemu_mma", [LINE, ("i32", str(number)), ("ptr", f.words(registers)), ("ptr", out)])
     return [f.load_word(out, i) for i in range(4)]
 
 
-def copy_async(f: FunctionText, destination: str, source: str, num_bytes: int, copied: str | None = None) -> None:
+def copy_async(
+    f: FunctionText, destination: str, source: str, num_bytes: int, copied: str | None = None
+) -> None:
     """copied: how many bytes are read (i32), the rest become zero; all of them if None."""
     args: Args = [LINE, ("i64", destination), ("i64", source), ("i32", str(num_bytes))]
     f.call("void", "nvemu_copy_async", [*args, ("i32", copied if copied is not None else str(num_bytes))])

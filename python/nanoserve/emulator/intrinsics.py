@@ -189,11 +189,19 @@ def _nothing(f: FunctionText, _: re.Match[str]) -> None:
 
 
 # The approximations of the special function unit have 1 to 2 units in the last place; here they are exact to one.
-_UNARY = {"ex2.approx": "exp2", "lg2.approx": "log2", "sqrt.approx": "sqrt", "sqrt.rn": "sqrt", "tanh.approx": "tanh"}
+_UNARY = {
+    "ex2.approx": "exp2",
+    "lg2.approx": "log2",
+    "sqrt.approx": "sqrt",
+    "sqrt.rn": "sqrt",
+    "tanh.approx": "tanh",
+}
 _UNARY |= {"sin.approx": "sin", "cos.approx": "cos", "fabs": "fabs", "sqrt": "sqrt", "saturate": "saturate"}
 
 
-@_rule(r"(ex2\.approx|lg2\.approx|sqrt\.approx|sqrt\.rn|tanh\.approx|sin\.approx|cos\.approx|fabs)(\.ftz)?(\.[fd]\d*)?")
+@_rule(
+    r"(ex2\.approx|lg2\.approx|sqrt\.approx|sqrt\.rn|tanh\.approx|sin\.approx|cos\.approx|fabs)(\.ftz)?(\.[fd]\d*)?"
+)
 def _unary(f: FunctionText, match: re.Match[str]) -> None:
     type_ = f.result
     intrinsic = f"llvm.{_UNARY[match[1]]}.{'f64' if type_ == 'double' else 'f32'}"

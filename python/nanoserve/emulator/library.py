@@ -71,7 +71,9 @@ def library_path(name: str = EMULATOR) -> Path:
         EmulatorMissing: it is not built, or cannot be built for this machine.
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise EmulatorMissing(f"the CUDA emulator runs on x86-64 Linux only, this is {platform.machine()} {sys.platform}")
+        raise EmulatorMissing(
+            f"the CUDA emulator runs on x86-64 Linux only, this is {platform.machine()} {sys.platform}"
+        )
     override = os.environ.get("NANOSERVE_EMULATOR")
     places = [Path(override)] if override else [_ROOT / "build" / preset for preset in _PRESETS]
     for place in places:

@@ -46,7 +46,9 @@ def module_table(
         lines += _wrapper(i, kernel)
         sizes = ", ".join(f"i32 {type_bytes(type_)}" for type_ in kernel.param_types)
         num = len(kernel.param_types)
-        lines.append(f"@emu.params.{i} = internal constant [{num} x i32] {f'[{sizes}]' if num else 'zeroinitializer'}")
+        lines.append(
+            f"@emu.params.{i} = internal constant [{num} x i32] {f'[{sizes}]' if num else 'zeroinitializer'}"
+        )
         lines.append(_string(f"emu.kernel.{i}", kernel.name))
         limits = f"i32 {kernel.static_shared_bytes}, i32 {kernel.max_threads}, i32 {kernel.required_threads}"
         entries.append(f"ptr @emu.kernel.{i}, ptr @emu.call.{i}, ptr @emu.params.{i}, i32 {num}, {limits}")

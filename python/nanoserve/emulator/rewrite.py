@@ -27,10 +27,12 @@ from nanoserve.emulator.shared_layout import SharedLayout, declared, lay_out
 _ATTACHMENT = re.compile(r",? ![\w.]+ !(?:\d+|DIExpression\([^)]*\))")
 _ASM = re.compile(r'asm (?:(?:sideeffect|alignstack|inteldialect|unwind) )*"((?:[^"\\]|\\.)*)", "([^"]*)"\(')
 _DROPPED = re.compile(r"^\s*(?:;|#dbg_|!|source_filename|target |module asm)")
-_ATTRIBUTES = re.compile(r'^attributes (#\d+) = \{ (.*) \}$')
-_DECLARE = re.compile(rf"^declare (.*?)(?:@([-\w.$]+))\(")
+_ATTRIBUTES = re.compile(r"^attributes (#\d+) = \{ (.*) \}$")
+_DECLARE = re.compile(r"^declare (.*?)(?:@([-\w.$]+))\(")
 _FUNCTION = re.compile(rf"^define (.*?)({VALUE})\(")
-_RESULT_WORDS = re.compile(r"^(?:(?:noundef|signext|zeroext|range\([^)]*\)|nonnull|noalias|dso_local|hidden|internal)\s+)*")
+_RESULT_WORDS = re.compile(
+    r"^(?:(?:noundef|signext|zeroext|range\([^)]*\)|nonnull|noalias|dso_local|hidden|internal)\s+)*"
+)
 _DATA = re.compile(rf"^({VALUE}) = (?!.*addrspace\(3\)).*?\b(?:global|constant) (.*)$")
 
 
@@ -162,7 +164,9 @@ class Rewriter:
 
     def _account_shared(self) -> None:
         """A kernel's static shared memory: what it names, and what functions name that it might call."""
-        common = {name for function, names in self._uses.items() if function not in self._kernels for name in names}
+        common = {
+            name for function, names in self._uses.items() if function not in self._kernels for name in names
+        }
         for kernel in self._kernels.values():
             named = self._uses[kernel.name] | common
             kernel.static_shared_bytes = sum(v.num_bytes for v in self._shared.variables if v.name in named)
@@ -187,7 +191,9 @@ def _with_line(intrinsic: str, close: str, number: int) -> str:
 def _call_result(before: str) -> str:
     """The result type of a call, from the text before what is called."""
     text = before[before.rindex("call ") + len("call ") :]
-    while word := re.match(r"(?:contract|fast|nnan|ninf|nsz|arcp|afn|reassoc|noundef|range\([^)]*\))\s+", text):
+    while word := re.match(
+        r"(?:contract|fast|nnan|ninf|nsz|arcp|afn|reassoc|noundef|range\([^)]*\))\s+", text
+    ):
         text = text[word.end() :]
     return leading_type(text)
 
