@@ -87,7 +87,7 @@ bool Block::run(const std::array<std::uint32_t, 3>& index) {
     random_state_ = seed | 1;
     start_threads();
     running = this;
-    current_ = &threads_[0];  // whose warp the first choice begins with
+    current_ = &threads_[request_.order == 1 ? num_threads_ - 1 : 0];  // whose warp goes first
     current_ = next();
     nvemu_switch_context(&scheduler_, current_->context);
     // Back here when everybody ended, somebody failed, or nobody can go on.

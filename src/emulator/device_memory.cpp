@@ -13,7 +13,17 @@ namespace {
 
 constexpr std::uint64_t kPage = 4096;
 constexpr int kNaN = 0xFF;  // a NaN in every float format, -1 in every integer
-constexpr unsigned char kPastTheEnd = 0xFE;
+
+// What lies between the end of an allocation and its last page's: NaN as well, but not what memory starts with.
+unsigned char past_the_end(std::uint64_t address) {
+    return address % 2 == 0 ? 0xFF : 0x7F;
+}
+
+void fill_past_the_end(std::uint64_t begin, std::uint64_t end) {
+    for (; begin < end; ++begin) {
+        *reinterpret_cast<unsigned char*>(begin) = past_the_end(begin);
+    }
+}
 
 std::uint64_t round_up(std::uint64_t value, std::uint64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
@@ -52,15 +62,18 @@ void* DeviceMemory::allocate(std::uint64_t num_bytes) {
     const std::uint64_t address = begin + pages - used;
     auto* bytes = reinterpret_cast<unsigned char*>(address);
     std::memset(bytes, kNaN, num_bytes);
-    std::memset(bytes + num_bytes, kPastTheEnd, used - num_bytes);
+    fill_past_the_end(address + num_bytes, address + used);
     live_[address] = {num_bytes, begin, begin + pages};
     return bytes;
 }
 
 bool DeviceMemory::intact(std::uint64_t address, const Allocation& allocation) {
-    const auto* past = reinterpret_cast<const unsigned char*>(address + allocation.num_bytes);
-    const auto* end = reinterpret_cast<const unsigned char*>(allocation.pages_end);
-    return std::all_of(past, end, [](unsigned char byte) { return byte == kPastTheEnd; });
+    for (std::uint64_t at = address + allocation.num_bytes; at < allocation.pages_end; ++at) {
+        if (*reinterpret_cast<const unsigned char*>(at) != past_the_end(at)) {
+            return false;
+        }
+    }
+    return true;
 }
 
 DeviceMemory::Freed DeviceMemory::free(void* address) {
@@ -95,8 +108,7 @@ std::string DeviceMemory::overrun() {
     const std::lock_guard lock(mutex_);
     for (const auto& [address, allocation] : live_) {
         if (!intact(address, allocation)) {
-            const std::uint64_t end = address + allocation.num_bytes;
-            std::memset(reinterpret_cast<void*>(end), kPastTheEnd, allocation.pages_end - end);
+            fill_past_the_end(address + allocation.num_bytes, allocation.pages_end);
             return "the bytes behind the end of an allocation of " + std::to_string(allocation.num_bytes) +
                    " bytes were written";
         }

@@ -26,16 +26,19 @@ class Example:
 
 
 def examples(chip: Chip) -> dict[str, Example]:
+    row = ("LDG.E.128", "SHFL.BFLY")
     found = {
         "embedding": Example(embedding_spec(4096, 4096, dtype="bf16"), 40, ("LDG.E.64", "STG.E.128")),
         "embedding of any width": Example(embedding_spec(773, 776, positions=True, scale=2.0), 40, ("LDG.E", "FADD")),
-        "rmsnorm": Example(norm_spec("rmsnorm", 4096, 4096, 4096, 1e-5, dtype="bf16"), 48, ("LDG.E.128", "SHFL.BFLY", "BAR")),
-        "layernorm": Example(norm_spec("layernorm", 768, 768, 768, 1e-5, bias=True, gather=True), 48, ("LDG.E.128", "SHFL.BFLY")),
+        "rmsnorm": Example(norm_spec("rmsnorm", 4096, 4096, 4096, 1e-5, dtype="bf16"), 48, (*row, "BAR")),
+        "layernorm": Example(norm_spec("layernorm", 768, 768, 768, 1e-5, bias=True, gather=True), 48, row),
         "gate": Example(
             activation_spec(11008, 22016, 11008, activation="silu", gated=True, dtype="bf16"), 48,
             ("LDG.E.128", "MUFU.RCP", "F2FP.BF16"),
         ),
-        "gelu": Example(activation_spec(3072, 3072, 3072, activation="gelu_erf", softcap=30.0), 64, ("LDG.E.128", "STG.E.128")),
+        "gelu": Example(
+            activation_spec(3072, 3072, 3072, activation="gelu_erf", softcap=30.0), 64, ("LDG.E.128", "STG.E.128")
+        ),
         "convert": Example(convert_spec(4096, 4096, 4096), 40, ("LDG.E.128", "F2FP.BF16", "STG.E.64")),
         "kv_write": Example(
             kv_write_spec(32, 8, 128, 16, 48 * 128, 128, qk_norm="head", norm_eps=1e-6, dtype="bf16"), 56,
@@ -57,12 +60,20 @@ def examples(chip: Chip) -> dict[str, Example]:
         "f32 gated": (f32, gemm_plan(4096, 11008, 4096, 11008, chip, gated=True, activation="silu")),
         "bf16": (mma, gemm_plan(4096, 4096, 4096, 4096, chip, residual=True, **narrow)),
         "bf16 gated": (
-            mma, gemm_plan(4096, 11008, 4096, 11008, chip, gated=True, activation="gelu_erf", bias=True, y="bf16", **narrow),
+            mma, gemm_plan(4096, 11008, 4096, 11008, chip, gated=True, activation="gelu_erf", bias=True, y="bf16",
+            **narrow),
         ),
         "bf16 head": (mma, gemm_plan(768, 50257, 768, 50264, chip, softcap=30.0, **narrow)),
     }  # fmt: skip
     if chip.wgmma:
-        wgmma = ("HGMMA.64x", "LDGSTS.E.BYPASS.128", "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR", "BAR")
+        wgmma = (
+            "HGMMA.64x",
+            "LDGSTS.E.BYPASS.128",
+            "WARPGROUP.ARRIVE",
+            "WARPGROUP.DEPBAR",
+            "FENCE.VIEW.ASYNC",
+            "BAR",
+        )
         narrow |= {"wgmma": True}
         plans |= {
             "wgmma": (wgmma, gemm_plan(4096, 4096, 4096, 4096, chip, residual=True, **narrow)),

@@ -1,4 +1,4 @@
-"""The float32 GEMM gives the CPU's bits, whatever the shape of its tiles, the number of rows and the order of threads."""
+"""The float32 GEMM gives the CPU's bits, whatever the shape of its tiles, the rows and the order of threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bfloat16 GEMM on tensor cores against float64; the same bits whatever the shape of tiles and the number of rows."""
+"""The bfloat16 GEMM on tensor cores against float64; the same bits whatever the shape of tiles and the rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QK-norm, rotation and the write into pages on the GPU: the bits of NumPy's products and sums, the norm within rounding."""
+"""QK-norm, rotation and the write into pages on the GPU: NumPy's bits, the norm within rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kernel for every chip: it lowers and assembles, keeps to its registers, and has the instructions it was written for."""
+"""Every kernel for every chip: it assembles, keeps to its registers, and has the instructions it was written for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ CHIP_NAMES = ("sm_80", "sm_90", "sm_90a")
 CASES = [(chip, name) for chip in CHIP_NAMES for name in examples(parse_chip(chip))]
 # PTX rounds as IEEE says where it says so; without ".rn", ptxas may fuse, and ".approx" or ".ftz" is something else.
 INEXACT = re.compile(
-    r"^\s*(?:@%p\d+\s+)?((?:add|sub|mul|fma|mad|div|sqrt|rcp|rsqrt|ex2|lg2|tanh)\.(?!rn\.(?:f\d|bf))[\w.]*f(?:32|64|16)\w*)",
+    r"^\s*(?:@%p\d+\s+)?"
+    r"((?:add|sub|mul|fma|mad|div|sqrt|rcp|rsqrt|ex2|lg2|tanh)\.(?!rn\.(?:f\d|bf))[\w.]*f(?:32|64|16)\w*)",
     re.MULTILINE,
 )
 
@@ -47,7 +48,7 @@ def test_kernel(chip: str, name: str) -> None:
 
 
 def test_inexact_arithmetic_would_be_found() -> None:
-    text = "\tadd.f32 \t%r1, %r2, %r3;\n\t@%p1 mul.rn.ftz.f32 %r1;\n\tdiv.full.f32 %r1;\n\tfma.rn.f32 %r1;\n\tadd.s32 %r1;\n"
+    text = "\tadd.f32 \t%r1, %r2;\n\t@%p1 mul.rn.ftz.f32 %r1;\n\tdiv.full.f32 %r1;\n\tfma.rn.f32 %r1;\n\tadd.s32 %r1;\n"
     assert INEXACT.findall(text) == ["add.f32", "mul.rn.ftz.f32", "div.full.f32"]
 
 
@@ -154,7 +155,8 @@ def test_chips() -> None:
 
 def test_a_grid_follows_from_scalars() -> None:
     spec = GpuKernelSpec.make(
-        "any", {"x": pointer(UNBOUNDED, 8), "m": SCALAR, "layers": SCALAR}, (Extent("m", 16), Extent("layers", 1, 3)), 64
+        "any", {"x": pointer(UNBOUNDED, 8), "m": SCALAR, "layers": SCALAR},
+        (Extent("m", 16), Extent("layers", 1, 3)), 64,
     )  # fmt: skip
     assert spec.pointers == (True, False, False)
     assert spec.grid_of({"m": 33, "layers": 2}) == (3, 6, 1)

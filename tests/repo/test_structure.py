@@ -37,7 +37,7 @@ RANKS = [
         "batch",
         "compiler",
     },
-    {"cache", "kernels", "precision", "text"},
+    {"cache", "emulator", "kernels", "precision", "text"},
     {"scheduling", "models", "paged"},
     {"packed_form", "weight_cache"},
     {"packed_weights"},

@@ -52,12 +52,11 @@ class AccessChecks:
         parts = split_list(found[2])
         kind = found[1]
         body = _WORDS.sub("", parts[0])
-        if kind == "load" or kind == "store":
-            type_ = leading_type(body)
-            pointer = parts[1]
+        if kind in ("load", "store"):
+            type_, pointer = leading_type(body), parts[1]
         else:
-            pointer = body.split(" ", 1)[1] if kind == "atomicrmw" else body
             type_ = leading_type(parts[1])
+            pointer = body.split(" ", 1)[1] if kind == "atomicrmw" else body
         pointer_type = leading_type(pointer)
         address = pointer[len(pointer_type) :].strip()
         space = int(re.sub(r"\D", "", pointer_type) or 0)

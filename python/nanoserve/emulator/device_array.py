@@ -28,7 +28,7 @@ class DeviceArray:
         self.address: int = address
         self._free = weakref.finalize(self, lib.nvemu_free, address)
         # An array of no elements has no bytes to look at, but an address all the same.
-        buffer = (ctypes.c_byte * array.nbytes).from_address(address) if array.nbytes else bytearray()
+        buffer: Any = (ctypes.c_byte * array.nbytes).from_address(address) if array.nbytes else bytearray()
         self.host: np.ndarray[Any, Any] = np.frombuffer(buffer, dtype=array.dtype).reshape(array.shape)
         self.host[...] = array
 

@@ -8,6 +8,6 @@ lowering                        MLIR to LLVM IR, as an ordered list of named sta
 ptx, cubin                      LLVM IR to PTX (llvmlite), PTX to machine code (ptxas)
 artifact                        what came out, on disk, for machines with and without those compilers
 
-Numerics are those of compiler/builder.py: nothing is reassociated or contracted, `fma` is fused because it says so, division
-and square root are IEEE's. No CUDA toolkit, no libdevice.
+Numerics are those of compiler/builder.py: nothing is reassociated or contracted, `fma` is fused because it says so,
+division and square root are IEEE's. No CUDA toolkit, no libdevice.
 """

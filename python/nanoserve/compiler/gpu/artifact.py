@@ -1,13 +1,14 @@
 """What came out of the compilers, on disk: a machine with no compiler runs what another one made.
 
     <directory>/<key>.json      manifest: how the kernel is launched, what it uses, who made it, and its files' sha256
-    <directory>/<sha256>.cubin  machine code     <sha256>.ptx  assembly, for a driver to compile where the cubin does not run
+    <directory>/<sha256>.cubin  machine code
+    <directory>/<sha256>.ptx    assembly, for a driver to compile where the cubin does not run
     <directory>/<sha256>.ll     the LLVM IR both came from, which the emulator runs
 
-The key covers what a kernel is made from: its spec, its sources and the chip. It does not cover the compilers' versions, which
-a machine without them cannot know; they stand in the manifest, and where compilers of other versions are installed, the kernel
-is made anew. As with the CPU's cache (object_cache.py): files arrive by rename and whole, the manifest last, nothing is used
-unverified, and the directory is one that only its user may write.
+The key covers what a kernel is made from: its spec, its sources and the chip. It does not cover the compilers'
+versions, which a machine without them cannot know; they stand in the manifest, and where compilers of other versions
+are installed, the kernel is made anew. As with the CPU's cache (object_cache.py): files arrive by rename and whole,
+the manifest last, nothing is used unverified, and the directory is one that only its user may write.
 """
 
 from __future__ import annotations

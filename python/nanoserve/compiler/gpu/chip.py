@@ -1,8 +1,8 @@
 """What a GPU has, as far as generated code depends on it.
 
-A chip is named as NVIDIA's tools name it, "sm_80" (A100) or "sm_90" (H100, H200). The "a" of "sm_90a" stands for instructions
-of that chip alone: such code runs on compute capability 9.0 and no other; without it, it runs on later ones of the same major
-version too.
+A chip is named as NVIDIA's tools name it, "sm_80" (A100) or "sm_90" (H100, H200). The "a" of "sm_90a" stands for
+instructions of that chip alone: such code runs on compute capability 9.0 and no other; without it, it runs on later
+ones of the same major version too.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ CHIPS = {
         Chip("sm_90a", 90, 227 * _KIB, wgmma=True),
     )
 }
-# What every chip above has: registers of a thread and threads of a block, at most; static shared memory, or dynamic that was
-# not asked for, in bytes.
+# What every chip above has, at most: registers of a thread, threads of a block, and bytes of shared memory that is
+# static, or dynamic and was not asked for.
 MAX_REGISTERS, MAX_THREADS, DEFAULT_SHARED_BYTES = 255, 1024, 48 * _KIB
 
 

@@ -96,8 +96,8 @@ def assemble(ptx: str, chip: Chip, symbol: str, *, spills: bool = False) -> Cubi
     path = ptxas()
     if path is None:
         raise AssemblerMissing(
-            "compiling a GPU kernel needs ptxas: install triton (its wheel brings one) or a CUDA toolkit, or name it in "
-            "NANOSERVE_PTXAS"
+            "compiling a GPU kernel needs ptxas: install triton (its wheel brings one) or a CUDA toolkit, or "
+            "name it in NANOSERVE_PTXAS"
         )
     with tempfile.TemporaryDirectory(prefix="nanoserve-") as folder:
         source, target = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
@@ -108,7 +108,8 @@ def assemble(ptx: str, chip: Chip, symbol: str, *, spills: bool = False) -> Cubi
         cubin = Cubin(target.read_bytes(), *_usage(run.stderr + run.stdout, symbol))
     if cubin.spilled_bytes and not spills:
         raise AssemblyFailed(
-            f"{symbol} for {chip.name}: {cubin.spilled_bytes} bytes of registers are spilled, with {cubin.registers} in use"
+            f"{symbol} for {chip.name}: {cubin.spilled_bytes} bytes of registers are spilled, with "
+            f"{cubin.registers} in use"
         )
     return cubin
 

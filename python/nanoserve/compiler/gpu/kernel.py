@@ -3,8 +3,9 @@
     @device_kernel(spec)
     def _(x, out, rows): ...
 
-builds a gpu.func named by the spec in a gpu.module of its own. Pointers arrive as Array, integers as Value, in the order of the
-spec's arguments. The body runs once per thread; its values and loops are those of compiler/builder.py and control.py.
+builds a gpu.func named by the spec in a gpu.module of its own. Pointers arrive as Array, integers as Value, in the
+order of the spec's arguments. The body runs once per thread; its values and loops are those of compiler/builder.py
+and control.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MODULE = "kernels"  # name of the gpu.module
 def device_kernel(
     spec: GpuKernelSpec, *, overlap: Collection[str] = ()
 ) -> Callable[[Callable[..., None]], None]:
-    """The kernel of a spec, at the insertion point. No pointer but those named in `overlap` may share memory with another."""
+    """The kernel of a spec, at the insertion point. No pointers but those in `overlap` may share memory."""
 
     def define(body: Callable[..., None]) -> None:
         module = gpu.GPUModuleOp(MODULE)

@@ -1,7 +1,7 @@
 """LLVM IR text as MLIR's newer LLVM prints it, made into what llvmlite's older one reads, with the same meaning.
 
-dynamic shared memory   MLIR gives it a size of 0 bytes, of which NVPTX makes a static variable of one: it is external
-library calls           MLIR calls NVIDIA's library for what LLVM has an instruction for: the instruction, with the same bits
+dynamic shared memory   MLIR gives it a size of 0 bytes, of which NVPTX makes a static variable of one: external
+library calls           MLIR calls NVIDIA's library for what LLVM has an instruction for, with the same bits
 float constants         LLVM 23 prints the shortest decimal, or bits as f0x3F800000; LLVM 22 wants exact ones
 """
 

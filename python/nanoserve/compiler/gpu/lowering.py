@@ -1,7 +1,7 @@
 """From the dialects GPU kernels are written in down to LLVM IR, as an ordered list of named stages.
 
-As compiler/lowering.py: each stage has a purpose in one sentence, and the list is data that is part of every artifact's key.
-What comes out is the text that both LLVM's NVPTX back end and the emulator read.
+As compiler/lowering.py: each stage has a purpose in one sentence, and the list is data that is part of every
+artifact's key. What comes out is the text that both LLVM's NVPTX back end and the emulator read.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Authoring layer for GPU kernels, part two: memory.
 
-Array is global or shared memory with static strides. SharedMemory hands out the dynamic shared memory of a block, whose size
-the spec states. copy_async brings 16 bytes from global into shared memory while the thread goes on; commit closes a group of
-such copies, and wait_until waits until at most so many of the youngest groups are still under way. What a thread copied, the
-others see after a barrier.
+Array is global or shared memory with static strides. SharedMemory hands out the dynamic shared memory of a block,
+whose size the spec states. copy_async brings 16 bytes from global into shared memory while the thread goes on; commit
+closes a group of such copies, and wait_until waits until at most so many of the youngest groups are still under way.
+What a thread copied, the others see after a barrier.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SHARED = "#gpu.address_space<workgroup>"
 
 
 class Array(Buffer):
-    """A Buffer whose runs are aligned: load(i, j, width=4) begins at a multiple of 4 elements, or 16 bytes if that is less."""
+    """A Buffer whose runs are aligned: load(i, j, width=4) begins at a multiple of 4 elements, at most 16 bytes."""
 
     __slots__ = ()
 

@@ -1,7 +1,7 @@
 """LLVM IR to PTX, NVIDIA's portable assembly, by LLVM's NVPTX back end: llvmlite carries it, no CUDA toolkit is needed.
 
-Numerics: the back end fuses no multiplication and addition that the text does not fuse, divides and takes roots as IEEE says,
-and keeps subnormals. Every instruction says so (".rn"), and ptxas adds nothing.
+Numerics: the back end fuses no multiplication and addition that the text does not fuse, divides and takes roots as
+IEEE says, and keeps subnormals. Every instruction says so (".rn"), and ptxas adds nothing.
 """
 
 from __future__ import annotations

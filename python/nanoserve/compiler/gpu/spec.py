@@ -1,8 +1,8 @@
 """A GPU kernel by specification: what its code depends on, what it is called with, and how it is launched. Data only.
 
-Every kernel takes bare pointers (64-bit device addresses) and 64-bit integers, in the order of its spec's arguments. How many
-blocks run follows from those integers alone (Extent), so that a launch can be captured in a CUDA graph for a bucket of rows:
-what changes from step to step is read from device memory.
+Every kernel takes bare pointers (64-bit device addresses) and 64-bit integers, in the order of its spec's arguments.
+How many blocks run follows from those integers alone (Extent), so that a launch can be captured in a CUDA graph for a
+bucket of rows: what changes from step to step is read from device memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Authoring layer for GPU kernels, part four: matrix products of a warp (mma.sync), and how their operands are read.
 
-A fragment is what one lane has of a matrix, as vectors of two neighbours along k. Of m16n8k16: x (16 x 16) is four such pairs,
-w (8 x 16) two, and the sums (16 x 8) two pairs along n, of rows l / 4 and l / 4 + 8 for lane l.
+A fragment is what one lane has of a matrix, as vectors of two neighbours along k. Of m16n8k16: x (16 x 16) is four
+such pairs, w (8 x 16) two, and the sums (16 x 8) two pairs along n, of rows l / 4 and l / 4 + 8 for lane l.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Authoring layer for GPU kernels, part three: who a thread is, and what threads tell each other.
 
-Reductions have one order. Within a warp, values are exchanged over distances 16, 8, 4, 2, 1, so that every lane has the same
-result, to the bit, for an operation that commutes; of a block, the warps' results are combined from the first to the last.
+Reductions have one order. Within a warp, values are exchanged over distances 16, 8, 4, 2, 1, so that every lane has
+the same result, to the bit, for an operation that commutes; of a block, the warps' results are combined from the
+first to the last.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def over_warp(value: Value, combine: Callable[[Value, Value], Value]) -> Value:
 
 
 def over_block(value: Value, combine: Callable[[Value, Value], Value], warps: int, slots: Array) -> Value:
-    """All threads' values combined, in every thread; `slots` is shared memory for one element per warp, used nowhere else."""
+    """All threads' values combined, in every thread; `slots` is shared memory of its own, one element per warp."""
     value = over_warp(value, combine)
     if warps == 1:
         return value

@@ -1,8 +1,8 @@
 """Authoring layer for GPU kernels, part five: matrix products of a warpgroup (wgmma), four warps of sm_90a together.
 
-Both operands are read from shared memory by the tensor cores themselves, through descriptors, in tiles of rows of 128 bytes (64
-bfloat16) that begin on 1024 bytes; line c of row r lies at place c ^ (r % 8), the hardware's 128-byte swizzle. The product runs
-while the threads go on: `multiply` between begin() and finish().
+Both operands are read from shared memory by the tensor cores themselves, through descriptors, in tiles of rows of 128
+bytes (64 bfloat16) that begin on 1024 bytes; line c of row r lies at place c ^ (r % 8), the hardware's 128-byte
+swizzle. The product runs while the threads go on: `multiply` between begin() and finish().
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ nvvm, memref, arith, llvm = mlir_gpu().nvvm, mlir().memref, mlir().arith, mlir()
 ROWS = 64  # of the first operand
 ROW_BYTES, GROUP_BYTES = 128, 1024  # a row of a tile; 8 rows, after which the swizzle repeats
 STEP_BYTES = 32  # 16 bfloat16: k of an instruction
-# Of a descriptor: the swizzle (1: 128 bytes), the distance between groups of 8 rows, and one that swizzled tiles do not use.
+# Of a descriptor: the swizzle (1: 128 bytes), the distance between groups of 8 rows, and one swizzled tiles do not use.
 _CONSTANT_BITS = 1 << 62 | (GROUP_BYTES >> 4) << 32 | 1 << 16
 _ADDRESS_BITS = 0x3FFFF
 

@@ -1,7 +1,8 @@
 """out[row] = cap(act(x[row]) * scale), or act(gate) * up of rows [gate | up]; rounded to the type of out.
 
-GEMMs do all this on their way out; this is for rows that come from elsewhere. With no activation at all it is kernels/convert.py:
-float32 rounded to bfloat16. Numerics: compiler/vector_math.py's, the CPU's to the bit. A block takes a row.
+GEMMs do all this on their way out; this is for rows that come from elsewhere. With no activation at all it is
+kernels/convert.py: float32 rounded to bfloat16. Numerics: compiler/vector_math.py's, the CPU's to the bit. A block
+takes a row.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """x[row] = table[ids[row]] * scale (+ pos_table[positions[row]]), as kernels/embedding.py; a block takes a row.
 
-The table is a weight as it is stored; a tied head reads the same one. Numerics: a product and a sum per element where there
-are any, not fused. Ids and positions must be in range; the caller checks them.
+The table is a weight as it is stored; a tied head reads the same one. Numerics: a product and a sum per element where
+there are any, not fused. Ids and positions must be in range; the caller checks them.
 """
 
 from __future__ import annotations

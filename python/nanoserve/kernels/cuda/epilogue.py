@@ -1,4 +1,4 @@
-"""What a GEMM does to its sums on the way out: y = cap(act(sum + bias) * scale) (+ y), or act(gate) * up, as kernels/gemm.py.
+"""What a GEMM does to its sums, as kernels/gemm.py: y = cap(act(sum + bias) * scale) (+ y), or act(gate) * up.
 
 Each part only where the spec has it, each rounded by itself; a bfloat16 y is rounded to nearest even at the end.
 """
@@ -49,7 +49,7 @@ class Epilogue:
     def store(
         self, sums: Value, ups: Value | None, y: Array, bias: Array | None, n: int, row: Value, column: Value
     ) -> None:
-        """Finishes neighbouring sums of a row, those of `ups` beside them where gated, and writes them; all are inside."""
+        """Finishes neighbouring sums of a row, with those of `ups` where gated, and writes them; all are inside."""
         from nanoserve.compiler.builder import widen
         from nanoserve.compiler.gpu.memory import rounded
         from nanoserve.compiler.vector_math import activate, soft_cap

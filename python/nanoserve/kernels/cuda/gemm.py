@@ -3,11 +3,13 @@
     x f32, w f32, bf16 or f16   gemm_f32: IEEE float32, the CPU's bits
     x bf16, w bf16              gemm_mma: tensor cores; or, where asked for, gemm_wgmma
 
-Tensor cores may sum an instruction's products in an order of their own, which nobody documents, so gemm_mma and gemm_wgmma are
-never in one plan. Whether they agree, and which is faster with few rows, is for a GPU to say; gemm_mma is what every chip has.
+Tensor cores may sum an instruction's products in an order of their own, which nobody documents, so gemm_mma and
+gemm_wgmma are never in one plan. Whether they agree, and which is faster with few rows, is for a GPU to say; gemm_mma
+is what every chip has.
 
-Kernels of one plan differ in the shape of their tiles, which no bit depends on: in both, an output is one chain of the same
-instruction along k. The shape follows from the weight and the chip; the rows choose among shapes, never among arithmetics.
+Kernels of one plan differ in the shape of their tiles, which no bit depends on: in both, an output is one chain of
+the same instruction along k. The shape follows from the weight and the chip; the rows choose among shapes, never
+among arithmetics.
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ def _f32_shapes(has_many: bool, gated: bool) -> dict[int | None, gemm_f32.Shape]
 
 
 def _mma_shapes(chip: Chip, has_many: bool, gated: bool) -> dict[int | None, gemm_mma.Shape]:
-    """By the most rows. A stage of the last is 32 KiB: two blocks of three fit Hopper's shared memory, one of four Ampere's."""
+    """By the most rows. A stage of the last is 32 KiB: two blocks of three fit Hopper, one of four fits Ampere."""
     stages = 3 if chip.capability >= 90 else 4 if chip.shared_bytes > 128 * 1024 else 2
     return {
         16: gemm_mma.Shape(1, 4 if has_many else 1, 1, 1 + gated, 6 if gated else 8),

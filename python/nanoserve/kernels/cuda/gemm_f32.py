@@ -1,12 +1,12 @@
-"""y[m, n] = epilogue(sum_k x[m, k] * w[n, k]) in float32: tiles in shared memory, one fused multiply-add per k and output.
+"""y[m, n] = epilogue(sum_k x[m, k] * w[n, k]) in float32, one fused multiply-add per k and output.
 
-x is float32; a bfloat16 or float16 weight is widened, exactly, on its way into the registers. One accumulator per output, k
-ascending from zero: the sums are those of kernels/gemm.py to the bit, and no part of them depends on m, on the tile's shape or
-on where in a tile a row lies.
+x is float32; a bfloat16 or float16 weight is widened, exactly, on its way into the registers. One accumulator per
+output, k ascending from zero: the sums are those of kernels/gemm.py to the bit, and no part of them depends on m, on
+the tile's shape or on where in a tile a row lies.
 
-A block has TY x TX threads; thread (ty, tx) has rows ty + TY * i and columns tx + TX * j of its tile, i < R, j < C. One kernel
-serves few rows and many: a tile of few rows and columns has many blocks, with many tiles of the weight on their way each, which
-is what reading a weight at the speed of memory takes.
+A block has TY x TX threads; thread (ty, tx) has rows ty + TY * i and columns tx + TX * j of its tile, i < R, j < C.
+One kernel serves few rows and many: a tile of few rows and columns has many blocks, with many tiles of the weight on
+their way each, which is what reading a weight at the speed of memory takes.
 """
 
 from __future__ import annotations

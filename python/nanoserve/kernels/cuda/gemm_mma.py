@@ -1,8 +1,9 @@
-"""y[m, n] = epilogue(sum_k x[m, k] * w[n, k]) of bfloat16 x and w, sums in float32, on tensor cores (mma.sync, sm_80 and later).
+"""y[m, n] = epilogue(sum_k x[m, k] * w[n, k]) of bfloat16, sums in float32, on tensor cores (mma.sync, sm_80).
 
-One instruction shape, m16n8k16, k ascending in steps of 16 into one accumulator per output, for any number of rows: a tensor
-core's sum depends on the shape of its instruction, so that few rows have to take the same one, with the tile's other rows
-unused. Nothing is split along k: what hides the latency of reading a weight is how many of its tiles are on their way.
+One instruction shape, m16n8k16, k ascending in steps of 16 into one accumulator per output, for any number of rows: a
+tensor core's sum depends on the shape of its instruction, so that few rows have to take the same one, with the tile's
+other rows unused. Nothing is split along k: what hides the latency of reading a weight is how many of its tiles are
+on their way.
 
 A block has WM x WN warps, a warp 16 * I rows and 8 * J columns. One kernel serves few rows and many, by its shape.
 """

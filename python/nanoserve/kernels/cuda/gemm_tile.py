@@ -1,7 +1,8 @@
 """Tiles of x and of the weight in shared memory, and the pipeline that keeps several on their way.
 
-A tile is so many rows of as many k, in lines of 16 bytes. Line c of row r lies at place c ^ (r % 8) (of a row of 8 lines; of 4,
-at c ^ (r / 2 % 4)), so that 8 rows' lines of the same k are in 8 different banks: reading a column of lines has no conflicts.
+A tile is so many rows of as many k, in lines of 16 bytes. Line c of row r lies at place c ^ (r % 8) (of a row of 8
+lines; of 4, at c ^ (r / 2 % 4)), so that 8 rows' lines of the same k are in 8 different banks: reading a column of
+lines has no conflicts.
 
 k beyond the matrix is zeros, whatever lies in memory. Rows beyond it repeat the last one: their sums are not stored.
 """
@@ -83,7 +84,6 @@ class Tile:
             number = thread + start
             inside = None if start + threads <= total else number < index(total)
             row, line = number // self.lines, number % self.lines
-            row = row if inside is None else imin(row, self.rows - 1)
             moves.append((source_row(row), line * self.line, row, self.place(row, line) * self.line, inside))
 
         def copy(k0: Value, stage: Value) -> None:
@@ -96,9 +96,9 @@ class Tile:
                     if self.k % self.k_tile == 0:
                         copy_async(source, (from_row, at), target, (stage, row, to))
                         return
+                    # Of a line beyond the row nothing is read, wherever it lies.
                     valid = imin(imax(index(self.k) - at, 0), self.line)
-                    last = -(-self.k // self.line) * self.line - self.line  # a line there is
-                    copy_async(source, (from_row, imin(at, last)), target, (stage, row, to), valid=valid)
+                    copy_async(source, (from_row, at), target, (stage, row, to), valid=valid)
 
                 only_where(inside, move)
 
@@ -114,8 +114,8 @@ def pipeline(
 
     `publish` says of what this thread's copies have brought what a barrier alone does not say.
 
-    While a tile is multiplied, stages - 1 others are on their way. The one barrier of a turn says both that the tile has come,
-    for every thread's part, and that everybody is done with the last one, whose place the next copy takes.
+    While a tile is multiplied, stages - 1 others are on their way. The one barrier of a turn says both that the tile
+    has come, for every thread's part, and that everybody is done with the last one, whose place the next copy takes.
     """
     from nanoserve.compiler.builder import index, select
     from nanoserve.compiler.control import loop, when
@@ -152,8 +152,8 @@ def pipeline(
 def weight_row(row: Value, first: Value, unit: int, n: int, gated: bool) -> Value:
     """Row of the weight for a row of its tile, whose first output is `first`.
 
-    Gated, the tile has runs of `unit` gates, then the `unit` others of the same outputs, in turns: who has a gate's sums has
-    those it is multiplied with.
+    Gated, the tile has runs of `unit` gates, then the `unit` others of the same outputs, in turns: who has a gate's
+    sums has those it is multiplied with.
     """
     from nanoserve.compiler.builder import imin
 

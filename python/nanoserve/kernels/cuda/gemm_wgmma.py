@@ -1,8 +1,8 @@
-"""y[m, n] = epilogue(sum_k x[m, k] * w[n, k]) of bfloat16 x and w, sums in float32, by Hopper's warpgroup products (sm_90a).
+"""y[m, n] = epilogue(sum_k x[m, k] * w[n, k]) of bfloat16, sums in float32, by Hopper's wgmma (sm_90a).
 
-The weight is the operand of 64 rows and x that of as many columns as the instruction has, so that few rows of x waste little:
-what is computed is y transposed. k ascends in steps of 16 into one accumulator per output, for any number of rows. Its bits
-need not be gemm_mma's, so one weight is multiplied by one of the two for every m.
+The weight is the operand of 64 rows and x that of as many columns as the instruction has, so that few rows of x waste
+little: what is computed is y transposed. k ascends in steps of 16 into one accumulator per output, for any number of
+rows. Its bits need not be gemm_mma's, so one weight is multiplied by one of the two for every m.
 
 A block has `groups` warpgroups, each with 64 rows of the weight's tile, which share a tile of `columns` rows of x.
 """

@@ -1,11 +1,11 @@
-"""Splits a row [q | k | v] of the QKV product, as kernels/kv_write.py: norms q and k, rotates them by position (RoPE), writes k
-and v to their slot. q is normed and rotated in place; the k and v columns stay as they are.
+"""Splits a row [q | k | v] of the QKV product, as kernels/kv_write.py: norms q and k, rotates them by position (RoPE),
+writes k and v to their slot. q is normed and rotated in place; the k and v columns stay as they are.
 
-A block takes a row, a warp a head: lane l has dims l, l + 32, ... of the first half of what rotates, those they turn with, and
-of what does not rotate. A row whose slot is negative has no token: its keys are written nowhere.
+A block takes a row, a warp a head: lane l has dims l, l + 32, ... of the first half of what rotates, those they turn
+with, and of what does not rotate. A row whose slot is negative has no token: its keys are written nowhere.
 
-Numerics: two products and one sum per rotated element, not fused, as the models were trained with. The order of a norm's sum
-depends on the sizes of heads only.
+Numerics: two products and one sum per rotated element, not fused, as the models were trained with. The order of a
+norm's sum depends on the sizes of heads only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def kv_write_spec(
     heads: int, kv_heads: int, head_dim: int, page_size: int, ld: int, rotary: int = 0, *, qk_norm: str | None = None,
     norm_eps: float = 0.0, dtype: str = "f32",
 ) -> GpuKernelSpec:  # fmt: skip
-    """Args: qkv[.][ld], (cos_sin[S][rotary], positions[m]), (q_norm, k_norm), k, v of the layer (layout.pages), slots[m], m.
+    """Args: qkv[.][ld], (cos_sin[S][rotary], positions[m]), (q_norm, k_norm), k, v of the layer, slots[m], m.
 
     `rotary` is how many dims of a head rotate; 0 for learned positions, then cos_sin and positions are not arguments.
     With `qk_norm` "head" the norms' weights are [head_dim], with "row" [heads * head_dim] and [kv_heads * head_dim].

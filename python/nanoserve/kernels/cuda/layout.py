@@ -15,7 +15,7 @@ def row_stride(cols: int) -> int:
 
 
 def weight_stride(cols: int, dtype: str) -> int:
-    """Elements from one row of a weight or table to the next: `cols` as a checkpoint has it, where that is whole lines."""
+    """Elements from one row of a weight or table to the next: `cols`, as checkpoints have it, up to whole lines."""
     line = _LINE // ELEMENT_BYTES[dtype]
     return -(-cols // line) * line
 
@@ -23,7 +23,8 @@ def weight_stride(cols: int, dtype: str) -> int:
 def pages(kv_heads: int, page_size: int, head_dim: int, dtype: str) -> str:
     """The keys of a layer, or the values: [page][kv_head][slot of the page][head_dim].
 
-    A slot is page * page_size + slot of the page, as on the CPU; the keys are not transposed, because a GPU reads them in rows.
+    A slot is page * page_size + slot of the page, as on the CPU; the keys are not transposed, because a GPU reads
+    them in rows.
     """
     return pointer(UNBOUNDED, kv_heads, page_size, head_dim, element=dtype)
 

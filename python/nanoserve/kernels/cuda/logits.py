@@ -1,9 +1,9 @@
-"""What a step needs of its logits: the largest of each block of LOGITS_BLOCK, as kernels/logits.py, and the largest of all.
+"""What a step needs of its logits: the largest of each block, as kernels/logits.py, and the largest of all.
 
-block_max  out[row, block] = the largest logit of the block, NaN where one of them is not finite; a version lets -inf pass.
-           A warp takes a block.
-argmax     out[row] = the first column with the row's largest logit, -1 where one of the logits is not finite. It reads the block
-           maxima, and then one block of logits. A block of threads takes a row.
+block_max  out[row, block] = the largest logit of the block, NaN where one of them is not finite; a version lets -inf
+           pass. A warp takes a block.
+argmax     out[row] = the first column with the row's largest logit, -1 where one of the logits is not finite. It reads
+           the block maxima, and then one block of logits. A block of threads takes a row.
 
 Numerics: comparisons only, so the results are the CPU's to the bit.
 """
@@ -69,7 +69,7 @@ def build(spec: GpuKernelSpec, chip: Chip, *, what: str, v: int, may_forbid: boo
 
 
 def _build_block_max(spec: GpuKernelSpec, vocab: int, may_forbid: bool) -> None:
-    from nanoserve.compiler.builder import add, const, fma, fmax, imin, index, select
+    from nanoserve.compiler.builder import add, const, fma, fmax, imin, index
     from nanoserve.compiler.control import loop, when
     from nanoserve.compiler.gpu.kernel import device_kernel
     from nanoserve.compiler.gpu.threads import block_id, over_warp, thread_id
@@ -85,12 +85,10 @@ def _build_block_max(spec: GpuKernelSpec, vocab: int, may_forbid: bool) -> None:
 
             @loop(0, LOGITS_BLOCK, WARP, carry=[const(float("-inf"), "f32"), const(0.0, "f32")])
             def found(at: Value, carried: list[Value]) -> list[Value]:
-                column = first + at + lane
-                inside = column < index(vocab)
-                x = logits[row, imin(column, vocab - 1)]
+                x = logits[row, imin(first + at + lane, vocab - 1)]  # the last one again does no harm
                 # 0 * x is 0, or NaN where x is not finite.
                 zero = fma(fmax(_LOWEST, x) if may_forbid else x, 0.0, carried[1])
-                return [select(inside, fmax(x, carried[0]), carried[0]), select(inside, zero, carried[1])]
+                return [fmax(x, carried[0]), zero]
 
             largest, zero = over_warp(found[0], fmax), over_warp(found[1], add)
 

@@ -1,7 +1,7 @@
 """out[row] (+)= norm(x[row]) * weight (+ bias), as kernels/norm.py: RMSNorm and LayerNorm, of rows or gathered rows.
 
-A block takes a row and keeps it in registers. Numerics: the order of a sum is row_cover's, which depends on the number of
-columns only; LayerNorm subtracts the mean before it squares.
+A block takes a row and keeps it in registers. Numerics: the order of a sum is row_cover's, which depends on the
+number of columns only; LayerNorm subtracts the mean before it squares.
 """
 
 from __future__ import annotations

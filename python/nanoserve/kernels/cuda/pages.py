@@ -1,7 +1,7 @@
 """Copies whole pages of keys and values in every layer: what copy-on-write does. Page targets[i] = page sources[i].
 
-The pool's keys and values are one array of 16-byte lines: layer l's page p begins at line l * layer_lines + p * page_lines. A
-block takes a page of a layer.
+The pool's keys and values are one array of 16-byte lines: layer l's page p begins at line l * layer_lines + p *
+page_lines. A block takes a page of a layer.
 """
 
 from __future__ import annotations

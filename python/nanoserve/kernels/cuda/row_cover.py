@@ -1,7 +1,7 @@
 """How a block of threads covers a row: which thread has which columns, a function of the number of columns only.
 
-Threads take turns: piece j of thread t is the `width` columns from (j * threads + t) * width on, so that a warp reads a run of
-memory. All pieces of a thread fit its registers, so that a row is read once however often it is gone over.
+Threads take turns: piece j of thread t is the `width` columns from (j * threads + t) * width on, so that a warp reads
+a run of memory. All pieces of a thread fit its registers, so that a row is read once however often it is gone over.
 """
 
 from __future__ import annotations
