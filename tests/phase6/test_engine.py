@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench import workload
 
+from bench import workload
 from nanoserve import (
     LLM,
     ModelConfig,

@@ -31,6 +31,7 @@ from nanoserve.models.weights import Tensors, bind_weights
 from nanoserve.native import CudaDevice, CudaKernel, CudaStep, KVCachePool
 from nanoserve.packed_weights import OnProgress
 from nanoserve.precision import Precision
+from nanoserve.quantization_error import QuantizationReport
 
 
 def chip_of(device: CudaDevice) -> Chip:
@@ -77,11 +78,15 @@ class CudaExecutor:
 
     Attributes:
         weight_bytes: in device memory.
+        num_threads: of the host, 1. quantization_report: None, nothing is quantised.
 
     Raises:
         ValueError: a size, a number format or a device that does not fit. MemoryError: the device's memory does not suffice.
         KernelMissing: a kernel must be compiled, and no compiler is installed. CudaError: the driver fails.
     """
+
+    num_threads = 1
+    quantization_report: QuantizationReport | None = None
 
     def __init__(
         self,

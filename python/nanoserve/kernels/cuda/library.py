@@ -45,12 +45,17 @@ def _source_digest(kind: str) -> str:
     kernels = Path(__file__).parent
     compiler = kernels.parent.parent / "compiler"
     beside = [(path, path.read_bytes()) for path in sorted(kernels.glob("*.py"))]
-    sources = [(path, data) for path, data in beside if path.stem == kind or b"\ndef build(" not in data]
+    own = (kind, f"{kind}_triton")
+    sources = [(path, data) for path, data in beside if path.stem in own or not _is_kernel(path, data)]
     paths = [*(compiler / name for name in _COMPILER_SOURCES), *sorted((compiler / "gpu").glob("*.py"))]
     digest = hashlib.sha256()
     for path, data in [*sources, *((path, path.read_bytes()) for path in paths)]:
         digest.update(b"%s\0%d\0" % (path.name.encode(), len(data)) + data)
     return digest.hexdigest()
+
+
+def _is_kernel(path: Path, source: bytes) -> bool:
+    return path.stem.endswith("_triton") or b"\ndef build(" in source or b"\ndef triton_source(" in source
 
 
 def key_of(spec: GpuKernelSpec, chip: Chip) -> str:

@@ -1,0 +1,222 @@
+"""The whole engine on a CUDA device in software: the launcher, pages and graphs that a GPU would run, kernels and all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.gpu.conftest import ROOT
+
+from nanoserve import NanoServingEngine, SamplingParams
+from nanoserve.compiler.gpu.artifact import Artifact
+from nanoserve.compiler.gpu.chip import CHIPS
+from nanoserve.cuda import backend
+from nanoserve.cuda.executor import CudaExecutor, chip_of, default_buckets
+from nanoserve.emulator import image
+from nanoserve.models.config import ModelConfig
+from nanoserve.models.weights import random_weights
+from nanoserve.native import CudaDevice, CudaError, CudaKernel, cuda_layer_cache
+from nanoserve.precision import Precision
+
+F32, BF16 = Precision(), Precision("bfloat16", "bfloat16")
+GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, logprobs=2)
+IMAGES = Path(os.environ.get("NANOSERVE_CACHE_DIR") or ROOT / "build" / "kernel-cache") / "emulated"
+
+
+@cache
+def configs() -> dict[str, ModelConfig]:
+    llama: dict[str, Any] = {
+        "vocab_size": 300, "n_layer": 2, "n_head": 4, "n_embd": 64, "n_kv_head": 2, "head_dim": 32, "max_seq_len": 1024,
+        "positions": "rope", "norm": "rmsnorm", "gated_mlp": True, "activation": "silu", "intermediate_size": 96,
+        "qkv_bias": False, "out_bias": False, "mlp_bias": False, "family": "llama",
+    }  # fmt: skip
+    return {
+        "gpt2": ModelConfig(vocab_size=300, n_layer=2, n_head=2, n_embd=32, max_seq_len=256),
+        "llama": ModelConfig(**llama, tie_embeddings=False),
+        "qwen3": ModelConfig(**llama, qk_norm="head", sliding_window=40, sliding_layers=(True, False)),
+    }
+
+
+def image_of(artifact: Artifact) -> bytes:
+    """What stands in for a cubin, kept on disk: compiling it takes longer than running it."""
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    path = IMAGES / hashlib.sha256(artifact.llvm_ir.encode()).hexdigest()
+    if not path.exists():
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_bytes(image(artifact.llvm_ir))
+        part.replace(path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., NanoServingEngine]:
+    """engine(name, precision, **options) with the same random weights every time."""
+    make = backend.CudaBackend.make_executor
+    changes: dict[str, Any] = {}
+
+    def make_executor(self: Any, *args: Any, **options: Any) -> CudaExecutor:
+        return make(self, *args, image=image_of, **options, **changes)
+
+    monkeypatch.setattr(backend.CudaBackend, "make_executor", make_executor)
+
+    def made(name: str, precision: Precision = F32, **options: Any) -> NanoServingEngine:
+        changes.clear()
+        if "buckets" in options:
+            changes["buckets"] = options.pop("buckets")
+        config = configs()[name]
+        options = {
+            "kv_cache_pages": 64, "max_num_batched_tokens": 128, "max_chunk_size": 48, "max_batch_size": 4, "device": "cuda", **options,
+        }  # fmt: skip
+        return NanoServingEngine(config, random_weights(config, 1), precision=precision, **options)
+
+    return made
+
+
+@pytest.fixture
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 300, size).tolist() for size in (1, 5, 70, 130, 64)]
+
+
+def answers(done: list[Any]) -> list[tuple[list[int], list[float]]]:
+    """Tokens, and every log-probability to the bit."""
+    assert [request.error for request in done] == [None] * len(done)
+    return [(request.output_tokens, [each.logprob for each in request.logprobs]) for request in done]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+def test_float32_tokens_are_the_cpus(
+    engine: Callable[..., NanoServingEngine], prompts: list[list[int]], name: str
+) -> None:
+    gpu = engine(name)
+    ours, theirs = (
+        answers(gpu.generate(prompts, GREEDY)),
+        answers(engine(name, device="cpu").generate(prompts, GREEDY)),
+    )
+    for (tokens, logprobs), (cpu_tokens, cpu_logprobs) in zip(ours, theirs, strict=True):
+        assert tokens == cpu_tokens
+        assert np.abs(np.subtract(logprobs, cpu_logprobs)).max() < 2e-6
+    counts = gpu.executor.counts  # type: ignore[union-attr]
+    assert counts["graph_launches"] > 3
+    assert counts["steps"] > counts["graph_launches"]  # prompts are launched kernel by kernel
+    gpu.audit()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_bfloat16_is_near_the_cpus(
+    engine: Callable[..., NanoServingEngine], prompts: list[list[int]], name: str
+) -> None:
+    ours = answers(engine(name, BF16).generate(prompts, GREEDY))
+    theirs = answers(engine(name, BF16, device="cpu").generate(prompts, GREEDY))
+    for (tokens, logprobs), (cpu_tokens, cpu_logprobs) in zip(ours, theirs, strict=True):
+        same = next(
+            (at for at, (a, b) in enumerate(zip(tokens, cpu_tokens, strict=True)) if a != b), len(tokens)
+        )
+        assert same > 0
+        assert np.abs(np.subtract(logprobs[:same], cpu_logprobs[:same])).max() < 0.02
+
+
+@pytest.mark.parametrize("precision", [F32, BF16], ids=["float32", "bfloat16"])
+def test_an_answer_has_the_same_bits_whatever_else_runs(
+    engine: Callable[..., NanoServingEngine], prompts: list[list[int]], precision: Precision
+) -> None:
+    """Alone or among others, in chunks of any size, by graphs or launches, from the prefix cache, after a preemption."""
+    reference = answers(engine("qwen3", precision).generate(prompts, GREEDY))
+    alone = engine("qwen3", precision, enable_prefix_cache=False, buckets=[])
+    assert [answers(alone.generate([prompt], GREEDY))[0] for prompt in prompts] == reference
+    assert alone.executor.counts["graphs"] == 0  # type: ignore[union-attr]
+    chunks = engine("qwen3", precision, max_chunk_size=7, max_num_batched_tokens=16)
+    assert answers(chunks.generate(prompts, GREEDY)) == reference
+    assert answers(chunks.generate(prompts, GREEDY)) == reference
+    assert chunks.get_stats()["cache_hit_rate"] > 0
+    longer = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logprobs=2)
+    several = [prompt[:30] for prompt in prompts[2:]]
+    crowded = engine("qwen3", precision, kv_cache_pages=11, enable_prefix_cache=False)
+    assert answers(crowded.generate(several, longer)) == answers(alone.generate(several, longer))
+    assert crowded.get_stats()["preemptions"] > 0
+
+
+def test_graphs_are_made_once_per_bucket(engine: Callable[..., NanoServingEngine]) -> None:
+    gpu = engine("gpt2", buckets=[1, 4])
+    for _ in range(2):
+        gpu.generate([[1], [2], [3]], GREEDY)
+        gpu.generate([[4, 5]], GREEDY)
+    counts = gpu.executor.counts  # type: ignore[union-attr]
+    assert counts["graphs"] == 2
+    assert counts["graph_launches"] >= 4 * (GREEDY.max_tokens - 2)
+    assert default_buckets(100) == [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 100]
+
+
+def test_keys_and_values_are_where_the_pages_say(engine: Callable[..., NanoServingEngine]) -> None:
+    """A page of the prefix cache holds on the GPU what it holds on the CPU, laid out for a GPU."""
+    prompt = list(range(40))
+    held = []
+    for device in ("cuda", "cpu"):
+        made = engine("llama", device=device)
+        made.generate([prompt], SamplingParams(temperature=0.0, max_tokens=1))
+        cached, pages = made.radix_mgr.match_prefix(prompt)
+        assert cached == 32
+        if device == "cuda":
+            rows = [
+                cuda_layer_cache(made.kv_pool, 1, values)[pages].swapaxes(1, 2) for values in (False, True)
+            ]
+        else:
+            rows = [cache[pages] for cache in made.kv_pool.get_layer_cache(1)]
+        held.append([np.asarray(each).reshape(32, 2, 32) for each in rows])
+    for ours, theirs in zip(*held, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+# ---- what goes wrong
+
+
+def test_devices_are_checked(engine: Callable[..., NanoServingEngine]) -> None:
+    with pytest.raises(ValueError, match="device: 'tpu' must be cpu, cuda or cuda:N"):
+        engine("gpt2", device="tpu")
+    with pytest.raises(IndexError, match="device 7: there are 1 CUDA devices"):
+        engine("gpt2", device="cuda:7")
+    with pytest.raises(ValueError, match="int8 is for the CPU"):
+        engine("gpt2", Precision("int8", "bfloat16"))
+
+
+def test_a_machine_without_a_driver_says_so() -> None:
+    code = "from nanoserve.cuda.backend import open_device; open_device('cuda')"
+    env = {
+        **os.environ,
+        "NANOSERVE_CUDA_DRIVER": "/nowhere/libcuda.so.1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "CudaDriverMissing: no CUDA driver: /nowhere/libcuda.so.1" in done.stderr
+
+
+def test_more_pages_than_fit_are_refused_with_the_numbers(engine: Callable[..., NanoServingEngine]) -> None:
+    with pytest.raises(
+        MemoryError, match=r"the KV pool: \d+ bytes on .*, \d+ of \d+ are free: CUDA_ERROR_OUT_OF_MEMORY"
+    ):
+        engine("gpt2", kv_cache_pages=2**24)
+
+
+def test_an_image_that_is_none_is_refused() -> None:
+    with pytest.raises(CudaError, match=r"loading k on .* CUDA_ERROR_INVALID_IMAGE"):
+        CudaKernel(CudaDevice(), b"no image at all", "k", 32)
+
+
+def test_the_chip_is_the_devices() -> None:
+    class Device:
+        def __init__(self, capability: int) -> None:
+            self.capability, self.name = capability, "A GPU"
+
+    for capability, name in ((80, "sm_80"), (86, "sm_86"), (89, "sm_89"), (90, "sm_90a")):
+        assert chip_of(Device(capability)) == CHIPS[name]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"A GPU has compute capability 7\.5"):
+        chip_of(Device(75))  # type: ignore[arg-type]
