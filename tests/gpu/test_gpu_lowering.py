@@ -103,10 +103,9 @@ def test_a_kernel_of_a_module_of_two_is_refused() -> None:
             lower(module)
 
 
-def test_spills_are_an_error() -> None:
+def test_spills_are_told() -> None:
     spec = gemm_f32_spec(64, 512, 64, 512, Shape(8, 16, 16, 16, 2), Epilogue())
-    with pytest.raises(cubin.AssemblyFailed, match=r"bytes of registers are spilled, with \d+ in use"):
-        compile_kernel(spec, parse_chip("sm_90"))
+    assert compile_kernel(spec, parse_chip("sm_90")).usage.spilled_bytes > 0
 
 
 def test_more_shared_memory_than_the_chip_has_is_refused() -> None:

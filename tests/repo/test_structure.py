@@ -42,7 +42,7 @@ RANKS = [
     {"packed_form", "weight_cache"},
     {"packed_weights"},
     {"bound_op"},
-    {"executor", "memory_plan"},
+    {"cuda", "executor", "memory_plan"},
     {"nano_engine"},
     {"outputs", "text_request", "workloads"},
     {"llm"},

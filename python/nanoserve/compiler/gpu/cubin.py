@@ -25,7 +25,7 @@ class AssemblerMissing(RuntimeError):
 
 
 class AssemblyFailed(RuntimeError):
-    """ptxas refuses a kernel, or made something of it that was not asked for."""
+    """ptxas refuses a kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Cubin:
 
     Attributes:
         registers: of a thread.
-        spilled_bytes: registers kept in memory instead, stores and loads.
+        spilled_bytes: registers kept in memory instead, stores and loads; slower, but right.
         static_shared_bytes: of a block, beside the dynamic ones.
     """
 
@@ -86,12 +86,12 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         raise AssemblyFailed(f"{command[0]} cannot be run: {error}") from error
 
 
-def assemble(ptx: str, chip: Chip, symbol: str, *, spills: bool = False) -> Cubin:
+def assemble(ptx: str, chip: Chip, symbol: str) -> Cubin:
     """The machine code of a module with that kernel.
 
     Raises:
         AssemblerMissing: there is no ptxas.
-        AssemblyFailed: it refuses the text, or spills registers though `spills` does not allow it.
+        AssemblyFailed: it refuses the text.
     """
     path = ptxas()
     if path is None:
@@ -106,11 +106,6 @@ def assemble(ptx: str, chip: Chip, symbol: str, *, spills: bool = False) -> Cubi
         if run.returncode != 0:
             raise AssemblyFailed(f"{symbol} for {chip.name}: ptxas says {(run.stderr + run.stdout).strip()}")
         cubin = Cubin(target.read_bytes(), *_usage(run.stderr + run.stdout, symbol))
-    if cubin.spilled_bytes and not spills:
-        raise AssemblyFailed(
-            f"{symbol} for {chip.name}: {cubin.spilled_bytes} bytes of registers are spilled, with "
-            f"{cubin.registers} in use"
-        )
     return cubin
 
 

@@ -55,7 +55,6 @@ class GpuKernelSpec:
         grid: blocks along x, y and z.
         block: threads of a block, whole warps.
         shared_bytes: dynamic shared memory of a block.
-        spills: whether it may keep registers in memory.
     """
 
     kind: str
@@ -64,7 +63,6 @@ class GpuKernelSpec:
     grid: Grid
     block: int
     shared_bytes: int = 0
-    spills: bool = False
 
     @classmethod
     def make(

@@ -92,7 +92,7 @@ def compile_source(spec: GpuKernelSpec, chip: Chip, source: TritonSource) -> Art
         )
     arguments = tuple(zip((name for name, _ in spec.arguments), spec.pointers, strict=True))
     launch = Launch(about.name, arguments, spec.grid, spec.block, about.shared)
-    code = cubin.assemble(made.asm["ptx"], chip, spec.symbol, spills=True)
+    code = cubin.assemble(made.asm["ptx"], chip, spec.symbol)
     usage = Usage(code.registers, code.spilled_bytes, code.static_shared_bytes)
     return Artifact(launch, usage, chip.name, toolchain() or "", code.code, made.asm["ptx"], made.asm["llir"])
 

@@ -99,7 +99,7 @@ def compile_kernel(
     with jit.context():
         text = lower(module, after_stage)
     assembly = ptx.ptx_from_llvm(text, chip)
-    made = cubin.assemble(assembly, chip, spec.symbol, spills=True)
+    made = cubin.assemble(assembly, chip, spec.symbol)
     usage = Usage(made.registers, made.spilled_bytes, made.static_shared_bytes)
     return Artifact(launch_of(spec), usage, chip.name, toolchain() or "", made.code, assembly, text)
 
