@@ -17,81 +17,10 @@
 #include <string_view>
 #include <vector>
 
-#include "cuda_kernel.h"
+#include "cuda_inputs.h"
 #include "cuda_pages.h"
-#include "step_batch.h"
 
 namespace nanoserve::cuda {
-
-enum class Source : std::uint8_t {
-    // Pointers.
-    buffer,       // activations, by id
-    weight,       // by id
-    k,            // one layer of the pool's keys, as cuda_pages.h lays them out
-    v,            // and values
-    ids,          // int32 per row
-    positions,    // int32 per row
-    slots,        // int32 per row: where its keys and values go, -1 for padding
-    table,        // int32, the flat block table
-    decodes,      // AttentionSpan per sequence of one row
-    chunks,       // AttentionSpan per tile of rows of a longer one
-    sample_rows,  // int32 per sample: its row
-    logits,       // float32 [samples][stride]
-    block_max,    // float32 [samples][blocks]
-    // int64.
-    num_rows,
-    num_samples,
-    num_decodes,
-    num_chunks,
-    num_segments,  // of the longest sequence among the decodes, rounded up to a power of two
-    number,        // the index itself
-};
-
-[[nodiscard]] Source source_from_name(std::string_view name);
-
-// Rows that attend together: consecutive positions of one sequence. Kernels read it as four int32.
-struct AttentionSpan {
-    std::int32_t first_row;  // of the step
-    std::int32_t count;      // rows; 0 is padding
-    std::int32_t start;      // position of the first
-    std::int32_t table_off;  // where the sequence's pages begin in the flat table
-};
-
-struct Arg {
-    Source source;
-    std::int64_t index = 0;  // of a buffer or weight, the layer of k and v, or the number
-};
-
-// Blocks along one dimension of a grid: times * ceil(scalar / per).
-struct Extent {
-    Arg scalar{.source = Source::number, .index = 1};
-    std::int64_t per = 1;
-    std::int64_t times = 1;
-};
-
-// A kernel for up to `most` of something; all of an operation give the same bits.
-struct Variant {
-    std::int64_t most;  // the last one's is not looked at
-    std::shared_ptr<const Kernel> kernel;
-    std::array<Extent, 3> grid;
-};
-
-struct Op {
-    std::string name;
-    std::vector<Variant> variants;       // by `most`, ascending
-    Arg over{.source = Source::number};  // the number that chooses among them
-    std::vector<Arg> args;
-};
-
-struct Limits {
-    std::int64_t max_tokens;     // rows of a step
-    std::int64_t max_positions;  // rows of the model's position tables
-    std::int64_t max_sequences;  // and samples, of a step
-    std::int64_t chunk_rows;     // most rows of an AttentionSpan
-    std::int64_t segment;        // tokens of a sequence that one program reads
-    std::int64_t vocab;
-    std::int64_t logits_stride, num_blocks;  // floats per sample
-};
 
 class CudaStep {
   public:
@@ -126,15 +55,9 @@ class CudaStep {
     void read_buffer(std::int64_t id, std::span<std::byte> to) const;
 
   private:
-    struct Inputs;  // where the arrays of a step lie in the block that is copied
-    struct Sizes {
-        std::int64_t rows, samples, decodes, chunks, segments;
-    };
     using GraphKey = std::pair<std::int64_t, std::int64_t>;  // rows, segments
 
     [[nodiscard]] std::int64_t value_of(const Arg& arg, const Sizes& sizes) const;
-    [[nodiscard]] std::int64_t bucket_of(const Sizes& sizes) const;  // 0: none
-    void stage();
     void launch_all(const Sizes& sizes);
     void launch_graph(const GraphKey& key);
 
@@ -142,18 +65,16 @@ class CudaStep {
     DevicePages& pages_;
     const std::shared_ptr<Stream> stream_;
     const Limits limits_;
-    const std::vector<std::int64_t> buckets_;
     std::atomic<bool> busy_{false};
 
     std::vector<DeviceBlock> buffers_, weights_;
     std::vector<Op> ops_;
-    std::unique_ptr<Inputs> inputs_;
+    Inputs inputs_;
     DeviceBlock logits_, block_max_;
     PinnedBlock logits_out_, block_max_out_;
     std::map<GraphKey, Graph> graphs_;
 
     StepBatch batch_;
-    Sizes sizes_{};
     Counts counts_{};
 };
 

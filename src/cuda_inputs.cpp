@@ -1,0 +1,145 @@
+#include "cuda_inputs.h"
+
+#include <algorithm>
+#include <bit>
+#include <stdexcept>
+
+#include "attention_work.h"
+#include "checked.h"
+
+namespace nanoserve::cuda {
+
+namespace {
+
+constexpr std::int64_t kAlignment = 256;  // of every array in the block of inputs
+template <typename T>
+std::int64_t bytes_of(std::int64_t count) {
+    return round_up(checked_product("a step's inputs", {{"count", count}, {"bytes", sizeof(T)}}), kAlignment);
+}
+
+Limits checked(const Limits& limits) {
+    require_at_least("max_sequences", limits.max_sequences, 1);
+    require_at_least("max_tokens", limits.max_tokens, limits.max_sequences);
+    require_at_least("chunk_rows", limits.chunk_rows, 1);
+    require_at_least("segment", limits.segment, 1);
+    require_at_least("vocab", limits.vocab, 1);
+    require_at_least("logits_stride", limits.logits_stride, limits.vocab);
+    require_at_least("num_blocks", limits.num_blocks, 1);
+    return limits;
+}
+
+}  // namespace
+
+Inputs::Inputs(const std::shared_ptr<const Device>& device, const Limits& limits, std::int64_t page_size,
+               std::vector<std::int64_t> buckets)
+    : limits_(checked(limits)),
+      buckets_(std::move(buckets)),
+      positions_(bytes_of<std::int32_t>(limits.max_tokens)),
+      slots_(positions_ + bytes_of<std::int32_t>(limits.max_tokens)),
+      sample_rows_(slots_ + bytes_of<std::int32_t>(limits.max_tokens)),
+      decodes_(sample_rows_ + bytes_of<std::int32_t>(limits.max_sequences)),
+      chunks_(decodes_ + bytes_of<AttentionSpan>(limits.max_sequences)),
+      max_chunks_(limits.max_tokens / limits.chunk_rows + limits.max_sequences),
+      table_(chunks_ + bytes_of<AttentionSpan>(max_chunks_)),
+      // As append_block_table pads it.
+      max_table_(checked_product(
+          "the block table",
+          {{"max_sequences", limits.max_sequences},
+           {"pages",
+            ceil_div((ceil_div(limits.max_positions, kBlockTokens) + 1) * kBlockTokens, page_size) + 1}})),
+      host_(device, "a step's inputs", table_ + bytes_of<std::int32_t>(max_table_)),
+      block_(device, "a step's inputs", host_.num_bytes()) {
+    if (!std::is_sorted(buckets_.begin(), buckets_.end()) ||
+        (!buckets_.empty() && (buckets_.front() < 1 || buckets_.back() > limits_.max_sequences))) {
+        throw std::invalid_argument("buckets must ascend from 1 to at most max_sequences=" +
+                                    std::to_string(limits_.max_sequences));
+    }
+}
+
+std::int64_t Inputs::bucket_of(const Sizes& sizes) const {
+    if (sizes.chunks != 0 || sizes.samples != sizes.rows) {
+        return 0;  // prompts, or decoding rows that nobody samples
+    }
+    const auto found = std::lower_bound(buckets_.begin(), buckets_.end(), sizes.rows);
+    return found == buckets_.end() ? 0 : *found;
+}
+
+void Inputs::put(std::int64_t offset, std::span<const std::int32_t> values, std::int64_t count,
+                 std::int32_t padding) {
+    const std::size_t size = std::max(at(count), values.size());
+    const auto to = at_offset<std::int32_t>(offset, size);
+    std::fill(std::copy(values.begin(), values.end(), to.begin()), to.end(), padding);
+}
+
+void Inputs::stage(const StepBatch& batch) {
+    if (std::ssize(batch.table()) > max_table_) {
+        throw std::invalid_argument("the block table of this step has " +
+                                    std::to_string(batch.table().size()) + " entries, at most " +
+                                    std::to_string(max_table_) + " fit");
+    }
+    Sizes sizes{
+        .rows = batch.num_rows(), .samples = batch.num_samples(), .decodes = 0, .chunks = 0, .segments = 0};
+    const auto decodes = at_offset<AttentionSpan>(decodes_, at(limits_.max_sequences));
+    const auto chunks = at_offset<AttentionSpan>(chunks_, at(max_chunks_));
+    std::int64_t longest = 0;
+    for (const SequenceSpan& sequence : batch.sequences()) {
+        for (std::int64_t done = 0; done < sequence.count; done += limits_.chunk_rows) {
+            const AttentionSpan span{
+                .first_row = static_cast<std::int32_t>(sequence.first_row + done),
+                .count = static_cast<std::int32_t>(std::min(limits_.chunk_rows, sequence.count - done)),
+                .start = static_cast<std::int32_t>(sequence.start + done),
+                .table_off = static_cast<std::int32_t>(sequence.table_off)};
+            if (sequence.count == 1) {
+                decodes[at(sizes.decodes++)] = span;
+                longest = std::max(longest, sequence.start + 1);
+            } else {
+                chunks[at(sizes.chunks++)] = span;
+            }
+        }
+    }
+    sizes.segments = static_cast<std::int64_t>(
+        std::bit_ceil(static_cast<std::uint64_t>(ceil_div(longest, limits_.segment))));
+    sizes_ = sizes;
+    bucket_ = bucket_of(sizes);
+    const std::int64_t rows = std::max(sizes.rows, bucket_);
+    put(0, batch.ids(), rows, 0);
+    put(positions_, batch.positions(), rows, 0);
+    put(slots_, batch.slots(), rows, -1);
+    put(sample_rows_, batch.sample_rows(), bucket_, 0);
+    put(table_, batch.table(), 0, 0);
+    for (std::int64_t padded = sizes.decodes; padded < bucket_; ++padded) {
+        decodes[at(padded)] = {
+            .first_row = static_cast<std::int32_t>(padded), .count = 0, .start = 0, .table_off = 0};
+    }
+    used_ = table_ + static_cast<std::int64_t>(batch.table().size_bytes());
+}
+
+void Inputs::copy(Stream& stream) const {
+    stream.copy_in(block_.data(), host_.data(), used_);
+}
+
+DevicePtr Inputs::address(Source array) const {
+    const auto offset = [&] {
+        switch (array) {
+            case Source::ids:
+                return std::int64_t{0};
+            case Source::positions:
+                return positions_;
+            case Source::slots:
+                return slots_;
+            case Source::sample_rows:
+                return sample_rows_;
+            case Source::decodes:
+                return decodes_;
+            case Source::chunks:
+                return chunks_;
+            case Source::table:
+                return table_;
+            default:
+                throw std::invalid_argument("not an array of a step's inputs");
+        }
+    };
+    return block_.data() + static_cast<DevicePtr>(offset());
+}
+
+}  // namespace nanoserve::cuda
