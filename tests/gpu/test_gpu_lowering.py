@@ -17,7 +17,7 @@ from nanoserve.compiler.gpu.ptx import ptx_from_llvm
 from nanoserve.compiler.gpu.spec import SCALAR, UNBOUNDED, Extent, GpuKernelSpec, pointer
 from nanoserve.kernels.cuda.epilogue import Epilogue
 from nanoserve.kernels.cuda.gemm_f32 import Shape, gemm_f32_spec
-from nanoserve.kernels.cuda.library import build_module, compile_kernel
+from nanoserve.kernels.cuda.library import build_module, compile_kernel, lower_kernel
 
 CHIP_NAMES = ("sm_80", "sm_90", "sm_90a")
 # sm_90's code is sm_90a's without wgmma: of it, those short of registers will do.
@@ -68,7 +68,7 @@ def norm() -> GpuKernelSpec:
 
 def test_every_stage_is_seen_and_says_what_it_is_for() -> None:
     seen: list[tuple[str, str]] = []
-    compile_kernel(norm(), parse_chip("sm_90"), lambda stage, text: seen.append((stage.name, text)))
+    lower_kernel(norm(), parse_chip("sm_90"), lambda stage, text: seen.append((stage.name, text)))
     assert [name for name, _ in seen] == [stage.name for stage in STAGES]
     assert all(stage.purpose.endswith(".") for stage in STAGES)
     assert "gpu.thread_id" in seen[0][1]

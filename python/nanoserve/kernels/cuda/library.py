@@ -66,14 +66,15 @@ def build_module(spec: GpuKernelSpec, chip: Chip) -> Any:
     return jit.build_module(lambda: build(spec, chip, **dict(spec.params)))
 
 
-def compile_kernel(
+def lower_kernel(
     spec: GpuKernelSpec, chip: Chip, after_stage: Callable[[Any, str], None] | None = None
-) -> Artifact:
-    """A kernel's artifact, made here and now; `after_stage` as lowering.lower's.
+) -> str:
+    """A kernel's LLVM IR, which its machine code is made from and the emulator runs; `after_stage` as lowering.lower's.
 
     Raises:
-        MlirMissing, PtxCompilerMissing, AssemblerMissing: a compiler is not installed.
-        NotLowered, AssemblyFailed: the kernel cannot be compiled.
+        MlirMissing: no bindings are installed.
+        NotLowered: something in it is not LLVM's.
+        ValueError: it asks for more shared memory than the chip has.
     """
     from nanoserve.compiler.gpu.lowering import lower
 
@@ -83,7 +84,17 @@ def compile_kernel(
         )
     module = build_module(spec, chip)
     with jit.context():
-        text = lower(module, after_stage)
+        return lower(module, after_stage)
+
+
+def compile_kernel(spec: GpuKernelSpec, chip: Chip) -> Artifact:
+    """A kernel's artifact, made here and now.
+
+    Raises:
+        MlirMissing, PtxCompilerMissing, AssemblerMissing: a compiler is not installed.
+        NotLowered, AssemblyFailed: the kernel cannot be compiled.
+    """
+    text = lower_kernel(spec, chip)
     assembly = ptx.ptx_from_llvm(text, chip)
     made = cubin.assemble(assembly, chip, spec.symbol, spills=spec.spills)
     usage = Usage(made.registers, made.spilled_bytes, made.static_shared_bytes)
