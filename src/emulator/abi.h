@@ -91,6 +91,9 @@ struct Failure {
 // Zero, or the kind of the failure, which `failure` describes. One launch at a time: others wait.
 NVEMU_EXPORT std::int32_t nvemu_launch(const nvemu::LaunchRequest* request, nvemu::Failure* failure);
 
+// The same without running anything: only whether the launch is a valid one.
+NVEMU_EXPORT std::int32_t nvemu_check_launch(const nvemu::LaunchRequest* request, nvemu::Failure* failure);
+
 // Memory as cudaMalloc gives it, but full of NaN and between pages that fault. Null when the system refuses.
 NVEMU_EXPORT void* nvemu_allocate(std::uint64_t num_bytes);
 // 0; 1 when there is no such allocation; 2 when bytes just behind its end were written (it is freed).

@@ -14,7 +14,8 @@ namespace {
 constexpr std::uint64_t kPage = 4096;
 constexpr int kNaN = 0xFF;  // a NaN in every float format, -1 in every integer
 
-// What lies between the end of an allocation and its last page's: NaN as well, but not what memory starts with.
+// What lies between the end of an allocation and its last page's: NaN as well, but not what memory starts
+// with.
 unsigned char past_the_end(std::uint64_t address) {
     return address % 2 == 0 ? 0xFF : 0x7F;
 }

@@ -112,6 +112,12 @@ void run_grid(const LaunchRequest& request, SharedMemory& shared, Failure& failu
 
 }  // namespace nvemu
 
+NVEMU_EXPORT std::int32_t nvemu_check_launch(const nvemu::LaunchRequest* request, nvemu::Failure* failure) {
+    *failure = {};
+    nvemu::is_valid(*request, *failure);
+    return static_cast<std::int32_t>(failure->kind);
+}
+
 NVEMU_EXPORT std::int32_t nvemu_launch(const nvemu::LaunchRequest* request, nvemu::Failure* failure) {
     static std::mutex one_at_a_time;
     const std::lock_guard lock(one_at_a_time);

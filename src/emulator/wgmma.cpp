@@ -7,9 +7,9 @@
 // too: what another warp has yet to write to shared memory is then missing and shows.
 //
 // Asynchronous means: shared memory must not be written before wgmma.wait_group, and what ordinary stores
-// wrote is seen only after fence.proxy.async. Both are checked, by the shadow of shared memory. (For cp.async the
-// fence is not demanded: CUTLASS and Triton do without, so hardware evidently does too.) Not checked: that
-// registers of D are not used before the wait, for the IR has them as values of the instruction already.
+// wrote is seen only after fence.proxy.async. Both are checked, by the shadow of shared memory. (For cp.async
+// the fence is not demanded: CUTLASS and Triton do without, so hardware evidently does too.) Not checked:
+// that registers of D are not used before the wait, for the IR has them as values of the instruction already.
 #include <cstring>
 
 #include "collective.h"
@@ -74,11 +74,10 @@ class Reader {
             nvemu_check_access(address, kBytes, kBytes, 0, line_);
         }
         if (SharedMemory::any(address, kBytes, SharedMemory::kUnfenced)) {
-            block_.fail(
-                FailureKind::kAsyncRace, line_, address,
-                "wgmma reads shared memory at offset %llu that ordinary stores or cp.async wrote, and who "
-                "wrote it issued no fence.proxy.async since",
-                static_cast<unsigned long long>(address - kSharedBase));
+            block_.fail(FailureKind::kAsyncRace, line_, address,
+                        "wgmma reads shared memory at offset %llu that ordinary stores wrote, and who wrote "
+                        "it issued no fence.proxy.async since",
+                        static_cast<unsigned long long>(address - kSharedBase));
         }
         if (!SharedMemory::add_reader(address, kBytes)) {
             block_.fail(FailureKind::kInvalidOperand, line_, address,
