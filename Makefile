@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test bench lint native sanitize clean
+.PHONY: demo test bench lint native emulator sanitize clean
 
 demo: $(VENV)/.run
 	$(BIN)/python demo.py $(ARGS)
 
-test: $(VENV)/.test
+test: $(VENV)/.test emulator
 	$(BIN)/python -m pytest -q -n 2 --ignore-glob="tests/phase*" $(ARGS)
 	$(BIN)/python test_all.py
 
@@ -29,6 +29,11 @@ lint: $(VENV)/.dev
 native:
 	cmake --preset x64-release
 	cmake --build build/x64-release --target ch16
+
+# GPU kernels are tested in an emulator of a CUDA device, and their launcher on its fake driver.
+emulator: $(VENV)/.test
+	cmake --preset x64-release
+	cmake --build build/x64-release --target nvemu fakecuda
 
 sanitize:
 	cmake --preset x64-asan

@@ -74,11 +74,10 @@ class Reader {
             nvemu_check_access(address, kBytes, kBytes, 0, line_);
         }
         if (SharedMemory::any(address, kBytes, SharedMemory::kUnfenced)) {
-            block_.fail(
-                FailureKind::kAsyncRace, line_, address,
-                "wgmma reads shared memory at offset %llu that ordinary stores or cp.async wrote, and who "
-                "wrote it issued no fence.proxy.async since",
-                static_cast<unsigned long long>(address - kSharedBase));
+            block_.fail(FailureKind::kAsyncRace, line_, address,
+                        "wgmma reads shared memory at offset %llu that ordinary stores wrote, and who wrote "
+                        "it issued no fence.proxy.async since",
+                        static_cast<unsigned long long>(address - kSharedBase));
         }
         if (!SharedMemory::add_reader(address, kBytes)) {
             block_.fail(FailureKind::kInvalidOperand, line_, address,

@@ -46,18 +46,17 @@ def test_gemm(name: str, m: int, k: int, n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("n", "options"),
     [
-        {"bias": True, "activation": "gelu_tanh", "scale": 1.5, "softcap": 2.5, "residual": True},
-        {"bias": True, "activation": "silu", "gated": True},
-        {"activation": "gelu_erf", "gated": True, "y": "bf16"},
-        {"residual": True},
-        {"y": "bf16", "bias": True},
+        (77, {"bias": True, "activation": "gelu_tanh", "scale": 1.5, "softcap": 2.5, "residual": True}),
+        (77, {"bias": True, "activation": "silu", "gated": True}),
+        (40, {"activation": "gelu_erf", "gated": True, "y": "bf16"}),
+        (40, {"residual": True, "bias": True}),
+        (77, {"y": "bf16", "bias": True}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("n", [40, 77])
-def test_epilogues(options: dict, n: int) -> None:
+def test_epilogues(n: int, options: dict) -> None:
     """Every kernel of a plan gives the same bits; even and odd n, because outputs are written in pairs or alone."""
     problem = bf16_problem(6, 72, n, **options)
     plan = gemm_plan(problem.k, n, problem.ldx, problem.ldy, CHIP, x="bf16", dtype="bf16", **options)

@@ -1,7 +1,7 @@
 """Finds and loads the native half, libnvemu, and describes its interface (src/emulator/abi.h) to ctypes.
 
-It is built by `cmake --build build/x64-release --target nvemu fakecuda` and looked for in `build/<preset>/` of the checkout;
-`NANOSERVE_EMULATOR=/path/to/directory` says where else.
+It is built by `make emulator` (cmake --build build/x64-release --target nvemu fakecuda) and looked for in `build/<preset>/` of
+the checkout; `NANOSERVE_EMULATOR=/path/to/directory` says where else.
 """
 
 from __future__ import annotations

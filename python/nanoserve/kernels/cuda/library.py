@@ -77,27 +77,38 @@ def build_module(spec: GpuKernelSpec, chip: Chip) -> Any:
     return jit.build_module(lambda: build(spec, chip, **dict(spec.params)))
 
 
-def compile_kernel(
+def lower_kernel(
     spec: GpuKernelSpec, chip: Chip, after_stage: Callable[[Any, str], None] | None = None
-) -> Artifact:
-    """A kernel's artifact, made here and now; `after_stage` as lowering.lower's.
+) -> str:
+    """A kernel's LLVM IR, which its machine code is made from and the emulator runs; `after_stage` as lowering.lower's.
 
     Raises:
-        MlirMissing, TritonMissing, PtxCompilerMissing, AssemblerMissing: a compiler is not installed.
-        NotLowered, AssemblyFailed: the kernel cannot be compiled.
+        MlirMissing: no bindings are installed.
+        NotLowered: something in it is not LLVM's.
+        ValueError: it asks for more shared memory than the chip has.
     """
     from nanoserve.compiler.gpu.lowering import lower
 
-    kernel = _module_of(spec)
-    if hasattr(kernel, "triton_source"):
-        return triton_kernel.compile_source(spec, chip, kernel.triton_source(spec, chip, **dict(spec.params)))
     if spec.shared_bytes > chip.shared_bytes:
         raise ValueError(
             f"{spec.symbol}: {spec.shared_bytes} bytes of shared memory, {chip.name} has {chip.shared_bytes}"
         )
     module = build_module(spec, chip)
     with jit.context():
-        text = lower(module, after_stage)
+        return lower(module, after_stage)
+
+
+def compile_kernel(spec: GpuKernelSpec, chip: Chip) -> Artifact:
+    """A kernel's artifact, made here and now.
+
+    Raises:
+        MlirMissing, TritonMissing, PtxCompilerMissing, AssemblerMissing: a compiler is not installed.
+        NotLowered, AssemblyFailed: the kernel cannot be compiled.
+    """
+    kernel = _module_of(spec)
+    if hasattr(kernel, "triton_source"):
+        return triton_kernel.compile_source(spec, chip, kernel.triton_source(spec, chip, **dict(spec.params)))
+    text = lower_kernel(spec, chip)
     assembly = ptx.ptx_from_llvm(text, chip)
     made = cubin.assemble(assembly, chip, spec.symbol)
     usage = Usage(made.registers, made.spilled_bytes, made.static_shared_bytes)
