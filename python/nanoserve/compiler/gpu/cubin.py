@@ -105,8 +105,7 @@ def assemble(ptx: str, chip: Chip, symbol: str) -> Cubin:
         run = _run([path, "-v", "--fmad=false", f"-arch={chip.name}", str(source), "-o", str(target)])
         if run.returncode != 0:
             raise AssemblyFailed(f"{symbol} for {chip.name}: ptxas says {(run.stderr + run.stdout).strip()}")
-        cubin = Cubin(target.read_bytes(), *_usage(run.stderr + run.stdout, symbol))
-    return cubin
+        return Cubin(target.read_bytes(), *_usage(run.stderr + run.stdout, symbol))
 
 
 def _usage(log: str, symbol: str) -> tuple[int, int, int]:
