@@ -20,6 +20,7 @@ std::int64_t bytes_of(std::int64_t count) {
 Limits checked(const Limits& limits) {
     require_at_least("max_sequences", limits.max_sequences, 1);
     require_at_least("max_tokens", limits.max_tokens, limits.max_sequences);
+    require_range("max_samples", limits.max_samples, limits.max_sequences, limits.max_tokens);
     require_at_least("chunk_rows", limits.chunk_rows, 1);
     require_at_least("segment", limits.segment, 1);
     require_at_least("vocab", limits.vocab, 1);
@@ -37,7 +38,7 @@ Inputs::Inputs(const std::shared_ptr<const Device>& device, const Limits& limits
       positions_(bytes_of<std::int32_t>(limits.max_tokens)),
       slots_(positions_ + bytes_of<std::int32_t>(limits.max_tokens)),
       sample_rows_(slots_ + bytes_of<std::int32_t>(limits.max_tokens)),
-      decodes_(sample_rows_ + bytes_of<std::int32_t>(limits.max_sequences)),
+      decodes_(sample_rows_ + bytes_of<std::int32_t>(limits.max_samples)),
       chunks_(decodes_ + bytes_of<AttentionSpan>(limits.max_sequences)),
       max_chunks_(limits.max_tokens / limits.chunk_rows + limits.max_sequences),
       table_(chunks_ + bytes_of<AttentionSpan>(max_chunks_)),

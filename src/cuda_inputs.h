@@ -24,7 +24,8 @@ struct AttentionSpan {
 struct Limits {
     std::int64_t max_tokens;     // rows of a step
     std::int64_t max_positions;  // rows of the model's position tables
-    std::int64_t max_sequences;  // and samples, of a step
+    std::int64_t max_sequences;  // of a step
+    std::int64_t max_samples;    // rows whose logits are wanted
     std::int64_t chunk_rows;     // most rows of an AttentionSpan
     std::int64_t segment;        // tokens of a sequence that one program reads
     std::int64_t vocab;

@@ -22,7 +22,7 @@ DevicePages& device_pages(KVCachePool& pool) {
 std::int64_t row_bytes(const Limits& limits, std::int64_t floats) {
     return checked_product(
         "the logits in bytes",
-        {{"max_sequences", limits.max_sequences}, {"floats", floats}, {"bytes", sizeof(float)}});
+        {{"max_samples", limits.max_samples}, {"floats", floats}, {"bytes", sizeof(float)}});
 }
 
 }  // namespace
@@ -149,7 +149,7 @@ void CudaStep::prepare(const StepInputs& inputs) {
     }
     try {
         require_range("sequences of a step", std::ssize(inputs.tables), 0, limits_.max_sequences);
-        require_range("samples of a step", std::ssize(inputs.sample_rows), 0, limits_.max_sequences);
+        require_range("samples of a step", std::ssize(inputs.sample_rows), 0, limits_.max_samples);
         batch_.prepare(*pool_, inputs);
         inputs_.stage(batch_);
     } catch (...) {

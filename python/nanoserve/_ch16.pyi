@@ -260,6 +260,7 @@ class CudaStep:
         max_tokens: int,
         max_positions: int,
         max_sequences: int,
+        max_samples: int,
         chunk_rows: int,
         segment: int,
         vocab: int,

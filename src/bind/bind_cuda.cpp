@@ -181,13 +181,15 @@ void populate_cuda(py::module_& m) {
 
     py::class_<CudaStep>(m, "CudaStep", "Runs a plan of kernels over a ragged batch, on a device.")
         .def(py::init([](std::shared_ptr<KVCachePool> pool, std::int64_t max_tokens,
-                         std::int64_t max_positions, std::int64_t max_sequences, std::int64_t chunk_rows,
-                         std::int64_t segment, std::int64_t vocab, std::int64_t logits_stride,
-                         std::int64_t num_blocks, std::vector<std::int64_t> buckets) {
+                         std::int64_t max_positions, std::int64_t max_sequences, std::int64_t max_samples,
+                         std::int64_t chunk_rows, std::int64_t segment, std::int64_t vocab,
+                         std::int64_t logits_stride, std::int64_t num_blocks,
+                         std::vector<std::int64_t> buckets) {
                  return std::make_unique<CudaStep>(std::move(pool),
                                                    cuda::Limits{.max_tokens = max_tokens,
                                                                 .max_positions = max_positions,
                                                                 .max_sequences = max_sequences,
+                                                                .max_samples = max_samples,
                                                                 .chunk_rows = chunk_rows,
                                                                 .segment = segment,
                                                                 .vocab = vocab,
@@ -196,8 +198,8 @@ void populate_cuda(py::module_& m) {
                                                    std::move(buckets));
              }),
              py::arg("pool").none(false), py::arg("max_tokens"), py::arg("max_positions"),
-             py::arg("max_sequences"), py::arg("chunk_rows"), py::arg("segment"), py::arg("vocab"),
-             py::arg("logits_stride"), py::arg("num_blocks"),
+             py::arg("max_sequences"), py::arg("max_samples"), py::arg("chunk_rows"), py::arg("segment"),
+             py::arg("vocab"), py::arg("logits_stride"), py::arg("num_blocks"),
              py::arg("buckets") = std::vector<std::int64_t>{})
         .def("buffer", &CudaStep::buffer, py::arg("num_bytes"), "Activations, zeroed; returns the id.")
         .def(

@@ -155,6 +155,20 @@ def test_graphs_are_made_once_per_bucket(engine: Callable[..., NanoServingEngine
     assert default_buckets(100) == [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 100]
 
 
+def test_log_probabilities_of_a_prompt_need_more_rows_than_sequences(
+    engine: Callable[..., NanoServingEngine], prompts: list[list[int]]
+) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=1, ignore_eos=True)
+    told = []
+    for device in ("cuda", "cpu"):
+        (request,) = engine("gpt2", device=device).generate([prompts[2]], params)
+        assert request.error is None
+        assert request.prompt_logprobs is not None
+        told.append([each.logprob for each in request.prompt_logprobs if each is not None])
+    assert len(told[0]) == len(prompts[2]) - 1
+    np.testing.assert_allclose(told[0], told[1], atol=2e-6)
+
+
 def test_keys_and_values_are_where_the_pages_say(engine: Callable[..., NanoServingEngine]) -> None:
     """A page of the prefix cache holds on the GPU what it holds on the CPU, laid out for a GPU."""
     prompt = list(range(40))

@@ -25,6 +25,7 @@ from nanoserve.kernels.cuda.library import load_artifacts
 from nanoserve.kernels.cuda.paged_attention import SEGMENT, AttentionForm
 from nanoserve.kernels.logits import num_blocks
 from nanoserve.logits import Logits
+from nanoserve.logprobs import MAX_PROMPT_LOGPROB_ROWS
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.decoder import forward_ops
 from nanoserve.models.weights import Tensors, bind_weights
@@ -117,12 +118,13 @@ class CudaExecutor:
         self._switch_len = self.max_model_len if config.switch_len is None else config.switch_len
         halves = 2 if self.max_model_len > self._switch_len else 1
         max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        max_samples = min(max_num_seqs + MAX_PROMPT_LOGPROB_ROWS, max_num_batched_tokens)
         self._logits_stride = row_stride(config.vocab_size)
         ops = list(forward_ops(config, precision.gemm_input))
         segments = -(-self.max_model_len // SEGMENT)
         self._native = CudaStep(
             kv_pool, max_tokens=max_num_batched_tokens, max_positions=halves * self.max_model_len, max_sequences=max_num_seqs,
-            chunk_rows=_chunk_rows(config, precision), segment=SEGMENT, vocab=config.vocab_size,
+            max_samples=max_samples, chunk_rows=_chunk_rows(config, precision), segment=SEGMENT, vocab=config.vocab_size,
             logits_stride=self._logits_stride, num_blocks=num_blocks(config.vocab_size),
             buckets=default_buckets(max_num_seqs) if buckets is None else list(buckets),
         )  # fmt: skip
@@ -130,7 +132,7 @@ class CudaExecutor:
         held = DeviceWeights(self._native, bound, self.max_model_len, self._switch_len, on_load)
         binder = CudaOpBinder(
             config, precision, self.chip, self._native, kv_pool.page_size, held, max_tokens=max_num_batched_tokens,
-            max_sequences=max_num_seqs, max_segments=1 << (segments - 1).bit_length(), logits_stride=self._logits_stride,
+            max_sequences=max_num_seqs, max_samples=max_samples, max_segments=1 << (segments - 1).bit_length(), logits_stride=self._logits_stride,
             wgmma=wgmma,
         )  # fmt: skip
         launches = [launch for op in ops for launch in binder.bind(op)]

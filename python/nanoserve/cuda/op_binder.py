@@ -67,7 +67,7 @@ class CudaOpBinder:
     Args:
         precision: of the forward pass: float32 or bfloat16 arithmetic.
         native: whose buffers they use; makes them.
-        max_segments: of the longest sequence. max_sequences, max_tokens: of a step.
+        max_segments: of the longest sequence. max_sequences, max_samples, max_tokens: of a step.
         wgmma: bfloat16 products by Hopper's warpgroup instructions.
     """
 
@@ -82,6 +82,7 @@ class CudaOpBinder:
         *,
         max_tokens: int,
         max_sequences: int,
+        max_samples: int,
         max_segments: int,
         logits_stride: int,
         wgmma: bool = False,
@@ -94,7 +95,7 @@ class CudaOpBinder:
         for name, buffer in buffers(config, precision.gemm_input).items():
             self._strides[name] = row_stride(buffer.cols)
             self._elements[name] = buffer.element
-            rows = max_sequences if name == "last" else max_tokens
+            rows = max_samples if name == "last" else max_tokens
             size = rows * self._strides[name] * ELEMENT_BYTES[buffer.element]
             self._buffers[name] = ("buffer", native.buffer(size))
         results = max_sequences * config.n_head * max_segments
