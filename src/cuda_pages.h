@@ -26,7 +26,6 @@ class DevicePages final : public PageMemory {
     [[nodiscard]] DevicePtr values(std::int64_t layer) const;
     // For tests and debugging: a copy of a layer's keys or values, as they lie.
     void read(DevicePtr from, std::span<std::byte> to) const;
-    [[nodiscard]] std::int64_t layer_bytes() const { return layer_bytes_; }  // of its keys, or its values
     [[nodiscard]] const std::shared_ptr<Stream>& stream() const { return stream_; }
 
   private:

@@ -41,12 +41,10 @@ CudaStep::CudaStep(std::shared_ptr<KVCachePool> pool, const Limits& limits, std:
 
 CudaStep::~CudaStep() {
     // Nothing that the device may still read or write goes before it is done.
-    if (driver().stream_synchronize != nullptr) {
-        try {
-            device()->use();
-            stream_->synchronize();
-        } catch (const std::exception&) {  // the context is spoiled: nothing runs any more
-        }
+    try {
+        device()->use();
+        stream_->synchronize();
+    } catch (const std::exception&) {  // the context is spoiled: nothing runs any more
     }
 }
 
@@ -93,12 +91,6 @@ void CudaStep::op(Op op) {
     }
     graphs_.clear();  // of the plan before
     ops_.push_back(std::move(op));
-}
-
-void CudaStep::read_buffer(std::int64_t id, std::span<std::byte> to) const {
-    require_range("buffer", id, 0, std::ssize(buffers_) - 1);
-    require_range("bytes", std::ssize(to), 0, buffers_[at(id)].num_bytes());
-    pages_.read(buffers_[at(id)].data(), to);
 }
 
 std::int64_t CudaStep::value_of(const Arg& arg, const Sizes& sizes) const {

@@ -41,18 +41,14 @@ class CudaStep {
     void prepare(const StepInputs& inputs);
     // logits: num_samples rows of `vocab` floats, logits_stride apart; block_max: as many of num_blocks.
     void run(float* logits, float* block_max);
-    void cancel() { busy_.store(false); }
 
     [[nodiscard]] const Limits& limits() const { return limits_; }
     [[nodiscard]] const std::shared_ptr<const Device>& device() const { return stream_->device(); }
-    [[nodiscard]] std::int64_t num_samples() const { return batch_.num_samples(); }
     [[nodiscard]] std::int64_t weight_bytes() const;
     struct Counts {
         std::int64_t steps, graph_launches, kernel_launches, graphs;
     };
     [[nodiscard]] const Counts& counts() const { return counts_; }
-    // For tests and debugging: a copy of a buffer's bytes.
-    void read_buffer(std::int64_t id, std::span<std::byte> to) const;
 
   private:
     using GraphKey = std::pair<std::int64_t, std::int64_t>;  // rows, segments

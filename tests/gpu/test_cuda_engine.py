@@ -220,6 +220,20 @@ def test_more_pages_than_fit_are_refused_with_the_numbers(engine: Callable[..., 
         engine("gpt2", kv_cache_pages=2**24)
 
 
+def test_a_kernel_is_loaded_once_and_tells_what_it_takes(engine: Callable[..., NanoServingEngine]) -> None:
+    executor = engine("gpt2").executor
+    assert isinstance(executor, CudaExecutor)
+    assert len(executor._kernels) == len(executor.artifacts)
+    for kernel in executor._kernels.values():
+        assert kernel.num_registers > 0
+        assert kernel.local_bytes >= 0
+    made = next(iter(executor.artifacts.values()))
+    with pytest.raises(ValueError, match=r"bytes of shared memory, a block of .* can have \d+"):
+        CudaKernel(CudaDevice(), image_of(made), made.launch.entry, 32, 10**7)
+    with pytest.raises(CudaError, match=r"finding nobody in its image: CUDA_ERROR_NOT_FOUND"):
+        CudaKernel(CudaDevice(), image_of(made), "nobody", 32)
+
+
 def test_an_image_that_is_none_is_refused() -> None:
     with pytest.raises(CudaError, match=r"loading k on .* CUDA_ERROR_INVALID_IMAGE"):
         CudaKernel(CudaDevice(), b"no image at all", "k", 32)
