@@ -196,8 +196,9 @@ def test_matrix_rows_are_checked() -> None:
     with pytest.raises(IllegalAddress) as caught:
         emulator.launch("rows", 1, 32, 0, [16])
     assert caught.value.thread == (31, 0, 0)
-    with pytest.raises(MisalignedAddress):
-        emulator.launch("rows", 1, 32, 0, [-8])
+    with pytest.raises(MisalignedAddress) as misaligned:
+        emulator.launch("rows", 1, 32, 0, [8])
+    assert misaligned.value.thread == (0, 0, 0)
 
 
 # --- wgmma --------------------------------------------------------------------------------------------------------------
