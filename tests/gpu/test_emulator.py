@@ -74,6 +74,11 @@ def test_orders_are_what_they_say() -> None:
     assert sorted(order(2)) == forwards
     assert order(2) not in (forwards, forwards[::-1])
     assert order(2) != order(3)
+    # Warps take turns, and so do the lanes of one.
+    block = [value for value in order(2) if value < 100]
+    warps, lanes = [t // 32 for t in block], [t for t in block if t < 32]
+    assert warps not in (sorted(warps), sorted(warps)[::-1])
+    assert lanes != sorted(lanes)
     assert order(2) == order(2)
 
 
@@ -114,6 +119,24 @@ def test_shared_memory_starts_as_nan() -> None:
     out = np.zeros(2, np.float32)
     Emulator(k.text()).launch("peek", 3, 1, 8, [out])
     assert np.isnan(out).all()
+
+
+def test_shared_memory_is_aligned_as_declared_and_no_better() -> None:
+    """Dynamic shared memory that comes first begins at a multiple of 1024, as on a GPU; behind others it does not."""
+
+    def places(shared: dict[str, tuple[int, int]]) -> list[int]:
+        k = Kernel("places", {"out": "ptr addrspace(1)"}, shared)
+        for i, name in enumerate(shared):
+            k.store(k.cast("ptrtoint", k.shared(name), "i64"), k.p["out"], i)
+        out = np.zeros(len(shared), np.int64)
+        Emulator(k.text()).launch("places", 1, 1, 64, [out])
+        return [int(address) for address in out]
+
+    for address in places({"a": (40, 32), "b": (4, 32), "c": (100, 32), "dynamic": (0, 32)}):
+        assert address % 64 == 32
+    (alone,) = places({"dynamic": (0, 16)})
+    assert alone % 1024 == 0
+    assert alone < 2**32
 
 
 def test_atomics_on_global_and_shared_memory() -> None:

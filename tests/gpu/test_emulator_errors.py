@@ -208,7 +208,12 @@ def test_asynchronous_copies() -> None:
     copying("commit.group", "wait.group0", read=True).launch("copying", 1, 1, 0, [x, y, 0])
     assert y[0] == 5
     copying("wait.all", read=True).launch("copying", 1, 1, 0, [x, y, 0])
-    for unfinished in (("commit.group", "wait.group1"), ("wait.group0",), ("commit.group",)):
+    for unfinished in (
+        ("commit.group", "wait.group1"),
+        ("commit.group", "wait.group3"),
+        ("wait.group0",),
+        (),
+    ):
         with pytest.raises(AsyncRace, match=r"cp.async nobody waited for"):
             copying(*unfinished, read=True).launch("copying", 1, 1, 0, [x, y, 0])
         with pytest.raises(AsyncRace, match=r"cp.async nobody waited for"):

@@ -14,6 +14,7 @@ from nanoserve.emulator import (
     Emulator,
     IllegalAddress,
     InvalidOperand,
+    MisalignedAddress,
     UnsupportedInstruction,
 )
 from support.bfloat16 import from_bf16, to_bf16
@@ -195,6 +196,9 @@ def test_matrix_rows_are_checked() -> None:
     with pytest.raises(IllegalAddress) as caught:
         emulator.launch("rows", 1, 32, 0, [16])
     assert caught.value.thread == (31, 0, 0)
+    with pytest.raises(MisalignedAddress) as misaligned:
+        emulator.launch("rows", 1, 32, 0, [8])
+    assert misaligned.value.thread == (0, 0, 0)
 
 
 # --- wgmma --------------------------------------------------------------------------------------------------------------

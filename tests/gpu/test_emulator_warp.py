@@ -91,6 +91,16 @@ def test_a_lane_that_takes_no_part_has_no_value() -> None:
     assert (out[16:] == 1).all()
 
 
+def test_a_warp_of_fewer_threads() -> None:
+    """A mask may name lanes that do not exist."""
+    k = Kernel("few", {"out": GLOBAL})
+    operands = [k.const(-1), k.sreg("tid.x"), k.const(1), k.const(31)]
+    k.store(k.call("i32", "llvm.nvvm.shfl.sync.bfly.i32", *operands), k.p["out"], k.sreg("tid.x"))
+    out = np.zeros(44, np.int32)
+    Emulator(k.text()).launch("few", 1, 44, 0, [out], 2)
+    np.testing.assert_array_equal(out, (np.arange(44) % 32 ^ 1) + np.arange(44) // 32 * 32)
+
+
 def test_votes() -> None:
     for x in (np.zeros(32), np.ones(32), rng.integers(0, 2, 32)):
         ballot = int(sum(int(bit) << lane for lane, bit in enumerate(x)))

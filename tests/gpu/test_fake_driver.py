@@ -431,6 +431,17 @@ def test_capture_and_replay(driver: FakeDriver, add: Callable[..., None]) -> Non
     assert pinned.tolist() == [34] * N
 
 
+def test_captured_copies_read_host_memory_at_each_replay(driver: FakeDriver) -> None:
+    stream, source, x = driver.stream(), ones(), driver.alloc(4 * N)
+    driver.capture(stream)
+    driver.call("cuMemcpyHtoDAsync_v2", x, source.ctypes.data, 4 * N, stream)
+    executable = driver.end_capture(stream)
+    source[:] = 5
+    driver.call("cuGraphLaunch", executable, stream)
+    driver.call("cuStreamSynchronize", stream)
+    assert driver.download(x, N).tolist() == [5] * N
+
+
 def test_state_of_a_capture(driver: FakeDriver, add: Callable[..., None]) -> None:
     stream = driver.stream()
     status = ctypes.c_int(-1)
@@ -538,16 +549,16 @@ def test_an_error_of_a_kernel_is_sticky(driver: FakeDriver, add: Callable[..., N
     """It shows when somebody waits, and then everywhere, until the context is gone."""
     x, y = driver.upload(ones()), driver.alloc(4 * N)
     stream = driver.stream()
+    before = driver.num_launches
     add(y, x + 4096, 1.0, stream)  # the launch itself is fine
     add(x, x, 1.0, stream)
     text = error(ILLEGAL_ADDRESS, driver.call, "cuStreamSynchronize", stream)
     assert "kernel add, block (0, 0, 0), thread (0, 0, 0)" in text
-    before = driver.num_launches
     error(ILLEGAL_ADDRESS, driver.alloc, 16)
     error(ILLEGAL_ADDRESS, driver.download, x, N)
     error(ILLEGAL_ADDRESS, add, y, x, 1.0, stream)
     error(ILLEGAL_ADDRESS, driver.call, "cuCtxSynchronize")
-    assert driver.num_launches == before  # nothing ran after it
+    assert driver.num_launches == before + 1  # nothing ran after it
     driver.close()
     driver.open()
     error(INVALID_HANDLE, driver.call, "cuStreamSynchronize", stream)
