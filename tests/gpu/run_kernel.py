@@ -11,7 +11,7 @@ from nanoserve.compiler.gpu.artifact import Artifact
 from nanoserve.compiler.gpu.chip import parse_chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
 from nanoserve.emulator import Emulator
-from nanoserve.kernels.cuda.library import load_artifacts, lower_kernel
+from nanoserve.kernels.cuda.library import load_artifacts
 
 ORDERS = (0, 1, 2)  # of threads: each as far as it gets, the last first, and random
 
@@ -24,7 +24,7 @@ def artifact(spec: GpuKernelSpec, chip: str = "sm_90") -> Artifact:
 
 @cache
 def _emulator(spec: GpuKernelSpec, chip: str) -> Emulator:
-    return Emulator(lower_kernel(spec, parse_chip(chip)))
+    return Emulator(artifact(spec, chip).llvm_ir)
 
 
 def launch(spec: GpuKernelSpec, *args: np.ndarray | int, order: int = 0, chip: str = "sm_90") -> None:
