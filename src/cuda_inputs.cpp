@@ -37,8 +37,11 @@ Inputs::Inputs(const std::shared_ptr<const Device>& device, const Limits& limits
       buckets_(std::move(buckets)),
       positions_(bytes_of<std::int32_t>(limits.max_tokens)),
       slots_(positions_ + bytes_of<std::int32_t>(limits.max_tokens)),
-      sample_rows_(slots_ + bytes_of<std::int32_t>(limits.max_tokens)),
-      decodes_(sample_rows_ + bytes_of<std::int32_t>(limits.max_samples)),
+      sources_(slots_ + bytes_of<std::int32_t>(limits.max_tokens)),
+      sample_rows_(sources_ + bytes_of<std::int32_t>(limits.max_tokens)),
+      draws_(sample_rows_ + bytes_of<std::int32_t>(limits.max_samples)),
+      draw_ints_(draws_ + bytes_of<float>(kDrawFields * limits.max_samples)),
+      decodes_(draw_ints_ + bytes_of<std::int32_t>(kDrawFields * limits.max_samples)),
       chunks_(decodes_ + bytes_of<AttentionSpan>(limits.max_sequences)),
       max_chunks_(limits.max_tokens / limits.chunk_rows + limits.max_sequences),
       table_(chunks_ + bytes_of<AttentionSpan>(max_chunks_)),
@@ -48,8 +51,9 @@ Inputs::Inputs(const std::shared_ptr<const Device>& device, const Limits& limits
           {{"max_sequences", limits.max_sequences},
            {"pages",
             ceil_div((ceil_div(limits.max_positions, kBlockTokens) + 1) * kBlockTokens, page_size) + 1}})),
-      host_(device, "a step's inputs", table_ + bytes_of<std::int32_t>(max_table_)),
-      block_(device, "a step's inputs", host_.num_bytes()) {
+      hosts_{PinnedBlock(device, "a step's inputs", table_ + bytes_of<std::int32_t>(max_table_)),
+             PinnedBlock(device, "a step's inputs", table_ + bytes_of<std::int32_t>(max_table_))},
+      block_(device, "a step's inputs", hosts_[0].num_bytes()) {
     if (!std::is_sorted(buckets_.begin(), buckets_.end()) ||
         (!buckets_.empty() && (buckets_.front() < 1 || buckets_.back() > limits_.max_sequences))) {
         throw std::invalid_argument("buckets must ascend from 1 to at most max_sequences=" +
@@ -65,14 +69,8 @@ std::int64_t Inputs::bucket_of(const Sizes& sizes) const {
     return found == buckets_.end() ? 0 : *found;
 }
 
-void Inputs::put(std::int64_t offset, std::span<const std::int32_t> values, std::int64_t count,
-                 std::int32_t padding) {
-    const std::size_t size = std::max(at(count), values.size());
-    const auto to = at_offset<std::int32_t>(offset, size);
-    std::fill(std::copy(values.begin(), values.end(), to.begin()), to.end(), padding);
-}
-
-void Inputs::stage(const StepBatch& batch) {
+Staged Inputs::stage(const StepBatch& batch, const Choices& choices, std::size_t turn) {
+    turn_ = turn;
     if (std::ssize(batch.table()) > max_table_) {
         throw std::invalid_argument("the block table of this step has " +
                                     std::to_string(batch.table().size()) + " entries, at most " +
@@ -100,23 +98,28 @@ void Inputs::stage(const StepBatch& batch) {
     }
     sizes.segments = static_cast<std::int64_t>(
         std::bit_ceil(static_cast<std::uint64_t>(ceil_div(longest, limits_.segment))));
-    sizes_ = sizes;
-    bucket_ = bucket_of(sizes);
-    const std::int64_t rows = std::max(sizes.rows, bucket_);
-    put(0, batch.ids(), rows, 0);
-    put(positions_, batch.positions(), rows, 0);
-    put(slots_, batch.slots(), rows, -1);
-    put(sample_rows_, batch.sample_rows(), bucket_, 0);
-    put(table_, batch.table(), 0, 0);
-    for (std::int64_t padded = sizes.decodes; padded < bucket_; ++padded) {
+    const std::int64_t bucket = bucket_of(sizes);
+    const std::int64_t rows = std::max(sizes.rows, bucket);
+    const std::int64_t samples = std::max(sizes.samples, bucket);
+    put<std::int32_t>(0, batch.ids(), rows, 0);
+    put<std::int32_t>(positions_, batch.positions(), rows, 0);
+    put<std::int32_t>(slots_, batch.slots(), rows, -1);
+    put<std::int32_t>(sources_, choices.sources, rows, -1);
+    put<std::int32_t>(sample_rows_, batch.sample_rows(), samples, 0);
+    put<float>(draws_, choices.draws, kDrawFields * samples, 0.0F);
+    put<std::int32_t>(draw_ints_, choices.draw_ints, kDrawFields * samples, 0);
+    put<std::int32_t>(table_, batch.table(), 0, 0);
+    for (std::int64_t padded = sizes.decodes; padded < bucket; ++padded) {
         decodes[at(padded)] = {
             .first_row = static_cast<std::int32_t>(padded), .count = 0, .start = 0, .table_off = 0};
     }
-    used_ = table_ + static_cast<std::int64_t>(batch.table().size_bytes());
+    return {.sizes = sizes,
+            .bucket = bucket,
+            .used = table_ + static_cast<std::int64_t>(batch.table().size_bytes())};
 }
 
-void Inputs::copy(Stream& stream) const {
-    stream.copy_in(block_.data(), host_.data(), used_);
+void Inputs::copy(Stream& stream, const Staged& staged, std::size_t turn) const {
+    stream.copy_in(block_.data(), hosts_[turn].data(), staged.used);
 }
 
 DevicePtr Inputs::address(Source array) const {
@@ -128,8 +131,14 @@ DevicePtr Inputs::address(Source array) const {
                 return positions_;
             case Source::slots:
                 return slots_;
+            case Source::sources:
+                return sources_;
             case Source::sample_rows:
                 return sample_rows_;
+            case Source::draws:
+                return draws_;
+            case Source::draw_ints:
+                return draw_ints_;
             case Source::decodes:
                 return decodes_;
             case Source::chunks:

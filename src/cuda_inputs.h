@@ -1,8 +1,11 @@
 // What differs from step to step, in one block of device memory that is filled in one copy: token ids,
-// positions, slots, page tables, and the work of attention. Its addresses never change, so a graph can read
-// it.
+// positions, slots, page tables, the work of attention, and how tokens are chosen. Its addresses never
+// change, so a graph can read it. On the host it is written into one of two blocks by turns: a step may be
+// staged while the one before it has not been copied yet.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -37,42 +40,59 @@ struct Sizes {
     std::int64_t rows, samples, decodes, chunks, segments;
 };
 
+// How the samples' tokens are chosen, and which rows wait for the tokens of the step before.
+struct Choices {
+    std::span<const float> draws = {};             // kDrawFields per sample; empty: the largest logit
+    std::span<const std::int32_t> draw_ints = {};  // as many
+    std::span<const std::int32_t> sources = {};    // per row; empty: every row has its id
+};
+inline constexpr std::int64_t kDrawFields = 4;
+inline constexpr std::size_t kMaxInFlight = 2;
+
+// A step that is written down on the host.
+struct Staged {
+    Sizes sizes;
+    std::int64_t bucket;  // rows of the graph it can be run by; 0: none
+    std::int64_t used;    // bytes
+};
+
 class Inputs {
   public:
     // buckets: rows of the graphs, ascending.
     Inputs(const std::shared_ptr<const Device>& device, const Limits& limits, std::int64_t page_size,
            std::vector<std::int64_t> buckets);
 
-    // Everything of a step into the block, padded to its bucket if it has one: padding writes no keys, and
-    // its logits are nobody's.
-    void stage(const StepBatch& batch);
-    void copy(Stream& stream) const;
+    // Everything of a step into host block `turn`, padded to its bucket if it has one: padding writes no
+    // keys, and its logits are nobody's. What was staged there before must have been copied.
+    [[nodiscard]] Staged stage(const StepBatch& batch, const Choices& choices, std::size_t turn);
+    void copy(Stream& stream, const Staged& staged, std::size_t turn) const;
 
-    [[nodiscard]] const Sizes& sizes() const { return sizes_; }
-    // Of the graph that this step can be run by; 0: none.
-    [[nodiscard]] std::int64_t bucket() const { return bucket_; }
     // Where an array lies on the device.
     [[nodiscard]] DevicePtr address(Source array) const;
 
   private:
     [[nodiscard]] std::int64_t bucket_of(const Sizes& sizes) const;
-    void put(std::int64_t offset, std::span<const std::int32_t> values, std::int64_t count,
-             std::int32_t padding);
 
+    // Arrays of the host block that is being staged.
+    template <typename T>
+    void put(std::int64_t offset, std::span<const T> values, std::int64_t count, T padding) {
+        const std::size_t size = std::max(static_cast<std::size_t>(count), values.size());
+        const auto to = at_offset<T>(offset, size);
+        std::fill(std::copy(values.begin(), values.end(), to.begin()), to.end(), padding);
+    }
     template <typename T>
     [[nodiscard]] std::span<T> at_offset(std::int64_t offset, std::size_t count) const {
-        return {reinterpret_cast<T*>(host_.data() + offset), count};
+        return {reinterpret_cast<T*>(hosts_[turn_].data() + offset), count};
     }
 
     const Limits limits_;
     const std::vector<std::int64_t> buckets_;
     // The arrays lie one behind the other, the table last: it alone has a length worth not copying.
-    const std::int64_t positions_, slots_, sample_rows_, decodes_, chunks_, max_chunks_, table_, max_table_;
-    const PinnedBlock host_;
+    const std::int64_t positions_, slots_, sources_, sample_rows_, draws_, draw_ints_, decodes_, chunks_,
+        max_chunks_, table_, max_table_;
+    const std::array<PinnedBlock, kMaxInFlight> hosts_;
     const DeviceBlock block_;
-    Sizes sizes_{};
-    std::int64_t bucket_ = 0;
-    std::int64_t used_ = 0;  // bytes of this step
+    std::size_t turn_ = 0;
 };
 
 }  // namespace nanoserve::cuda

@@ -26,8 +26,12 @@ enum class Source : std::uint8_t {
     decodes,      // AttentionSpan per sequence of one row
     chunks,       // AttentionSpan per tile of rows of a longer one
     sample_rows,  // int32 per sample: its row
+    sources,      // int32 per row: the sample of the step before whose token is its id, -1: none
+    draws,        // float32 [samples][4], how a token is chosen: kernels/cuda/choose.py
+    draw_ints,    // int32 [samples][4], the same
     logits,       // float32 [samples][stride]
     block_max,    // float32 [samples][blocks]
+    tokens,       // int32 per sample: what was chosen, -1 where a logit is not finite
     // int64.
     num_rows,
     num_samples,

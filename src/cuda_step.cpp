@@ -1,11 +1,8 @@
 #include "cuda_step.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <utility>
-
-#include "checked.h"
 
 namespace nanoserve::cuda {
 
@@ -35,9 +32,11 @@ CudaStep::CudaStep(std::shared_ptr<KVCachePool> pool, const Limits& limits, std:
       inputs_(device(), limits, pool_->shape().page_size, std::move(buckets)),
       logits_(device(), "the logits", row_bytes(limits_, limits_.logits_stride)),
       block_max_(device(), "the logits' maxima", row_bytes(limits_, limits_.num_blocks)),
-      logits_out_(device(), "the logits", logits_.num_bytes()),
-      block_max_out_(device(), "the logits' maxima", block_max_.num_bytes()),
-      batch_({.max_tokens = limits.max_tokens, .max_positions = limits.max_positions}) {}
+      tokens_(device(), "a step's tokens", limits_.max_samples * std::int64_t{sizeof(std::int32_t)}),
+      flights_{Flight(device(), limits_.max_samples), Flight(device(), limits_.max_samples)},
+      batch_({.max_tokens = limits.max_tokens, .max_positions = limits.max_positions}) {
+    stream_->zero(tokens_.data(), tokens_.num_bytes());
+}
 
 CudaStep::~CudaStep() {
     // Nothing that the device may still read or write goes before it is done.
@@ -113,12 +112,17 @@ std::int64_t CudaStep::value_of(const Arg& arg, const Sizes& sizes) const {
         case Source::table:
         case Source::decodes:
         case Source::chunks:
+        case Source::sources:
         case Source::sample_rows:
+        case Source::draws:
+        case Source::draw_ints:
             return static_cast<std::int64_t>(inputs_.address(arg.source));
         case Source::logits:
             return static_cast<std::int64_t>(logits_.data());
         case Source::block_max:
             return static_cast<std::int64_t>(block_max_.data());
+        case Source::tokens:
+            return static_cast<std::int64_t>(tokens_.data());
         case Source::num_rows:
             return sizes.rows;
         case Source::num_samples:
@@ -135,15 +139,34 @@ std::int64_t CudaStep::value_of(const Arg& arg, const Sizes& sizes) const {
     throw std::invalid_argument("unknown argument source");
 }
 
-void CudaStep::prepare(const StepInputs& inputs) {
+void CudaStep::prepare(const StepInputs& inputs, const Choices& choices) {
     if (busy_.exchange(true)) {
-        throw std::runtime_error("this executor is running a step: wait for it to finish");
+        throw std::runtime_error("this executor is starting a step: wait for it");
     }
     try {
+        if (started_ - finished_ == std::int64_t{kMaxInFlight}) {
+            throw std::runtime_error(std::to_string(kMaxInFlight) + " steps are in flight: finish one");
+        }
         require_range("sequences of a step", std::ssize(inputs.tables), 0, limits_.max_sequences);
         require_range("samples of a step", std::ssize(inputs.sample_rows), 0, limits_.max_samples);
+        const auto per_sample = [&](const char* what, std::int64_t count) {
+            if (count != 0 && count != kDrawFields * std::ssize(inputs.sample_rows)) {
+                throw std::invalid_argument(std::string(what) + ": " + std::to_string(count) + " given, " +
+                                            std::to_string(kDrawFields) + " per sample are needed");
+            }
+        };
+        per_sample("draws", std::ssize(choices.draws));
+        per_sample("draw_ints", std::ssize(choices.draw_ints));
+        if (!choices.sources.empty() && choices.sources.size() != inputs.input_ids.size()) {
+            throw std::invalid_argument("sources: " + std::to_string(choices.sources.size()) +
+                                        " given, one per row is needed");
+        }
+        const std::int64_t samples_before = started_ == 0 ? 0 : num_samples(started_ - 1);
+        for (const std::int32_t source : choices.sources) {
+            require_range("source", source, -1, samples_before - 1);
+        }
         batch_.prepare(*pool_, inputs);
-        inputs_.stage(batch_);
+        flights_[turn_of(started_)].staged = inputs_.stage(batch_, choices, turn_of(started_));
     } catch (...) {
         busy_.store(false);
         throw;
@@ -191,27 +214,70 @@ void CudaStep::launch_graph(const GraphKey& key) {
     ++counts_.graph_launches;
 }
 
-void CudaStep::run(float* logits, float* block_max) {
+std::int64_t CudaStep::start() {
     struct Done {
         std::atomic<bool>& busy;
         ~Done() { busy.store(false); }
     } const done{busy_};
     device()->use();
-    inputs_.copy(*stream_);
-    const Sizes& sizes = inputs_.sizes();
-    if (inputs_.bucket() > 0) {
-        launch_graph({inputs_.bucket(), sizes.segments});
+    const std::size_t turn = turn_of(started_);
+    Flight& flight = flights_[turn];
+    const Staged& staged = flight.staged;
+    inputs_.copy(*stream_, staged, turn);
+    if (staged.bucket > 0) {
+        launch_graph({staged.bucket, staged.sizes.segments});
     } else {
-        launch_all(sizes);
+        launch_all(staged.sizes);
     }
+    stream_->copy_out(flight.tokens.data(), tokens_.data(),
+                      staged.sizes.samples * std::int64_t{sizeof(std::int32_t)});
+    stream_->record(flight.done);
     ++counts_.steps;
-    const auto floats = [](std::int64_t count) { return count * static_cast<std::int64_t>(sizeof(float)); };
-    const std::int64_t samples = sizes.samples;
-    stream_->copy_out(logits_out_.data(), logits_.data(), floats(samples * limits_.logits_stride));
-    stream_->copy_out(block_max_out_.data(), block_max_.data(), floats(samples * limits_.num_blocks));
+    return started_++;
+}
+
+std::int64_t CudaStep::num_samples(std::int64_t number) const {
+    require_range("step", number, std::max(std::int64_t{0}, started_ - std::int64_t{kMaxInFlight}),
+                  started_ - 1);
+    return flights_[turn_of(number)].staged.sizes.samples;
+}
+
+std::span<const std::int32_t> CudaStep::finish(std::int64_t number) {
+    if (number != finished_ || number >= started_) {
+        throw std::invalid_argument("step " + std::to_string(number) + " is not the oldest in flight");
+    }
+    const Flight& flight = flights_[turn_of(number)];
+    ++finished_;  // even if waiting fails: nothing more will come of it
+    flight.done.wait();
+    return {reinterpret_cast<const std::int32_t*>(flight.tokens.data()), at(num_samples(number))};
+}
+
+void CudaStep::read_logits(std::int64_t number, std::span<const std::int32_t> samples, float* logits,
+                           float* block_max) {
+    if (number != started_ - 1) {
+        throw std::invalid_argument("the logits of step " + std::to_string(number) +
+                                    " are gone: another one was started");
+    }
+    device()->use();
+    const std::int64_t count = num_samples(number);
+    for (std::size_t begin = 0; begin < samples.size();) {
+        // As many as lie one behind the other are one copy.
+        const std::int64_t first = samples[begin];
+        std::int64_t run = 0;
+        while (begin + at(run) < samples.size() && samples[begin + at(run)] == first + run) {
+            require_range("sample", first + run, 0, count - 1);
+            ++run;
+        }
+        const auto copy = [&](float* to, const DeviceBlock& from, std::int64_t floats) {
+            const std::int64_t row_bytes = floats * std::int64_t{sizeof(float)};
+            stream_->copy_out(to + at(floats) * begin,
+                              from.data() + static_cast<DevicePtr>(first * row_bytes), run * row_bytes);
+        };
+        copy(logits, logits_, limits_.logits_stride);
+        copy(block_max, block_max_, limits_.num_blocks);
+        begin += at(run);
+    }
     stream_->synchronize();
-    std::memcpy(logits, logits_out_.data(), at(floats(samples * limits_.logits_stride)));
-    std::memcpy(block_max, block_max_out_.data(), at(floats(samples * limits_.num_blocks)));
 }
 
 }  // namespace nanoserve::cuda

@@ -5,6 +5,11 @@
 // copy: token ids, positions, slots, page tables, and the work of attention. So a step of nothing but
 // decoding rows is captured once per bucket of rows (and of their longest context) and then launched whole;
 // rows up to the bucket are padding that writes no keys, and whose logits nobody reads.
+//
+// A step may be started while the one before it runs: rows whose ids the host does not know yet take them
+// from the tokens that step chooses, on the device. Everything is in one stream, so a step sees the pages as
+// all steps before it have left them, and pages that were given back in the meantime are written by the old
+// step before any new one.
 #pragma once
 
 #include <array>
@@ -17,6 +22,7 @@
 #include <string_view>
 #include <vector>
 
+#include "checked.h"
 #include "cuda_inputs.h"
 #include "cuda_pages.h"
 
@@ -37,10 +43,17 @@ class CudaStep {
     void fill_weight(std::int64_t id, std::int64_t offset, std::span<const std::byte> data);
     void op(Op op);
 
-    // One step: prepare under Python's lock, run without it. A second one in between is refused.
-    void prepare(const StepInputs& inputs);
-    // logits: num_samples rows of `vocab` floats, logits_stride apart; block_max: as many of num_blocks.
-    void run(float* logits, float* block_max);
+    // One step: prepare under Python's lock, start without it; another one in between is refused, and so is
+    // one more than kMaxInFlight that are not finished. Steps end in order.
+    void prepare(const StepInputs& inputs, const Choices& choices = {});
+    std::int64_t start();  // its number
+    // Waits for the oldest step in flight. tokens: one per sample, -1 where a logit is not finite.
+    [[nodiscard]] std::span<const std::int32_t> finish(std::int64_t number);
+    // Samples' rows of logits, logits_stride apart, and of block maxima, num_blocks each: of the step that
+    // was started last.
+    void read_logits(std::int64_t number, std::span<const std::int32_t> samples, float* logits,
+                     float* block_max);
+    [[nodiscard]] std::int64_t num_samples(std::int64_t number) const;
 
     [[nodiscard]] const Limits& limits() const { return limits_; }
     [[nodiscard]] const std::shared_ptr<const Device>& device() const { return stream_->device(); }
@@ -53,6 +66,17 @@ class CudaStep {
   private:
     using GraphKey = std::pair<std::int64_t, std::int64_t>;  // rows, segments
 
+    // A step that was started.
+    struct Flight {
+        explicit Flight(const std::shared_ptr<const Device>& device, std::int64_t max_samples)
+            : tokens(device, "a step's tokens", max_samples * std::int64_t{sizeof(std::int32_t)}),
+              done(device) {}
+        PinnedBlock tokens;
+        Event done;
+        Staged staged{};
+    };
+
+    [[nodiscard]] static std::size_t turn_of(std::int64_t number) { return at(number) % kMaxInFlight; }
     [[nodiscard]] std::int64_t value_of(const Arg& arg, const Sizes& sizes) const;
     void launch_all(const Sizes& sizes);
     void launch_graph(const GraphKey& key);
@@ -66,8 +90,9 @@ class CudaStep {
     std::vector<DeviceBlock> buffers_, weights_;
     std::vector<Op> ops_;
     Inputs inputs_;
-    DeviceBlock logits_, block_max_;
-    PinnedBlock logits_out_, block_max_out_;
+    DeviceBlock logits_, block_max_, tokens_;
+    std::array<Flight, kMaxInFlight> flights_;  // step n is at n % kMaxInFlight
+    std::int64_t started_ = 0, finished_ = 0;   // steps
     std::map<GraphKey, Graph> graphs_;
 
     StepBatch batch_;

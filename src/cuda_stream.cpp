@@ -9,6 +9,7 @@ namespace nanoserve::cuda {
 namespace {
 
 constexpr unsigned kNonBlocking = 1;    // CU_STREAM_NON_BLOCKING: does not wait for the default stream
+constexpr unsigned kNoTiming = 2;       // CU_EVENT_DISABLE_TIMING
 constexpr int kCaptureThreadLocal = 1;  // CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 }  // namespace
@@ -17,6 +18,22 @@ Graph::~Graph() {
     if (executable_ != nullptr) {
         static_cast<void>(driver().graph_exec_destroy(executable_));
     }
+}
+
+Event::Event(std::shared_ptr<const Device> device) : device_(std::move(device)) {
+    device_->use();
+    check(driver().event_create(&handle_, kNoTiming), "cuEventCreate");
+}
+
+Event::~Event() {
+    if (handle_ != nullptr) {
+        static_cast<void>(driver().event_destroy(handle_));
+    }
+}
+
+void Event::wait() const {
+    device_->use();
+    check(driver().event_synchronize(handle_), "waiting for a step");
 }
 
 Stream::Stream(std::shared_ptr<const Device> device) : device_(std::move(device)) {
@@ -97,6 +114,10 @@ void Stream::abandon_capture() noexcept {
     if (driver().capture_end(handle_, &graph) == 0 && graph != nullptr) {
         static_cast<void>(driver().graph_destroy(graph));
     }
+}
+
+void Stream::record(const Event& event) {
+    check(driver().event_record(event.handle(), handle_), "cuEventRecord");
 }
 
 void Stream::synchronize() {

@@ -35,6 +35,23 @@ class Graph {
     Handle executable_;
 };
 
+// A point in a stream that the host can wait for.
+class Event {
+  public:
+    explicit Event(std::shared_ptr<const Device> device);
+    ~Event();
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+
+    [[nodiscard]] Handle handle() const { return handle_; }
+    // Until everything is done that was in the stream when this was last recorded.
+    void wait() const;
+
+  private:
+    std::shared_ptr<const Device> device_;
+    Handle handle_ = nullptr;
+};
+
 class Stream {
   public:
     explicit Stream(std::shared_ptr<const Device> device);
@@ -59,6 +76,7 @@ class Stream {
     [[nodiscard]] Graph end_capture();
     void abandon_capture() noexcept;
 
+    void record(const Event& event);
     void synchronize();
 
   private:

@@ -279,7 +279,7 @@ class CudaStep:
         args: Sequence[tuple[Any, ...]],
         over: tuple[Any, ...] = ("number",),
     ) -> None: ...
-    def forward(
+    def start(
         self,
         input_ids: NDArray[np.int32] | Sequence[int],
         tables: Sequence[PageTable],
@@ -288,6 +288,13 @@ class CudaStep:
         sample_rows: NDArray[np.int32] | Sequence[int],
         vocab: int,
         position_offsets: NDArray[np.int32] | None = None,
+        draws: NDArray[np.float32] | None = None,
+        draw_ints: NDArray[np.int32] | None = None,
+        sources: NDArray[np.int32] | Sequence[int] | None = None,
+    ) -> int: ...
+    def finish(self, number: int) -> NDArray[np.int32]: ...
+    def read_logits(
+        self, number: int, samples: NDArray[np.int32] | Sequence[int]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
     @property
     def weight_bytes(self) -> int: ...

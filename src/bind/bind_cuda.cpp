@@ -65,37 +65,62 @@ std::span<const std::byte> bytes_of(const py::array& array) {
     return {static_cast<const std::byte*>(array.data()), static_cast<std::size_t>(array.nbytes())};
 }
 
-py::tuple forward(CudaStep& step, const py::object& input_ids, const py::sequence& tables,
-                  const py::object& starts, const py::object& counts, const py::object& sample_rows,
-                  std::int64_t vocab, const std::optional<py::object>& position_offsets) {
+std::int64_t start(CudaStep& step, const py::object& input_ids, const py::sequence& tables,
+                   const py::object& starts, const py::object& counts, const py::object& sample_rows,
+                   std::int64_t vocab, const std::optional<py::object>& position_offsets,
+                   const std::optional<FloatArray>& draws, const std::optional<Int32Array>& draw_ints,
+                   const std::optional<py::object>& sources) {
     std::vector<const PageTable*> table_list;
     table_list.reserve(tables.size());
     for (const py::handle table : tables) {
         table_list.push_back(table.cast<const PageTable*>());
     }
+    const auto optional_vector = [](const char* name, const std::optional<py::object>& values) {
+        return values ? int32_vector(name, *values) : std::vector<std::int32_t>{};
+    };
     const std::vector<std::int32_t> ids = int32_vector("input_ids", input_ids);
     const std::vector<std::int32_t> start_list = int32_vector("starts", starts);
     const std::vector<std::int32_t> count_list = int32_vector("counts", counts);
     const std::vector<std::int32_t> sample_list = int32_vector("sample_rows", sample_rows);
-    const std::vector<std::int32_t> offset_list =
-        position_offsets ? int32_vector("position_offsets", *position_offsets) : std::vector<std::int32_t>{};
-    const cuda::Limits& limits = step.limits();
-    require_range("vocab", vocab, limits.vocab, limits.vocab);
-    const auto rows = std::ssize(sample_list);
-    py::array_t<float> logits(std::vector<py::ssize_t>{rows, limits.logits_stride});
-    py::array_t<float> block_max(std::vector<py::ssize_t>{rows, limits.num_blocks});
+    const std::vector<std::int32_t> offset_list = optional_vector("position_offsets", position_offsets);
+    const std::vector<std::int32_t> source_list = optional_vector("sources", sources);
+    require_range("vocab", vocab, step.limits().vocab, step.limits().vocab);
+    const auto elements = [](const auto& array) {
+        using Element = typename std::decay_t<decltype(*array)>::value_type;
+        return array ? std::span<const Element>(array->data(), static_cast<std::size_t>(array->size()))
+                     : std::span<const Element>{};
+    };
     step.prepare({.input_ids = ids,
                   .tables = table_list,
                   .starts = start_list,
                   .counts = count_list,
                   .sample_rows = sample_list,
                   .vocab = vocab,
-                  .position_offsets = offset_list});
+                  .position_offsets = offset_list},
+                 {.draws = elements(draws), .draw_ints = elements(draw_ints), .sources = source_list});
+    const py::gil_scoped_release unlocked;
+    return step.start();
+}
+
+py::array_t<std::int32_t> finish(CudaStep& step, std::int64_t number) {
+    std::span<const std::int32_t> tokens;
+    {
+        const py::gil_scoped_release unlocked;
+        tokens = step.finish(number);
+    }
+    return py::array_t<std::int32_t>(std::ssize(tokens), tokens.data());
+}
+
+py::tuple read_logits(CudaStep& step, std::int64_t number, const py::object& samples) {
+    const std::vector<std::int32_t> chosen = int32_vector("samples", samples);
+    const auto rows = std::ssize(chosen);
+    py::array_t<float> logits(std::vector<py::ssize_t>{rows, step.limits().logits_stride});
+    py::array_t<float> block_max(std::vector<py::ssize_t>{rows, step.limits().num_blocks});
     float* const data = logits.mutable_data();
     float* const block_data = block_max.mutable_data();
     {
         const py::gil_scoped_release unlocked;
-        step.run(data, block_data);
+        step.read_logits(number, chosen, data, block_data);
     }
     return py::make_tuple(std::move(logits), std::move(block_max));
 }
@@ -219,10 +244,19 @@ void populate_cuda(py::module_& m) {
              "else the last. args: (source,) or (source, index), in the kernel's order. grid: per dimension "
              "(argument, per, "
              "times): times * ceil(argument / per) blocks.")
-        .def("forward", &forward, py::arg("input_ids"), py::arg("tables"), py::arg("starts"),
-             py::arg("counts"), py::arg("sample_rows"), py::arg("vocab"),
-             py::arg("position_offsets") = py::none(),
-             "As StepExecutor.forward: (logits [samples, logits_stride], block_max [samples, num_blocks]).")
+        .def(
+            "start", &start, py::arg("input_ids"), py::arg("tables"), py::arg("starts"), py::arg("counts"),
+            py::arg("sample_rows"), py::arg("vocab"), py::arg("position_offsets") = py::none(),
+            py::arg("draws") = py::none(), py::arg("draw_ints") = py::none(), py::arg("sources") = py::none(),
+            "Launches a step; returns its number. Arrays as StepExecutor.forward's, and per sample 4 draws "
+            "and "
+            "4 draw_ints "
+            "(kernels/cuda/choose.py); sources: per row the sample of the step before whose token is its id, "
+            "-1: its own.")
+        .def("finish", &finish, py::arg("number"),
+             "Waits for the oldest step in flight: int32 [samples], -1 where a logit is not finite.")
+        .def("read_logits", &read_logits, py::arg("number"), py::arg("samples"),
+             "Of the step started last: (logits [samples, logits_stride], block_max [samples, num_blocks]).")
         .def_property_readonly("weight_bytes", &CudaStep::weight_bytes)
         .def_property_readonly("counts", &counts_dict,
                                "Steps, launches of graphs and of kernels, graphs made.");

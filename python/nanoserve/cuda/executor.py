@@ -146,10 +146,12 @@ class CudaExecutor:
 
     def forward(self, batch: Batch) -> Logits:
         """Logits of the batch's `sample_rows`, in fresh memory; writes the KV of every row."""
-        values, block_max = self._native.forward(
+        number = self._native.start(
             batch.input_ids, batch.tables, batch.starts, batch.counts, batch.sample_rows, self.config.vocab_size,
             self._position_offsets(batch),
         )  # fmt: skip
+        self._native.finish(number)
+        values, block_max = self._native.read_logits(number, range(len(batch.sample_rows)))
         return Logits(values[:, : self.config.vocab_size], block_max)
 
     def execute_prefill(self, batch: Batch) -> Logits:
