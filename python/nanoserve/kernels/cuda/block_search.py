@@ -193,7 +193,7 @@ def _number(key: Value) -> Value:
 
 
 def _cut(low: Value, high: Value, part: Operand, evenly: Value) -> Value:
-    """Where part `part` of WAYS begins, a key in [low, high]; part 0 begins at `low`."""
+    """Where a part, of WAYS, of the keys from `low` to `high` begins: the first at `low` itself. Both are of finite numbers."""
     from nanoserve.compiler.builder import Value, const, i32, select, to_float
 
     if not isinstance(part, Value) and part == 0:
@@ -201,8 +201,7 @@ def _cut(low: Value, high: Value, part: Operand, evenly: Value) -> Value:
     fraction = to_float(i32(part)) * (1 / WAYS) if isinstance(part, Value) else const(part / WAYS, "f32")
     start = _number(low)
     even = _key(start + (_number(high) - start) * fraction)
-    even = select(even < low, low, even)
-    even = select(even > high, high, even)
+    even = select(even > high, high, even)  # where the difference is infinite, or rounding led past it
     among_keys = low + (high - low) * part // WAYS
     cut = select(evenly, even, among_keys)
     return select(part < 1, low, cut) if isinstance(part, Value) else cut

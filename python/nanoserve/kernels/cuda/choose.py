@@ -163,8 +163,8 @@ def build(spec: GpuKernelSpec, chip: Chip, *, c: int) -> None:
             block, rest = first_beyond(own, target_of)
             column = block * LOGITS_BLOCK + thread
             x = logits[row, imin(column, c - 1)]
-            inside = (thread < LOGITS_BLOCK) & (column < c)
-            inner, _ = first_beyond(select(inside, weigh(x, column), zero), lambda total: rest)
+            # It is one of this block, so columns behind it may have weights.
+            inner, _ = first_beyond(select(column < c, weigh(x, column), zero), lambda total: rest)
             return block * LOGITS_BLOCK + inner
 
         def kept_by_top_k(bar: Value) -> Value:
@@ -174,24 +174,15 @@ def build(spec: GpuKernelSpec, chip: Chip, *, c: int) -> None:
             def wanted(total: Value) -> Value:
                 return i64(top_k)
 
-            # The k-th largest of the blocks' maxima is reached by k logits.
-            @when(top_k <= blocks, otherwise=[bar])
-            def reached() -> list[Value]:
-                return [search(lambda cuts, end: amounts(amount, own_max, cuts, end), bar, top, wanted).value]
-
-            start: Value = reached[0]
-            return search(scan_row(amount), start, top, wanted).value
+            # The k-th largest of the blocks' maxima is reached by k logits, where there are so many.
+            of_maxima = search(lambda cuts, end: amounts(amount, own_max, cuts, end), bar, top, wanted)
+            return search(scan_row(amount), of_maxima.value, top, wanted).value
 
         def kept_by_top_p(bar: Value) -> list[Value]:
             """The bar, and the last column of those that equal it."""
             share = to_i64(top_p * _ONE)
             share = select(share < 1, one, share)
-            found = search(
-                scan_row(lambda x: fixed(weight(x))),
-                bar,
-                top,
-                lambda total: _times(total, share, round_up=True),
-            )
+            found = search(scan_row(lambda x: fixed(weight(x))), bar, top, lambda total: _times(total, share))
             each = fixed(weight(found.value))
             keep = (found.target - found.above + (each - 1)) // each
 
@@ -220,11 +211,12 @@ def build(spec: GpuKernelSpec, chip: Chip, *, c: int) -> None:
 
             def weigh(x: Value, column: Value) -> Value:
                 fraction = weight(x)
-                is_kept = (x >= final) & ((x > final) | (column <= last)) & (fraction >= min_p)
+                is_kept: Value = (x >= final) & ((x > final) | (column <= last)) & (fraction >= min_p)
                 return select(is_kept, fixed(fraction), zero)
 
             def can_matter(largest: Value) -> Value:
-                return (largest >= final) & (weight(largest) >= min_p)
+                matters: Value = (largest >= final) & (weight(largest) >= min_p)
+                return matters
 
             def target_of(total: Value) -> Value:
                 return select(is_drawn, _times(total, uniform), zero)
@@ -236,7 +228,6 @@ def build(spec: GpuKernelSpec, chip: Chip, *, c: int) -> None:
             tokens[row] = token[0]
 
 
-def _times(total: Value, fraction: Value, *, round_up: bool = False) -> Value:
-    """total * fraction / 2^32 as an integer, exactly rounded; the fraction is below 2^32, the total below 2^62."""
-    low = (total & 0xFFFFFFFF) * fraction
-    return (total >> 32) * fraction + (((low + 0xFFFFFFFF) if round_up else low) >> 32)
+def _times(total: Value, fraction: Value) -> Value:
+    """total * fraction / 2^32 rounded down; the fraction is below 2^32, the total below 2^62."""
+    return (total >> 32) * fraction + (((total & 0xFFFFFFFF) * fraction) >> 32)
