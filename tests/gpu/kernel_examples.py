@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
 from nanoserve.kernels.cuda.activation import activation_spec, convert_spec
+from nanoserve.kernels.cuda.choose import choose_spec
 from nanoserve.kernels.cuda.embedding import embedding_spec
 from nanoserve.kernels.cuda.gemm import gemm_plan
 from nanoserve.kernels.cuda.kv_write import kv_write_spec
@@ -30,6 +31,9 @@ def examples(chip: Chip) -> dict[str, Example]:
     found = {
         "embedding": Example(embedding_spec(4096, 4096, dtype="bf16"), 40, ("LDG.E.64", "STG.E.128")),
         "embedding of any width": Example(embedding_spec(773, 776, positions=True, scale=2.0), 40, ("LDG.E", "FADD")),
+        "embedding of chosen tokens": Example(
+            embedding_spec(4096, 4096, dtype="bf16", chosen=True), 40, ("LDG.E.64", "STG.E.128")
+        ),
         "rmsnorm": Example(norm_spec("rmsnorm", 4096, 4096, 4096, 1e-5, dtype="bf16"), 48, (*row, "BAR")),
         "layernorm": Example(norm_spec("layernorm", 768, 768, 768, 1e-5, bias=True, gather=True), 48, row),
         "gate": Example(
@@ -49,6 +53,10 @@ def examples(chip: Chip) -> dict[str, Example]:
         ),
         "block_max": Example(block_max_spec(151936, 151936), 40, ("LDG.E", "SHFL.BFLY")),
         "argmax": Example(argmax_spec(50257, 50264), 40, ("SHFL.BFLY", "BAR")),
+        # A block of 1024 threads has 64 registers for each.
+        "choose": Example(choose_spec(151936, 151936), 64, ("LDG.E.128", "SHFL.UP", "SHFL.BFLY", "BAR", "F2I.S64.TRUNC")),
+        "choose of any size": Example(choose_spec(50257, 50264), 64, ("LDG.E.128", "SHFL.UP", "SHFL.BFLY", "BAR")),
+        "choose of the largest": Example(choose_spec(262144, 262144), 64, ("LDG.E.128", "SHFL.UP", "BAR")),
         "pages": Example(copy_pages_spec(16 * 8 * 128 * 2), 40, ("LDG.E.128", "STG.E.128")),
     }  # fmt: skip
     f32 = ("FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "DEPBAR", "BAR")

@@ -146,7 +146,16 @@ def index(value: Operand) -> Value:
 
 
 def i32(value: Value) -> Value:
-    return Value(arith.index_cast(type_of("i32"), value.ir))
+    """A size or offset as i32, or the low half of an i64."""
+    convert = arith.trunci if str(value.type) == "i64" else arith.index_cast
+    return Value(convert(type_of("i32"), value.ir))
+
+
+def i64(value: Value, *, unsigned: bool = False) -> Value:
+    """A size or offset as i64, or an i32 with its sign; `unsigned` takes its bits as a number of zero or more."""
+    if str(value.type) == "index":
+        return Value(arith.index_cast(type_of("i64"), value.ir))
+    return Value((arith.extui if unsigned else arith.extsi)(type_of("i64"), value.ir))
 
 
 def splat(value: Value, width: int = LANES) -> Value:
@@ -276,6 +285,11 @@ def signed_shift_right(value: Value, bits: int) -> Value:
 def to_float(value: Value) -> Value:
     """A signed integer as float32, rounded to nearest even."""
     return Value(arith.sitofp(vector_of(value.width) if _is_vector(value.type) else type_of("f32"), value.ir))
+
+
+def to_i64(value: Value) -> Value:
+    """A float32 without its fraction; it must fit."""
+    return Value(arith.fptosi(type_of("i64"), value.ir))
 
 
 def intrinsic(name: str, *operands: Value) -> Value:

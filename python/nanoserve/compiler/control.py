@@ -153,14 +153,24 @@ def loop(
     return define
 
 
-def when(condition: Value) -> Callable[[Callable[[], None]], None]:
-    """@when(a < b) def _(): ... - runs where the condition holds."""
+def when(condition: Value, otherwise: Sequence[Value] | None = None) -> Callable[[Callable[[], Any]], Any]:
+    """@when(a < b) def _(): ... - runs where the condition holds.
 
-    def define(body: Callable[[], None]) -> None:
-        op = scf.IfOp(condition.ir)
+    With `otherwise`, a list of values, the body returns such a list, and the decorated name becomes one or the other:
+    @when(a < b, otherwise=[a]) def smaller(): return [b]
+    """
+
+    def define(body: Callable[[], Any]) -> Any:
+        types = [value.type for value in otherwise or ()]
+        op = scf.IfOp(condition.ir, types, has_else=otherwise is not None)
         with ir.InsertionPoint(op.then_block):
-            body()
-            scf.yield_([])
+            values = body()
+            scf.yield_([] if otherwise is None else [value.ir for value in values])
+        if otherwise is None:
+            return None
+        with ir.InsertionPoint(op.else_block):
+            scf.yield_([value.ir for value in otherwise])
+        return [Value(v) for v in op.results]
 
     return define
 

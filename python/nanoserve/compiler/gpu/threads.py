@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nanoserve.compiler.bindings import mlir_gpu
-from nanoserve.compiler.builder import Value, const, ir
+from nanoserve.compiler.builder import Value, const, i32, i64, ir, select
 from nanoserve.compiler.control import when
 from nanoserve.compiler.gpu.chip import WARP
 from nanoserve.compiler.gpu.memory import Array
@@ -42,14 +42,31 @@ def barrier() -> None:
 
 def shuffle_xor(value: Value, distance: int) -> Value:
     """The value of the lane whose number differs in that bit. All lanes of the warp must get here."""
-    mode = ir.Attribute.parse("#gpu<shuffle_mode xor>")
-    return Value(gpu.shuffle(value.ir, const(distance, "i32").ir, const(WARP, "i32").ir, mode)[0])
+    return _shuffle("xor", value, distance)
+
+
+def _shuffle(mode: str, value: Value, distance: int) -> Value:
+    """A register of 32 bits goes at a time, so 64 bits go in halves."""
+    if str(value.type) == "i64":
+        low, high = (_shuffle(mode, i32(half), distance) for half in (value, value >> 32))
+        return (i64(high) << 32) | i64(low, unsigned=True)
+    attribute = ir.Attribute.parse(f"#gpu<shuffle_mode {mode}>")
+    return Value(gpu.shuffle(value.ir, const(distance, "i32").ir, const(WARP, "i32").ir, attribute)[0])
 
 
 def over_warp(value: Value, combine: Callable[[Value, Value], Value]) -> Value:
     """All lanes' values combined, in every lane."""
     for distance in (16, 8, 4, 2, 1):
         value = combine(value, shuffle_xor(value, distance))
+    return value
+
+
+def running_sum(value: Value) -> Value:
+    """Of a warp: the sum of the values of this lane and those before it, whose order a float sum would depend on."""
+    lane = thread_id() % WARP
+    for distance in (1, 2, 4, 8, 16):
+        before = _shuffle("up", value, distance)
+        value = select(lane < distance, value, value + before)
     return value
 
 

@@ -2,6 +2,9 @@
 
 The table is a weight as it is stored; a tied head reads the same one. Numerics: a product and a sum per element where
 there are any, not fused. Ids and positions must be in range; the caller checks them.
+
+A step may follow the one that chooses its tokens without the host having seen them: a row whose source is zero or more
+takes its id from tokens[source], and 0 where there is none (-1, of a row with a bad number), which its caller throws away.
 """
 
 from __future__ import annotations
@@ -16,9 +19,17 @@ from nanoserve.kernels.cuda.row_cover import RowCover, check_row
 
 
 def embedding_spec(
-    cols: int, ldx: int, *, positions: bool = False, scale: float = 1.0, dtype: str = "f32"
+    cols: int,
+    ldx: int,
+    *,
+    positions: bool = False,
+    scale: float = 1.0,
+    dtype: str = "f32",
+    chosen: bool = False,
 ) -> GpuKernelSpec:
-    """Args: ids[m], positions[m], table[V][weight_stride] of dtype, (pos_table[S][weight_stride]), x[.][ldx], m."""
+    """Args: ids[m], positions[m], (sources[m], tokens[.] of i32: chosen), table[V][weight_stride] of dtype,
+    (pos_table[S][weight_stride]), x[.][ldx], m.
+    """
     if not math.isfinite(scale):
         raise ValueError(f"embedding: scale={scale} must be finite")
     if dtype not in ELEMENT_BYTES:
@@ -27,8 +38,10 @@ def embedding_spec(
     arguments = {
         "ids": pointer(UNBOUNDED, element="i32"),
         "positions": pointer(UNBOUNDED, element="i32"),
-        "table": pointer(UNBOUNDED, weight_stride(cols, dtype), element=dtype),
     }
+    if chosen:
+        arguments |= {name: pointer(UNBOUNDED, element="i32") for name in ("sources", "tokens")}
+    arguments["table"] = pointer(UNBOUNDED, weight_stride(cols, dtype), element=dtype)
     if positions:
         arguments["pos_table"] = pointer(UNBOUNDED, weight_stride(cols, "f32"))
     arguments |= {"x": pointer(UNBOUNDED, ldx), "m": SCALAR}
@@ -38,22 +51,31 @@ def embedding_spec(
 
 
 def build(spec: GpuKernelSpec, chip: Chip, *, c: int, scale: float) -> None:
-    from nanoserve.compiler.builder import index, widen
+    from nanoserve.compiler.builder import imax, index, widen
+    from nanoserve.compiler.control import when
     from nanoserve.compiler.gpu.kernel import device_kernel
     from nanoserve.compiler.gpu.threads import block_id
 
     cover = RowCover(c)
 
     @device_kernel(spec)
-    def _(ids: Any, positions: Any, table: Any, *rest: Any) -> None:
-        x = rest[-2]
+    def _(*values: Any) -> None:
+        given = dict(zip(dict(spec.arguments), values, strict=True))
         row = block_id()
-        token = index(ids[row])
-        position = index(positions[row])
+        token = index(given["ids"][row])
+        position = index(given["positions"][row])
+        if "sources" in given:
+            source = index(given["sources"][row])
+
+            @when(source >= 0, otherwise=[token])
+            def known() -> list[Any]:
+                return [imax(index(given["tokens"][source]), 0)]
+
+            token = known[0]
         for piece in cover.pieces():
-            value = widen(cover.load(table, token, piece))
+            value = widen(cover.load(given["table"], token, piece))
             if scale != 1.0:
                 value = value * scale
-            if len(rest) == 3:
-                value = value + cover.load(rest[0], position, piece)
-            cover.store(value, x, row, piece)
+            if "pos_table" in given:
+                value = value + cover.load(given["pos_table"], position, piece)
+            cover.store(value, given["x"], row, piece)
