@@ -19,6 +19,7 @@ from tests.gpu.test_cuda_engine import BF16, F32, GREEDY, answers, configs, imag
 from nanoserve import NanoServingEngine
 from nanoserve.cuda import backend
 from nanoserve.cuda.cublas import SONAMES, cublas_paths
+from nanoserve.cuda.device_weights import DeviceWeights
 from nanoserve.cuda.executor import CudaExecutor
 from nanoserve.cuda.gemm_choice import choose_gemms, products
 from nanoserve.models.config import ModelConfig
@@ -170,6 +171,15 @@ def test_what_is_not_there_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         engine(LLAMA, gemm)
+
+
+def test_two_types_in_one_product_are_for_our_kernels(
+    engine: Callable[..., NanoServingEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float32 arithmetic with a checkpoint's 16-bit weights."""
+    monkeypatch.setattr(DeviceWeights, "dtype", lambda self, name: "bf16")
+    with pytest.raises(ValueError, match="gemm: cublas for qkv: f32 times a weight of bf16 is for mma only"):
+        engine(LLAMA, "cublas")
 
 
 # ---- the library
