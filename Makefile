@@ -33,7 +33,7 @@ native:
 # GPU kernels are tested in an emulator of a CUDA device, and their launcher on its fake driver.
 emulator: $(VENV)/.test
 	cmake --preset x64-release
-	cmake --build build/x64-release --target nvemu fakecuda
+	cmake --build build/x64-release --target nvemu fakecuda fakecublas
 
 sanitize:
 	cmake --preset x64-asan

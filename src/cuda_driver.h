@@ -31,6 +31,22 @@ class CudaError : public std::runtime_error {
     int code_;
 };
 
+// CUDA_MEMCPY3D: a box of rows. A row begins at device + (z * height + y) * pitch + x.
+struct BoxSide {
+    std::size_t x, y, z, level;
+    int memory_type;  // CU_MEMORYTYPE_DEVICE
+    const void* host;
+    DevicePtr device;
+    Handle array;
+    void* reserved;
+    std::size_t pitch, height;  // bytes from row to row, rows from slice to slice
+};
+struct BoxCopy {
+    BoxSide from, to;
+    std::size_t width, height, depth;  // bytes, rows, slices
+};
+static_assert(sizeof(BoxCopy) == 200, "CUDA_MEMCPY3D of a 64-bit machine");
+
 // (name here, symbol, arguments)
 #define NANOSERVE_CUDA_FUNCTIONS(X)                                                                  \
     X(init, "cuInit", (unsigned))                                                                    \
@@ -52,7 +68,7 @@ class CudaError : public std::runtime_error {
     X(host_free, "cuMemFreeHost", (void*))                                                           \
     X(copy_to_device, "cuMemcpyHtoDAsync_v2", (DevicePtr, const void*, std::size_t, Handle))         \
     X(copy_to_host, "cuMemcpyDtoHAsync_v2", (void*, DevicePtr, std::size_t, Handle))                 \
-    X(copy_on_device, "cuMemcpyDtoDAsync_v2", (DevicePtr, DevicePtr, std::size_t, Handle))           \
+    X(copy_box, "cuMemcpy3DAsync_v2", (const BoxCopy*, Handle))                                      \
     X(fill, "cuMemsetD8Async", (DevicePtr, unsigned char, std::size_t, Handle))                      \
     X(stream_create, "cuStreamCreate", (Handle*, unsigned))                                          \
     X(stream_destroy, "cuStreamDestroy_v2", (Handle))                                                \

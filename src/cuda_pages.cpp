@@ -27,8 +27,10 @@ DevicePages::DevicePages(std::shared_ptr<Stream> stream, const PoolShape& shape)
       shape_(shape),
       page_bytes_(page_bytes(shape)),
       layer_bytes_(shape.num_pages * page_bytes_),
-      block_(stream_->device(), "the KV pool", all_bytes(shape)) {
+      block_(stream_->device(), "the KV pool", all_bytes(shape)),
+      zeros_(stream_->device(), "a page of zeros", num_blocks() * page_bytes_) {
     stream_->zero(block_.data(), block_.num_bytes());
+    stream_->zero(zeros_.data(), zeros_.num_bytes());
 }
 
 DevicePtr DevicePages::keys(std::int64_t layer) const {
@@ -42,21 +44,12 @@ DevicePtr DevicePages::values(std::int64_t layer) const {
 
 void DevicePages::copy_page(std::int64_t from, std::int64_t to) {
     stream_->device()->use();
-    for (std::int64_t layer = 0; layer < shape_.num_layers; ++layer) {
-        for (const DevicePtr base : {keys(layer), values(layer)}) {
-            stream_->copy(base + static_cast<DevicePtr>(to * page_bytes_),
-                          base + static_cast<DevicePtr>(from * page_bytes_), page_bytes_);
-        }
-    }
+    stream_->copy_row(pages(to), pages(from), page_bytes_, num_blocks());
 }
 
 void DevicePages::scrub_page(std::int64_t page) {
     stream_->device()->use();
-    for (std::int64_t layer = 0; layer < shape_.num_layers; ++layer) {
-        for (const DevicePtr base : {keys(layer), values(layer)}) {
-            stream_->zero(base + static_cast<DevicePtr>(page * page_bytes_), page_bytes_);
-        }
-    }
+    stream_->copy_row(pages(page), {.data = zeros_.data(), .rows = 1, .row = 0}, page_bytes_, num_blocks());
 }
 
 void DevicePages::read(DevicePtr from, std::span<std::byte> to) const {

@@ -2,7 +2,8 @@
 //
 // Layout: [layer] K [page][head][slot][dim], then V the same: a GPU reads keys in rows, so they are not
 // transposed as on the CPU. The bytes start as zeros. Copies and clearing go through the stream that the
-// steps run in, so they happen before any later step.
+// steps run in, so they happen before any later step. Each is one call of the driver for all layers: a page
+// is a row of every block of num_pages rows.
 #pragma once
 
 #include <memory>
@@ -29,11 +30,17 @@ class DevicePages final : public PageMemory {
     [[nodiscard]] const std::shared_ptr<Stream>& stream() const { return stream_; }
 
   private:
+    [[nodiscard]] std::int64_t num_blocks() const { return 2 * shape_.num_layers; }
+    [[nodiscard]] Stream::RowOfBlocks pages(std::int64_t page) const {
+        return {.data = block_.data(), .rows = shape_.num_pages, .row = page};
+    }
+
     std::shared_ptr<Stream> stream_;
     PoolShape shape_;
     std::int64_t page_bytes_;   // of a page's keys, or values, in one layer
     std::int64_t layer_bytes_;  // num_pages of them
     DeviceBlock block_;
+    DeviceBlock zeros_;  // a page of all layers, to clear others with
 };
 
 }  // namespace nanoserve::cuda

@@ -68,4 +68,16 @@ void validate(const Op& op) {
     }
 }
 
+void validate(const Product& product) {
+    validate(product.name, product.shape);
+    for (const Arg& arg : {product.x, product.w, product.y}) {
+        if (is_scalar(arg.source)) {
+            throw std::invalid_argument(product.name + ": x, w and y are pointers");
+        }
+    }
+    if (!is_scalar(product.rows.source)) {
+        throw std::invalid_argument(product.name + ": rows is a number");
+    }
+}
+
 }  // namespace nanoserve::cuda

@@ -7,8 +7,10 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <variant>
 #include <vector>
 
+#include "cuda_blas.h"
 #include "cuda_kernel.h"
 
 namespace nanoserve::cuda {
@@ -76,7 +78,19 @@ struct Op {
     std::vector<Arg> args;
 };
 
+// A matrix product that cuBLAS does.
+struct Product {
+    std::string name;
+    ProductShape shape;
+    Arg x, w, y;
+    Arg rows;
+};
+
+// One turn of a plan.
+using Work = std::variant<Op, Product>;
+
 // Throws invalid_argument unless every operation has kernels in order, and grids that follow from numbers.
 void validate(const Op& op);
+void validate(const Product& product);
 
 }  // namespace nanoserve::cuda

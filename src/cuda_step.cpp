@@ -82,14 +82,38 @@ std::int64_t CudaStep::weight_bytes() const {
     return total;
 }
 
-void CudaStep::op(Op op) {
-    validate(op);
+void CudaStep::check_args(std::span<const Arg> args) const {
     constexpr Sizes kOne{.rows = 1, .samples = 1, .decodes = 1, .chunks = 1, .segments = 1};
-    for (const Arg& arg : op.args) {
+    for (const Arg& arg : args) {
         static_cast<void>(value_of(arg, kOne));
     }
+}
+
+void CudaStep::append(Work work) {
     graphs_.clear();  // of the plan before
-    ops_.push_back(std::move(op));
+    plan_.push_back(std::move(work));
+}
+
+void CudaStep::op(Op op) {
+    validate(op);
+    check_args(op.args);
+    append(std::move(op));
+}
+
+const Blas& CudaStep::load_blas(std::span<const std::string> paths) {
+    if (blas_ == nullptr) {
+        blas_ = std::make_unique<Blas>(stream_, paths);
+    }
+    return *blas_;
+}
+
+void CudaStep::product(Product product) {
+    validate(product);
+    if (blas_ == nullptr) {
+        throw std::invalid_argument(product.name + ": cuBLAS is not loaded");
+    }
+    check_args(std::array{product.x, product.w, product.y, product.rows});
+    append(std::move(product));
 }
 
 std::int64_t CudaStep::value_of(const Arg& arg, const Sizes& sizes) const {
@@ -173,36 +197,58 @@ void CudaStep::prepare(const StepInputs& inputs, const Choices& choices) {
     }
 }
 
-void CudaStep::launch_all(const Sizes& sizes) {
+void CudaStep::run(const Op& op, const Sizes& sizes) {
     std::array<std::int64_t, kMaxArgs> values;
     std::array<void*, kMaxArgs> args;
-    for (const Op& op : ops_) {
-        const std::int64_t over = value_of(op.over, sizes);
-        const Variant& variant = *std::find_if(op.variants.begin(), op.variants.end() - 1,
-                                               [&](const Variant& each) { return over <= each.most; });
-        std::array<unsigned, 3> grid{};
-        for (std::size_t axis = 0; axis < 3; ++axis) {
-            const Extent& extent = variant.grid[axis];
-            grid[axis] =
-                narrow<unsigned>(extent.times * ceil_div(value_of(extent.scalar, sizes), extent.per));
+    const std::int64_t over = value_of(op.over, sizes);
+    const Variant& variant = *std::find_if(op.variants.begin(), op.variants.end() - 1,
+                                           [&](const Variant& each) { return over <= each.most; });
+    std::array<unsigned, 3> grid{};
+    for (std::size_t axis = 0; axis < 3; ++axis) {
+        const Extent& extent = variant.grid[axis];
+        grid[axis] = narrow<unsigned>(extent.times * ceil_div(value_of(extent.scalar, sizes), extent.per));
+    }
+    for (std::size_t i = 0; i < op.args.size(); ++i) {
+        values[i] = value_of(op.args[i], sizes);
+        args[i] = &values[i];
+    }
+    stream_->launch(variant.kernel->function(), op.name.c_str(), variant.kernel->shape(grid),
+                    std::span<void* const>(args.data(), op.args.size()));
+    ++counts_.kernel_launches;
+}
+
+void CudaStep::run(const Product& product, const Sizes& sizes) {
+    const auto pointer = [&](const Arg& arg) { return static_cast<DevicePtr>(value_of(arg, sizes)); };
+    blas_->multiply(product.name, product.shape, pointer(product.x), pointer(product.w), pointer(product.y),
+                    value_of(product.rows, sizes));
+    ++counts_.products;
+}
+
+void CudaStep::launch_all(const Sizes& sizes) {
+    for (const Work& work : plan_) {
+        std::visit([&](const auto& each) { run(each, sizes); }, work);
+    }
+}
+
+// cuBLAS may load a kernel when it first needs it, which is not for a capture to do. What products alone
+// write is activations, and the step writes them anew.
+void CudaStep::warm_products(const Sizes& sizes) {
+    for (const Work& work : plan_) {
+        if (const auto* const product = std::get_if<Product>(&work)) {
+            run(*product, sizes);
         }
-        for (std::size_t i = 0; i < op.args.size(); ++i) {
-            values[i] = value_of(op.args[i], sizes);
-            args[i] = &values[i];
-        }
-        stream_->launch(variant.kernel->function(), op.name.c_str(), variant.kernel->shape(grid),
-                        std::span<void* const>(args.data(), op.args.size()));
-        ++counts_.kernel_launches;
     }
 }
 
 void CudaStep::launch_graph(const GraphKey& key) {
     auto found = graphs_.find(key);
     if (found == graphs_.end()) {
+        const auto [rows, segments] = key;
+        const Sizes sizes{.rows = rows, .samples = rows, .decodes = rows, .chunks = 0, .segments = segments};
+        warm_products(sizes);
         stream_->begin_capture();
         try {
-            const auto [rows, segments] = key;
-            launch_all({.rows = rows, .samples = rows, .decodes = rows, .chunks = 0, .segments = segments});
+            launch_all(sizes);
         } catch (...) {
             stream_->abandon_capture();
             throw;

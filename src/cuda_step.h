@@ -42,6 +42,9 @@ class CudaStep {
     std::int64_t reserve_weight(std::int64_t num_bytes);   // to be filled piece by piece
     void fill_weight(std::int64_t id, std::int64_t offset, std::span<const std::byte> data);
     void op(Op op);
+    // Products need cuBLAS: the first of `paths` that can be loaded.
+    const Blas& load_blas(std::span<const std::string> paths);
+    void product(Product product);
 
     // One step: prepare under Python's lock, start without it; another one in between is refused, and so is
     // one more than kMaxInFlight that are not finished. Steps end in order.
@@ -59,7 +62,7 @@ class CudaStep {
     [[nodiscard]] const std::shared_ptr<const Device>& device() const { return stream_->device(); }
     [[nodiscard]] std::int64_t weight_bytes() const;
     struct Counts {
-        std::int64_t steps, graph_launches, kernel_launches, graphs;
+        std::int64_t steps, graph_launches, kernel_launches, products, graphs;
     };
     [[nodiscard]] const Counts& counts() const { return counts_; }
 
@@ -78,6 +81,11 @@ class CudaStep {
 
     [[nodiscard]] static std::size_t turn_of(std::int64_t number) { return at(number) % kMaxInFlight; }
     [[nodiscard]] std::int64_t value_of(const Arg& arg, const Sizes& sizes) const;
+    void check_args(std::span<const Arg> args) const;
+    void append(Work work);
+    void run(const Op& op, const Sizes& sizes);
+    void run(const Product& product, const Sizes& sizes);
+    void warm_products(const Sizes& sizes);
     void launch_all(const Sizes& sizes);
     void launch_graph(const GraphKey& key);
 
@@ -88,7 +96,8 @@ class CudaStep {
     std::atomic<bool> busy_{false};
 
     std::vector<DeviceBlock> buffers_, weights_;
-    std::vector<Op> ops_;
+    std::vector<Work> plan_;
+    std::unique_ptr<Blas> blas_;  // if products need it
     Inputs inputs_;
     DeviceBlock logits_, block_max_, tokens_;
     std::array<Flight, kMaxInFlight> flights_;  // step n is at n % kMaxInFlight

@@ -10,6 +10,7 @@ namespace {
 
 constexpr unsigned kNonBlocking = 1;    // CU_STREAM_NON_BLOCKING: does not wait for the default stream
 constexpr unsigned kNoTiming = 2;       // CU_EVENT_DISABLE_TIMING
+constexpr int kDeviceMemory = 2;        // CU_MEMORYTYPE_DEVICE
 constexpr int kCaptureThreadLocal = 1;  // CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 }  // namespace
@@ -61,11 +62,21 @@ void Stream::copy_out(void* to, DevicePtr from, std::int64_t num_bytes) {
     }
 }
 
-void Stream::copy(DevicePtr to, DevicePtr from, std::int64_t num_bytes) {
-    if (num_bytes > 0) {
-        check(driver().copy_on_device(to, from, at(num_bytes), handle_),
-              "copying " + std::to_string(num_bytes) + " bytes on the device");
-    }
+void Stream::copy_row(const RowOfBlocks& to, const RowOfBlocks& from, std::int64_t row_bytes,
+                      std::int64_t count) {
+    const auto side = [&](const RowOfBlocks& blocks) {
+        BoxSide made{};
+        made.y = at(blocks.row);
+        made.memory_type = kDeviceMemory;
+        made.device = blocks.data;
+        made.pitch = at(row_bytes);
+        made.height = at(blocks.rows);
+        return made;
+    };
+    const BoxCopy box{
+        .from = side(from), .to = side(to), .width = at(row_bytes), .height = 1, .depth = at(count)};
+    check(driver().copy_box(&box, handle_),
+          "copying " + std::to_string(count) + " x " + std::to_string(row_bytes) + " bytes on the device");
 }
 
 void Stream::zero(DevicePtr data, std::int64_t num_bytes) {

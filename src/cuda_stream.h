@@ -60,12 +60,20 @@ class Stream {
     Stream& operator=(const Stream&) = delete;
 
     [[nodiscard]] const std::shared_ptr<const Device>& device() const { return device_; }
+    [[nodiscard]] Handle handle() const { return handle_; }
 
     // From pinned memory, which must stay as it is until the copy is done (or from any, then it is done at
     // once).
     void copy_in(DevicePtr to, const void* from, std::int64_t num_bytes);
     void copy_out(void* to, DevicePtr from, std::int64_t num_bytes);
-    void copy(DevicePtr to, DevicePtr from, std::int64_t num_bytes);
+    // One row of so many bytes out of each of `count` blocks that lie one behind the other: row number `row`
+    // of each, of `rows`. It is one call of the driver, and no stride is as long as a block: the driver takes
+    // strides up to 2 GiB, a layer of a pool can have more.
+    struct RowOfBlocks {
+        DevicePtr data;
+        std::int64_t rows, row;
+    };
+    void copy_row(const RowOfBlocks& to, const RowOfBlocks& from, std::int64_t row_bytes, std::int64_t count);
     void zero(DevicePtr data, std::int64_t num_bytes);
     // args[i] points at the i-th argument's value. A grid with no blocks launches nothing.
     void launch(Handle function, const char* name, const LaunchShape& shape, std::span<void* const> args);

@@ -218,6 +218,8 @@ def paged_attention(
 
 class CudaDriverMissing(RuntimeError): ...
 class CudaError(RuntimeError): ...
+class CublasMissing(RuntimeError): ...
+class CublasError(RuntimeError): ...
 
 class CudaDevice:
     def __init__(self, ordinal: int = 0) -> None: ...
@@ -278,6 +280,24 @@ class CudaStep:
         variants: Sequence[tuple[int, CudaKernel, Sequence[tuple[Any, int, int]]]],
         args: Sequence[tuple[Any, ...]],
         over: tuple[Any, ...] = ("number",),
+    ) -> None: ...
+    def load_blas(self, paths: Sequence[str]) -> tuple[str, int]: ...
+    def product(
+        self,
+        name: str,
+        x: tuple[Any, ...],
+        weight: tuple[Any, ...],
+        y: tuple[Any, ...],
+        rows: tuple[Any, ...],
+        n: int,
+        k: int,
+        ldx: int,
+        ldw: int,
+        ldy: int,
+        element: str,
+        y_element: str,
+        scale: float = 1.0,
+        residual: bool = False,
     ) -> None: ...
     def start(
         self,

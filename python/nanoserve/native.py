@@ -57,6 +57,8 @@ def _load() -> ModuleType:
 if TYPE_CHECKING:
     from nanoserve._ch16 import (
         LOGITS_BLOCK,
+        CublasError,
+        CublasMissing,
         CudaDevice,
         CudaDriverMissing,
         CudaError,
@@ -79,6 +81,8 @@ if TYPE_CHECKING:
 else:
     _module = _load()
     LOGITS_BLOCK = _module.LOGITS_BLOCK
+    CublasError = _module.CublasError
+    CublasMissing = _module.CublasMissing
     CudaDevice = _module.CudaDevice
     CudaDriverMissing = _module.CudaDriverMissing
     CudaError = _module.CudaError
@@ -100,6 +104,8 @@ else:
 
 __all__ = [
     "LOGITS_BLOCK",
+    "CublasError",
+    "CublasMissing",
     "CudaDevice",
     "CudaDriverMissing",
     "CudaError",

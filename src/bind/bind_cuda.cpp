@@ -57,6 +57,31 @@ void add_op(CudaStep& step, const std::string& name, const std::vector<VariantTu
     step.op(std::move(op));
 }
 
+void add_product(CudaStep& step, const std::string& name, const py::tuple& x, const py::tuple& weight,
+                 const py::tuple& y, const py::tuple& rows, std::int64_t n, std::int64_t k, std::int64_t ldx,
+                 std::int64_t ldw, std::int64_t ldy, const std::string& element, const std::string& y_element,
+                 float scale, bool residual) {
+    step.product({.name = name,
+                  .shape = {.n = n,
+                            .k = k,
+                            .ldx = ldx,
+                            .ldw = ldw,
+                            .ldy = ldy,
+                            .element = element_from_name(element),
+                            .y_element = element_from_name(y_element),
+                            .scale = scale,
+                            .residual = residual},
+                  .x = arg_of(x),
+                  .w = arg_of(weight),
+                  .y = arg_of(y),
+                  .rows = arg_of(rows)});
+}
+
+py::tuple load_blas(CudaStep& step, const std::vector<std::string>& paths) {
+    const cuda::Blas& blas = step.load_blas(paths);
+    return py::make_tuple(blas.path(), blas.version());
+}
+
 std::span<const std::byte> bytes_of(const py::array& array) {
     if ((array.flags() & py::array::c_style) == 0 || array.size() == 0) {
         throw std::invalid_argument("a weight of shape " + shape_text(array) +
@@ -159,6 +184,7 @@ py::dict counts_dict(const CudaStep& step) {
     out["steps"] = counts.steps;
     out["graph_launches"] = counts.graph_launches;
     out["kernel_launches"] = counts.kernel_launches;
+    out["products"] = counts.products;
     out["graphs"] = counts.graphs;
     return out;
 }
@@ -168,6 +194,8 @@ py::dict counts_dict(const CudaStep& step) {
 void populate_cuda(py::module_& m) {
     py::register_exception<cuda::DriverMissing>(m, "CudaDriverMissing", PyExc_RuntimeError);
     py::register_exception<cuda::CudaError>(m, "CudaError", PyExc_RuntimeError);
+    py::register_exception<cuda::BlasMissing>(m, "CublasMissing", PyExc_RuntimeError);
+    py::register_exception<cuda::BlasError>(m, "CublasError", PyExc_RuntimeError);
 
     py::class_<Device, std::shared_ptr<Device>>(m, "CudaDevice", "A GPU: what it is, and its memory.")
         .def(py::init<int>(), py::arg("ordinal") = 0)
@@ -244,6 +272,12 @@ void populate_cuda(py::module_& m) {
              "else the last. args: (source,) or (source, index), in the kernel's order. grid: per dimension "
              "(argument, per, "
              "times): times * ceil(argument / per) blocks.")
+        .def("load_blas", &load_blas, py::arg("paths"),
+             "Loads cuBLAS, the first of the files or names that can be: (its path, its version).")
+        .def("product", &add_product, py::arg("name"), py::arg("x"), py::arg("weight"), py::arg("y"),
+             py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("ldx"), py::arg("ldw"), py::arg("ldy"),
+             py::arg("element"), py::arg("y_element"), py::arg("scale") = 1.0F, py::arg("residual") = false,
+             "Appends y = scale * x weight^T (+ y) by cuBLAS. x, weight, y and rows are arguments as op's.")
         .def(
             "start", &start, py::arg("input_ids"), py::arg("tables"), py::arg("starts"), py::arg("counts"),
             py::arg("sample_rows"), py::arg("vocab"), py::arg("position_offsets") = py::none(),
@@ -258,8 +292,9 @@ void populate_cuda(py::module_& m) {
         .def("read_logits", &read_logits, py::arg("number"), py::arg("samples"),
              "Of the step started last: (logits [samples, logits_stride], block_max [samples, num_blocks]).")
         .def_property_readonly("weight_bytes", &CudaStep::weight_bytes)
-        .def_property_readonly("counts", &counts_dict,
-                               "Steps, launches of graphs and of kernels, graphs made.");
+        .def_property_readonly(
+            "counts", &counts_dict,
+            "Steps, launches of graphs and of kernels, products of cuBLAS's, graphs made.");
 }
 
 }  // namespace nanoserve::bind

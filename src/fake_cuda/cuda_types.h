@@ -41,6 +41,23 @@ inline constexpr std::uintptr_t kPerThreadStream = 2;
 inline constexpr unsigned kStreamNonBlocking = 1;
 inline constexpr unsigned kEventDisableTiming = 2;
 
+inline constexpr int kDeviceMemory = 2;               // CU_MEMORYTYPE_DEVICE
+inline constexpr std::size_t kMaxPitch = 2147483647;  // CU_DEVICE_ATTRIBUTE_MAX_PITCH
+
+struct Memcpy3D {  // CUDA_MEMCPY3D
+    struct Side {
+        std::size_t x_bytes, y, z, lod;
+        int memory_type;
+        const void* host;
+        std::uint64_t device;
+        void* array;
+        void* reserved;
+        std::size_t pitch, height;
+    };
+    Side source, destination;
+    std::size_t width_bytes, height, depth;
+};
+
 enum class CaptureMode : int { kGlobal = 0, kThreadLocal = 1, kRelaxed = 2 };
 
 }  // namespace fake_cuda

@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <limits>
 
+#include "cuda_types.h"
+
 namespace fake_cuda {
 
 namespace {
@@ -52,6 +54,8 @@ std::optional<int> Device::attribute(int number) const {
             return 65536;
         case 10:  // WARP_SIZE
             return 32;
+        case 11:  // MAX_PITCH
+            return static_cast<int>(kMaxPitch);
         case 12:  // MAX_REGISTERS_PER_BLOCK
         case 82:  // MAX_REGISTERS_PER_MULTIPROCESSOR
             return 65536;

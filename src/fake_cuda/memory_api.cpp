@@ -276,6 +276,57 @@ FAKE_CUDA_EXPORT Result cuMemcpyDtoDAsync_v2(std::uint64_t to, std::uint64_t fro
 
 namespace {
 
+// Where a row of a box begins.
+std::uint64_t row_of(const Memcpy3D::Side& side, std::size_t y, std::size_t z) {
+    return side.device + ((side.z + z) * side.height + side.y + y) * side.pitch + side.x_bytes;
+}
+
+Result check_side(Driver& driver, const Memcpy3D& box, const Memcpy3D::Side& side, const std::string& what) {
+    if (side.memory_type != kDeviceMemory) {
+        return driver.fail(kInvalidValue, what + ": only boxes of device memory are emulated");
+    }
+    if (side.pitch > kMaxPitch || side.pitch < side.x_bytes + box.width_bytes ||
+        side.height < side.y + box.height) {
+        return driver.fail(kInvalidValue, what + ": a pitch of " + std::to_string(side.pitch) +
+                                              " bytes, or a height of " + std::to_string(side.height) +
+                                              " rows, is too short for the box, or over the limit");
+    }
+    const std::uint64_t first = row_of(side, 0, 0);
+    const std::uint64_t last = row_of(side, box.height - 1, box.depth - 1);
+    return check(driver, first, last - first + box.width_bytes, what.c_str());
+}
+
+}  // namespace
+
+FAKE_CUDA_EXPORT Result cuMemcpy3DAsync_v2(const Memcpy3D* wanted, void* stream) {
+    return call(Needs::kContext, [&](Driver& driver) {
+        const Memcpy3D box = *wanted;
+        if (box.width_bytes == 0 || box.height == 0 || box.depth == 0) {
+            return kSuccess;
+        }
+        Result bad = check_side(driver, box, box.destination, "the destination");
+        if (bad == kSuccess) {
+            bad = check_side(driver, box, box.source, "the source");
+        }
+        if (bad != kSuccess) {
+            return bad;
+        }
+        return on_stream(
+            driver, stream,
+            [box] {
+                for (std::size_t z = 0; z < box.depth; ++z) {
+                    for (std::size_t y = 0; y < box.height; ++y) {
+                        std::memmove(as_pointer(row_of(box.destination, y, z)),
+                                     as_pointer(row_of(box.source, y, z)), box.width_bytes);
+                    }
+                }
+            },
+            false);
+    });
+}
+
+namespace {
+
 template <typename Element>
 Result set_memory(std::uint64_t to, Element value, std::size_t count, void* const* stream) {
     return call(Needs::kContext, [&](Driver& driver) {

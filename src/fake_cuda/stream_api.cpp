@@ -1,6 +1,7 @@
 // Streams and events.
 #include <chrono>
 
+#include "device_work.h"
 #include "driver.h"
 
 using namespace fake_cuda;
@@ -129,6 +130,25 @@ FAKE_CUDA_EXPORT Result cuLaunchHostFunc(void* handle, void (*function)(void*), 
             return driver.fail(stream == nullptr ? kInvalidHandle : kInvalidValue, "cuLaunchHostFunc");
         }
         return driver.submit(stream, [=] { function(argument); });
+    });
+}
+
+FAKE_CUDA_EXPORT Result fake_cuda_enqueue(void* handle, Result (*run)(void*), void* data,
+                                          void (*release)(void*)) {
+    const std::shared_ptr<void> owned(data, release);
+    return call(Needs::kContext, [&](Driver& driver) {
+        const auto stream = driver.stream(handle);
+        if (stream == nullptr) {
+            return driver.fail(kInvalidHandle, "no such stream");
+        }
+        return driver.submit(stream, [&driver, run, owned] {
+            if (driver.sticky != kSuccess) {
+                return;
+            }
+            if (const Result result = run(owned.get())) {
+                driver.sticky = driver.fail(result, "work of a library");
+            }
+        });
     });
 }
 

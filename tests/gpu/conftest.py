@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "x64-release"
 # Before anybody asks for the driver: a process looks for it once.
 os.environ["NANOSERVE_CUDA_DRIVER"] = str(BUILD / "libfakecuda.so")
+os.environ["NANOSERVE_CUBLAS"] = str(BUILD / "libfakecublas.so")
 os.environ["NANOSERVE_EMULATOR"] = str(BUILD)
 
 
@@ -30,7 +31,7 @@ def emulator() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (
             ["--preset", "x64-release", f"-DPython_EXECUTABLE={sys.executable}"],
-            ["--build", str(BUILD), "--target", "nvemu", "fakecuda", "--parallel", "2"],
+            ["--build", str(BUILD), "--target", "nvemu", "fakecuda", "fakecublas", "--parallel", "2"],
         ):
             done = subprocess.run(
                 [cmake, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600

@@ -189,6 +189,30 @@ def test_keys_and_values_are_where_the_pages_say(engine: Callable[..., NanoServi
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", [F32, BF16], ids=["float32", "bfloat16"])
+def test_a_page_is_copied_and_cleared_in_all_layers(
+    engine: Callable[..., NanoServingEngine], precision: Precision
+) -> None:
+    """And no other page is touched."""
+    made = engine("llama", precision, kv_cache_pages=9)
+    made.generate([list(range(70))], SamplingParams(temperature=0.0, max_tokens=1))
+    pool = made.kv_pool
+
+    def contents() -> np.ndarray:
+        return np.array(
+            [[cuda_layer_cache(pool, layer, values) for values in (False, True)] for layer in (0, 1)]
+        )
+
+    expected = contents()
+    assert expected[:, :, 1:4].any(axis=(3, 4, 5)).all()  # of every layer, keys and values
+    copy = pool.copy_page(2)
+    expected[:, :, copy] = expected[:, :, 2]
+    np.testing.assert_array_equal(contents(), expected)
+    pool.scrub([1, 3])
+    expected[:, :, [1, 3]] = 0
+    np.testing.assert_array_equal(contents(), expected)
+
+
 # ---- what goes wrong
 
 

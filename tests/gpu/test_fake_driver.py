@@ -73,9 +73,9 @@ def add(driver: FakeDriver, add_image: bytes) -> Callable[..., None]:
     return launch
 
 
-def error(code: int, function: Callable[..., object], *args: object) -> str:
+def error(code: int, function: Callable[..., object], *args: object, **options: object) -> str:
     with pytest.raises(CudaError) as caught:
-        function(*args)
+        function(*args, **options)
     assert caught.value.code == code, str(caught.value)
     return str(caught.value)
 
@@ -189,6 +189,57 @@ def test_copies_and_fills(driver: FakeDriver) -> None:
     driver.call("cuMemsetD8Async", b + 12, 1, 4, 0)
     assert driver.download(b, 5, np.int32)[:4].tolist() == [7, 7, 7, 0x01010101]
     error(INVALID_VALUE, driver.call, "cuMemsetD32_v2", b + 2, 7, 1)
+
+
+class BoxSide(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("x", "y", "z", "lod")),
+        ("memory_type", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("host", "device", "array", "reserved")),
+        ("pitch", ctypes.c_size_t),
+        ("height", ctypes.c_size_t),
+    ]
+
+
+class BoxCopy(ctypes.Structure):
+    _fields_ = [
+        ("source", BoxSide),
+        ("destination", BoxSide),
+        *((name, ctypes.c_size_t) for name in ("width", "height", "depth")),
+    ]
+
+
+def test_boxes_are_copied(driver: FakeDriver) -> None:
+    """Rows 2 and 3 of three slices of five rows, from the second element on, to where slices are four rows apart."""
+    x = np.arange(3 * 5 * 4, dtype=np.float32)
+    source, target = driver.upload(x), driver.alloc(4 * 4 * 4 * 4)
+    driver.call("cuMemsetD32_v2", target, 0, 4 * 4 * 4)
+    stream = driver.stream()
+
+    def copy(**changes: int) -> None:
+        box = BoxCopy(
+            BoxSide(x=4, y=2, memory_type=2, device=source, pitch=16, height=5),
+            BoxSide(y=1, z=1, memory_type=2, device=target, pitch=16, height=4),
+            width=8, height=2, depth=3,
+        )  # fmt: skip
+        for name, value in changes.items():
+            place, _, field = name.rpartition("__")
+            setattr(getattr(box, place) if place else box, field, value)
+        driver.call("cuMemcpy3DAsync_v2", ctypes.byref(box), stream)
+        ctypes.memset(ctypes.addressof(box), 0xEE, ctypes.sizeof(box))  # taken during the call
+
+    copy()
+    assert not driver.download(target, 64).any()  # nobody waited
+    driver.call("cuStreamSynchronize", stream)
+    expected = np.zeros((4, 4, 4), np.float32)
+    expected[1:4, 1:3, :2] = x.reshape(3, 5, 4)[:, 2:4, 1:3]
+    np.testing.assert_array_equal(driver.download(target, 64).reshape(4, 4, 4), expected)
+    copy(depth=0)
+    for wrong in (
+        {"depth": 4}, {"source__z": 1}, {"source__device": source - 48}, {"destination__z": 2},
+        {"width": 16}, {"height": 4}, {"destination__height": 2}, {"source__pitch": 2**31}, {"source__memory_type": 1},
+    ):  # fmt: skip
+        error(INVALID_VALUE, copy, **wrong)
 
 
 @pytest.mark.parametrize(

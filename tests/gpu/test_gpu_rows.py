@@ -66,14 +66,33 @@ def reference(name: str | None, x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("cols", [3, 132, 1028])
 @pytest.mark.parametrize("name", [None, "silu", "gelu_tanh", "gelu_erf"])
-@pytest.mark.parametrize("gated", [False, True])
-def test_activation(cols: int, name: str | None, gated: bool) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_activation(cols: int, name: str | None, bias: bool) -> None:
     ldx, ldo = row_stride(2 * cols), row_stride(cols)
-    x = random(3, ldx) * np.float32(4)
-    spec = activation_spec(cols, ldx, ldo, activation=name, gated=gated, scale=1.5, softcap=2.5)
-    out = same_in_every_order(spec, x, np.zeros((3, ldo), np.float32), 3, out=1)[:, :cols]
-    expected = reference(name, x[:, :cols]) * (x[:, cols : 2 * cols] if gated else 1)
-    np.testing.assert_allclose(out, np.tanh(expected * 1.5 / 2.5) * 2.5, atol=2e-6, rtol=2e-6)
+    x, b, out = random(3, ldx) * np.float32(4), random(cols), random(4, ldo)
+    spec = activation_spec(cols, ldx, ldo, bias=bias, activation=name, residual=True, scale=1.5, softcap=2.5)
+    args = [x, *([b] if bias else []), out, 3]
+    done = same_in_every_order(spec, *args, out=1 + bias)
+    expected = reference(name, x[:, :cols] + (b if bias else np.float32(0)))
+    expected = np.tanh(expected * 1.5 / 2.5) * 2.5 + out[:3, :cols]
+    np.testing.assert_allclose(done[:3, :cols], expected, atol=2e-6, rtol=2e-6)
+    assert done[3].tobytes() == out[3].tobytes()
+    assert done[:, cols:].tobytes() == out[:, cols:].tobytes()
+
+
+@pytest.mark.parametrize("cols", [3, 132, 1028])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_gates(cols: int, dtype: str) -> None:
+    ldx, ldo = row_stride(2 * cols), row_stride(cols)
+    x, b = random(3, ldx) * np.float32(4), random(2 * cols)
+    spec = activation_spec(cols, ldx, ldo, bias=True, activation="silu", gated=True, dtype=dtype)
+    empty = np.zeros((3, ldo), np.float32 if dtype == "f32" else np.uint16)
+    out = same_in_every_order(spec, x, b, empty, 3, out=2)[:, :cols]
+    sums = x[:, : 2 * cols] + b
+    expected = reference("silu", sums[:, :cols]) * sums[:, cols:]
+    tolerance = 2e-6 if dtype == "f32" else 2**-8
+    found = out if dtype == "f32" else from_bf16(out)
+    np.testing.assert_allclose(found, expected, atol=2e-6, rtol=tolerance)
 
 
 def test_convert_rounds_to_nearest_even() -> None:
@@ -143,7 +162,11 @@ def test_copied_pages_are_the_same_in_every_layer() -> None:
     [
         (lambda: embedding_spec(8, 8, dtype="i8"), "dtype 'i8' must be one of f32, bf16, f16"),
         (lambda: embedding_spec(8, 8, scale=float("nan")), "scale=nan must be finite"),
-        (lambda: activation_spec(8, 8, 8, gated=True), "ldx=8 must be a multiple of 8, at least cols=16"),
+        (lambda: activation_spec(8, 8, 8, gated=True), "gated needs an activation"),
+        (
+            lambda: activation_spec(8, 8, 8, activation="silu", gated=True),
+            "ldx=8 must be a multiple of 8, at least cols=16",
+        ),
         (lambda: activation_spec(8, 8, 8, activation="relu"), "'relu' must be one of"),
         (lambda: activation_spec(8, 8, 8, softcap=-1.0), "softcap=-1.0 must be finite and at least 0"),
         (lambda: block_max_spec(0, 8), "vocab=0 must be positive"),

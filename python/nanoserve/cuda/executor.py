@@ -5,12 +5,13 @@ Construction copies the weights to the device, loads (or compiles) the kernels f
 logits and block maxima as the CPU's.
 
 Every output row's bits depend on its own tokens only, as on the CPU: an output of a product is one chain along k, attention has
-fixed blocks and segments, and kernels are chosen by number of rows only among those that give the same bits.
+fixed blocks and segments, and kernels are chosen by number of rows only among those that give the same bits. That ends where
+cuBLAS is asked for (`gemm`): it is there to compare with, and for whoever wants its speed more than the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,9 @@ from numpy.typing import NDArray
 from nanoserve.batch import Batch
 from nanoserve.compiler.gpu.artifact import Artifact, ArtifactStore
 from nanoserve.compiler.gpu.chip import CHIPS, Chip
+from nanoserve.cuda.cublas import cublas_paths
 from nanoserve.cuda.device_weights import DeviceWeights
+from nanoserve.cuda.gemm_choice import choose_gemms
 from nanoserve.cuda.op_binder import CudaOpBinder
 from nanoserve.kernels.cuda.layout import row_stride
 from nanoserve.kernels.cuda.library import load_artifacts
@@ -72,17 +75,21 @@ class CudaExecutor:
         max_num_batched_tokens, max_num_seqs: most rows, and sequences, of one forward.
         max_model_len: longest sequence. None takes the config's max_seq_len.
         buckets: rows of the graphs; None: default_buckets; empty: no graphs.
-        wgmma: bfloat16 products by Hopper's warpgroup instructions.
+        gemm: what multiplies: "mma" (our kernels for every chip), "wgmma" (bfloat16 by Hopper's warpgroup instructions), "cublas"
+            (no bits are promised then), or a mapping from the decoder's products to those, as gemm_choice.py says.
         store: of compiled kernels; None: the user's. image: what of an artifact the driver loads, its cubin.
         on_progress: called as (done, total, kernel name) while kernels compile.
         on_load: called as (bytes done, bytes in total, weight name).
 
     Attributes:
         weight_bytes: in device memory.
+        gemm: what each product runs by. batch_invariant: whether a row's bits are the same whatever runs beside it.
+        cublas: the library's (path, version), 130100 for 13.1.0; None where nothing needs it.
         num_threads: of the host, 1. quantization_report: None, nothing is quantised.
 
     Raises:
-        ValueError: a size, a number format or a device that does not fit. MemoryError: the device's memory does not suffice.
+        ValueError: a size, a number format, a device or a choice that does not fit. CublasMissing: it is asked for, and not found.
+        MemoryError: the device's memory does not suffice.
         KernelMissing: a kernel must be compiled, and no compiler is installed. CudaError: the driver fails.
     """
 
@@ -101,7 +108,7 @@ class CudaExecutor:
         max_num_seqs: int = 256,
         max_model_len: int | None = None,
         buckets: Sequence[int] | None = None,
-        wgmma: bool = False,
+        gemm: str | Mapping[str, str] = "mma",
         store: ArtifactStore | None = None,
         image: Callable[[Artifact], bytes] = lambda artifact: artifact.cubin,
         on_progress: OnProgress | None = None,
@@ -114,6 +121,8 @@ class CudaExecutor:
             )
         self.config, self.kv_pool, self.device = config, kv_pool, device
         self.chip = chip_of(device)
+        self.gemm = choose_gemms(gemm, config)
+        self.batch_invariant = "cublas" not in self.gemm.values()
         self.max_model_len = config.max_seq_len if max_model_len is None else max_model_len
         self._switch_len = self.max_model_len if config.switch_len is None else config.switch_len
         halves = 2 if self.max_model_len > self._switch_len else 1
@@ -128,12 +137,13 @@ class CudaExecutor:
             logits_stride=self._logits_stride, num_blocks=num_blocks(config.vocab_size),
             buckets=default_buckets(max_num_seqs) if buckets is None else list(buckets),
         )  # fmt: skip
+        self.cublas = None if self.batch_invariant else self._native.load_blas(cublas_paths())
         bound = bind_weights(config, weights)
         held = DeviceWeights(self._native, bound, self.max_model_len, self._switch_len, on_load)
         binder = CudaOpBinder(
             config, precision, self.chip, self._native, kv_pool.page_size, held, max_tokens=max_num_batched_tokens,
             max_sequences=max_num_seqs, max_samples=max_samples, max_segments=1 << (segments - 1).bit_length(), logits_stride=self._logits_stride,
-            wgmma=wgmma,
+            gemms=self.gemm,
         )  # fmt: skip
         launches = [launch for op in ops for launch in binder.bind(op)]
         self.weight_bytes = self._native.weight_bytes

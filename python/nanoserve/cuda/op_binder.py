@@ -6,16 +6,18 @@ for sequences of one row, a program per segment of their keys and one that merge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nanoserve.compiler.gpu.artifact import Artifact
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import Extent, GpuKernelSpec
 from nanoserve.compiler.gpu.triton_kernel import SCRATCH
 from nanoserve.cuda.device_weights import DeviceWeights
+from nanoserve.cuda.gemm_choice import product_of
 from nanoserve.kernels.cuda import activation, embedding, gemm, kv_write, logits, norm
-from nanoserve.kernels.cuda.layout import ELEMENT_BYTES, row_stride
+from nanoserve.kernels.cuda.layout import ELEMENT_BYTES, row_stride, weight_stride
 from nanoserve.kernels.cuda.paged_attention import AttentionForm
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.decoder import Attention, BlockMax, Convert, Embedding, Gemm, KvWrite, Norm, Op, buffers
@@ -61,6 +63,28 @@ class BoundLaunch:
         return scalar, extent.per, extent.times
 
 
+@dataclass(frozen=True, slots=True)
+class BoundProduct:
+    """A product of a plan that cuBLAS does; arguments as CudaStep.product's."""
+
+    name: str
+    args: tuple[Arg, Arg, Arg, Arg]
+    options: Mapping[str, Any]
+    variants: tuple[()] = ()  # no kernel of ours
+
+    def add_to(
+        self,
+        native: CudaStep,
+        artifacts: Mapping[GpuKernelSpec, Artifact],
+        load: Callable[[Artifact], CudaKernel],
+    ) -> None:
+        """Appends it to a plan."""
+        native.product(self.name, *self.args, **self.options)
+
+
+BoundWork = BoundLaunch | BoundProduct
+
+
 class CudaOpBinder:
     """Binds one model's operations.
 
@@ -68,7 +92,7 @@ class CudaOpBinder:
         precision: of the forward pass: float32 or bfloat16 arithmetic.
         native: whose buffers they use; makes them.
         max_segments: of the longest sequence. max_sequences, max_samples, max_tokens: of a step.
-        wgmma: bfloat16 products by Hopper's warpgroup instructions.
+        gemms: what each product runs by (gemm_choice.py).
     """
 
     def __init__(
@@ -85,10 +109,13 @@ class CudaOpBinder:
         max_samples: int,
         max_segments: int,
         logits_stride: int,
-        wgmma: bool = False,
+        gemms: Mapping[str, str],
     ) -> None:
         self._config, self._precision, self._chip = config, precision, chip
-        self._page_size, self._weights, self._wgmma = page_size, weights, wgmma
+        self._page_size, self._weights, self._gemms = page_size, weights, gemms
+        self._native = native
+        self._max_rows = {"num_rows": max_tokens, "num_samples": max_samples}
+        self._scratch: dict[int, Arg] = {}  # by bytes
         self._buffers: dict[str, Arg] = {"logits": ("logits",)}
         self._strides = {"logits": logits_stride}
         self._elements = {"logits": "f32"}
@@ -102,15 +129,15 @@ class CudaOpBinder:
         self._parts: Arg = ("buffer", native.buffer(results * config.dim_per_head * 4))
         self._sums: Arg = ("buffer", native.buffer(results * 2 * 4))
 
-    def bind(self, op: Op) -> list[BoundLaunch]:
-        """The launches of an operation."""
+    def bind(self, op: Op) -> Sequence[BoundWork]:
+        """The work of an operation, in order."""
         match op:
             case Embedding():
                 return [self._embedding(op)]
             case Norm():
                 return [self._norm(op)]
             case Gemm():
-                return [self._gemm(op)]
+                return self._gemm(op)
             case KvWrite():
                 return [self._kv_write(op)]
             case Attention():
@@ -157,23 +184,56 @@ class CudaOpBinder:
             op.weight, spec, *args, self._buffers[op.out], ("num_samples",) if op.gather else ("num_rows",)
         )
 
-    def _gemm(self, op: Gemm) -> BoundLaunch:
+    def _gemm(self, op: Gemm) -> Sequence[BoundWork]:
         tied = op.weight == "head.weight" and self._config.tie_embeddings
         weight = "embed.weight" if tied else op.weight
         dtype = self._precision.gemm_weight(self._weights.dtype(weight))
-        x = self._elements[op.x]
+        x, gemm_by = self._elements[op.x], self._gemms[product_of(op.weight)]
+        count: Arg = ("num_samples",) if op.x == "last" else ("num_rows",)
+        if (gemm_by == "wgmma" and x != "bf16") or (gemm_by == "cublas" and dtype != x):
+            raise ValueError(
+                f"gemm: {gemm_by} for {product_of(op.weight)}: {x} times a weight of {dtype} is for mma only"
+            )
+        if gemm_by == "cublas":
+            return self._cublas(op, self._weights.rows(weight, dtype), x, count)
         plan = gemm.gemm_plan(
             op.n_in, op.n_out, self._strides[op.x], self._strides[op.out], self._chip, x=x, dtype=dtype,
             y=self._elements[op.out], bias=op.bias is not None, activation=op.activation, residual=op.residual, scale=op.scale,
-            softcap=op.softcap, gated=op.gated, wgmma=self._wgmma and x == "bf16",
+            softcap=op.softcap, gated=op.gated, wgmma=gemm_by == "wgmma",
         )  # fmt: skip
         args = [self._buffers[op.x], self._weights.rows(weight, dtype)]
         if op.bias is not None:
             args.append(self._weights.rows(op.bias))
-        count: Arg = ("num_samples",) if op.x == "last" else ("num_rows",)
-        return BoundLaunch(
-            op.weight, plan.steps, _by_name(plan.steps[0][1], *args, self._buffers[op.out], count), count
-        )
+        by_name = _by_name(plan.steps[0][1], *args, self._buffers[op.out], count)
+        return [BoundLaunch(op.weight, plan.steps, by_name, count)]
+
+    def _cublas(self, op: Gemm, weight: Arg, x: str, count: Arg) -> Sequence[BoundWork]:
+        """The product alone, where scaling and adding to y is all there is to do; else into float32 sums, finished row by row."""
+        cols = op.n_out * (1 + op.gated)
+        has_more = op.bias is not None or op.activation is not None or op.softcap != 0
+        stride = row_stride(cols) if has_more else self._strides[op.out]
+        sums = self._scratch_rows(count, stride) if has_more else self._buffers[op.out]
+        options = {
+            "n": cols, "k": op.n_in, "ldx": self._strides[op.x], "ldw": weight_stride(op.n_in, x), "ldy": stride, "element": x,
+            "y_element": "f32" if has_more else self._elements[op.out], "scale": 1.0 if has_more else op.scale,
+            "residual": op.residual and not has_more,
+        }  # fmt: skip
+        product = BoundProduct(op.weight, (self._buffers[op.x], weight, sums, count), options)
+        if not has_more:
+            return [product]
+        spec = activation.activation_spec(
+            op.n_out, stride, self._strides[op.out], bias=op.bias is not None, activation=op.activation, residual=op.residual,
+            scale=op.scale, softcap=op.softcap, gated=op.gated, dtype=self._elements[op.out],
+        )  # fmt: skip
+        bias = [] if op.bias is None else [self._weights.rows(op.bias)]
+        return [product, _launch(f"{op.weight}.finish", spec, sums, *bias, self._buffers[op.out], count)]
+
+    def _scratch_rows(self, count: Arg, stride: int) -> Arg:
+        """As many float32 rows as a step can have; products share them, for each is finished before the next."""
+        size = self._max_rows[count[0]] * stride * ELEMENT_BYTES["f32"]
+        if size not in self._scratch:
+            self._scratch[size] = ("buffer", self._native.buffer(size))
+        return self._scratch[size]
 
     def _kv_write(self, op: KvWrite) -> BoundLaunch:
         config = self._config
