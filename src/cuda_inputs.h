@@ -37,7 +37,19 @@ struct Sizes {
     std::int64_t rows, samples, decodes, chunks, segments;
 };
 
-class Inputs {
+// Where the arrays lie in the block, one behind the other, the table last: it alone has a length worth not
+// copying.
+class InputLayout {
+  public:
+    InputLayout(const Limits& limits, std::int64_t page_size);
+    [[nodiscard]] std::int64_t num_bytes() const { return num_bytes_; }
+
+  protected:
+    const std::int64_t positions_, slots_, sample_rows_, decodes_, chunks_, max_chunks_, table_, max_table_,
+        num_bytes_;
+};
+
+class Inputs : private InputLayout {
   public:
     // buckets: rows of the graphs, ascending.
     Inputs(const std::shared_ptr<const Device>& device, const Limits& limits, std::int64_t page_size,
@@ -66,8 +78,6 @@ class Inputs {
 
     const Limits limits_;
     const std::vector<std::int64_t> buckets_;
-    // The arrays lie one behind the other, the table last: it alone has a length worth not copying.
-    const std::int64_t positions_, slots_, sample_rows_, decodes_, chunks_, max_chunks_, table_, max_table_;
     const PinnedBlock host_;
     const DeviceBlock block_;
     Sizes sizes_{};

@@ -75,6 +75,11 @@ std::int64_t CudaStep::weight(std::span<const std::byte> data) {
     return id;
 }
 
+std::int64_t CudaStep::own_bytes(const Limits& limits, std::int64_t page_size) {
+    return InputLayout(limits, page_size).num_bytes() + row_bytes(limits, limits.logits_stride) +
+           row_bytes(limits, limits.num_blocks);
+}
+
 std::int64_t CudaStep::weight_bytes() const {
     std::int64_t total = 0;
     for (const DeviceBlock& weight : weights_) {

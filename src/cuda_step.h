@@ -44,6 +44,8 @@ class CudaStep {
 
     [[nodiscard]] const Limits& limits() const { return limits_; }
     [[nodiscard]] const std::shared_ptr<const Device>& device() const { return stream_->device(); }
+    // What a step takes of a device beside its plan's buffers and weights: its inputs and logits.
+    [[nodiscard]] static std::int64_t own_bytes(const Limits& limits, std::int64_t page_size);
     [[nodiscard]] std::int64_t weight_bytes() const;
     struct Counts {
         std::int64_t steps, graph_launches, kernel_launches, graphs;

@@ -268,6 +268,19 @@ class CudaStep:
         num_blocks: int,
         buckets: Sequence[int] = (),
     ) -> None: ...
+    @staticmethod
+    def own_bytes(
+        page_size: int,
+        max_tokens: int,
+        max_positions: int,
+        max_sequences: int,
+        max_samples: int,
+        chunk_rows: int,
+        segment: int,
+        vocab: int,
+        logits_stride: int,
+        num_blocks: int,
+    ) -> int: ...
     def buffer(self, num_bytes: int) -> int: ...
     def weight(self, array: NDArray[Any]) -> int: ...
     def reserve_weight(self, num_bytes: int) -> int: ...

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from nanoserve.compiler.gpu.artifact import Artifact
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import Extent, GpuKernelSpec
 from nanoserve.compiler.gpu.triton_kernel import SCRATCH
-from nanoserve.cuda.device_weights import DeviceWeights
+from nanoserve.cuda.step_sizes import StepSizes
 from nanoserve.kernels.cuda import activation, embedding, gemm, kv_write, logits, norm
 from nanoserve.kernels.cuda.layout import ELEMENT_BYTES, row_stride
 from nanoserve.kernels.cuda.paged_attention import AttentionForm
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.decoder import Attention, BlockMax, Convert, Embedding, Gemm, KvWrite, Norm, Op, buffers
+from nanoserve.models.rope import Rope
 from nanoserve.native import CudaKernel, CudaStep
 from nanoserve.packed_weights import Arg
 from nanoserve.precision import Precision
@@ -61,13 +63,27 @@ class BoundLaunch:
         return scalar, extent.per, extent.times
 
 
+class Buffers(Protocol):
+    """Of activations: CudaStep's, or those of a plan of memory (memory_plan.py)."""
+
+    def buffer(self, num_bytes: int) -> int: ...
+
+
+class Weights(Protocol):
+    """Of a model: DeviceWeights, or those of a plan of memory."""
+
+    def dtype(self, name: str) -> str: ...
+    def rows(self, name: str, dtype: str | None = None) -> Arg: ...
+    def rope(self, rope: Rope) -> Arg: ...
+
+
 class CudaOpBinder:
     """Binds one model's operations.
 
     Args:
         precision: of the forward pass: float32 or bfloat16 arithmetic.
-        native: whose buffers they use; makes them.
-        max_segments: of the longest sequence. max_sequences, max_samples, max_tokens: of a step.
+        native: whose buffers they use; makes them. weights: there.
+        sizes: of the largest step.
         wgmma: bfloat16 products by Hopper's warpgroup instructions.
     """
 
@@ -76,29 +92,25 @@ class CudaOpBinder:
         config: ModelConfig,
         precision: Precision,
         chip: Chip,
-        native: CudaStep,
+        native: Buffers,
         page_size: int,
-        weights: DeviceWeights,
+        weights: Weights,
+        sizes: StepSizes,
         *,
-        max_tokens: int,
-        max_sequences: int,
-        max_samples: int,
-        max_segments: int,
-        logits_stride: int,
         wgmma: bool = False,
     ) -> None:
         self._config, self._precision, self._chip = config, precision, chip
         self._page_size, self._weights, self._wgmma = page_size, weights, wgmma
         self._buffers: dict[str, Arg] = {"logits": ("logits",)}
-        self._strides = {"logits": logits_stride}
+        self._strides = {"logits": sizes.logits_stride}
         self._elements = {"logits": "f32"}
         for name, buffer in buffers(config, precision.gemm_input).items():
             self._strides[name] = row_stride(buffer.cols)
             self._elements[name] = buffer.element
-            rows = max_samples if name == "last" else max_tokens
+            rows = sizes.max_samples if name == "last" else sizes.max_tokens
             size = rows * self._strides[name] * ELEMENT_BYTES[buffer.element]
             self._buffers[name] = ("buffer", native.buffer(size))
-        results = max_sequences * config.n_head * max_segments
+        results = sizes.max_sequences * config.n_head * sizes.max_segments
         self._parts: Arg = ("buffer", native.buffer(results * config.dim_per_head * 4))
         self._sums: Arg = ("buffer", native.buffer(results * 2 * 4))
 
