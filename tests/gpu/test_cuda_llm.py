@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.text_checkpoint import make_text_checkpoint
 from tests.gpu.emulated_images import load_images
 
 from nanoserve import LLM, SamplingParams
@@ -23,6 +24,7 @@ from nanoserve.models.config import ModelConfig
 from nanoserve.models.weights import bind_weights, expected_dtypes, random_weights
 from nanoserve.native import CudaDevice, CudaStream, cuda_pool
 from nanoserve.precision import Precision, choose_precision
+from support.text_checkpoint import make_text_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 PROMPTS = ["Once upon a time", "the", "a longer prompt, of several words, to be cut into pieces " * 3]
@@ -34,6 +36,12 @@ MIB = 2**20
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama in float32."""
     return make_text_checkpoint(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(autouse=True)
+def empty_device() -> None:
+    """Engines of other tests that are only garbage by now are gone."""
+    gc.collect()
 
 
 @pytest.fixture
@@ -152,7 +160,7 @@ def half_taken() -> Iterator[None]:
 @pytest.mark.usefixtures("half_taken")
 def test_memory_that_others_hold_cannot_be_had(opened: Callable[..., LLM]) -> None:
     told = (
-        r"^gpu_memory_utilization: 0.9 of \d+ bytes is \d+, of which only \d+ are free: .* give at most 0.49$"
+        r"^gpu_memory_utilization: 0.9 of \d+ bytes is \d+, of which only \d+ are free: .* give at most 0.5$"
     )
     with pytest.raises(ValueError, match=told):
         opened(device="cuda")
@@ -191,9 +199,8 @@ def test_a_device_that_is_not_here_is_planned_the_same() -> None:
 )  # fmt: skip
 def test_options_that_mean_nothing_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     """Before anything is read: there is no checkpoint."""
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         LLM(tmp_path / "nothing", **options)
-    assert str(refused.value).startswith(message)
 
 
 def in_a_process(code: str, **environment: str) -> str:

@@ -52,12 +52,16 @@ class ErrorBoundary(TyperGroup):
             say(f"error: {error}")
             raise typer.Exit(1) from error
         except RuntimeError as error:
+            from nanoserve.compiler.gpu.cubin import AssemblerMissing
+            from nanoserve.compiler.gpu.triton_kernel import TritonMissing
             from nanoserve.compiler.jit import CompileError
             from nanoserve.compiler.object_cache import CacheRefused
             from nanoserve.kernels.cuda.library import KernelMissing
             from nanoserve.native import CudaDriverMissing, CudaError
 
-            known = (CompileError, CacheRefused, CudaDriverMissing, CudaError, KernelMissing)
+            known = (
+                AssemblerMissing, CacheRefused, CompileError, CudaDriverMissing, CudaError, KernelMissing, TritonMissing,
+            )  # fmt: skip
             if not isinstance(error, known):
                 raise
             say(f"error: {error}")
