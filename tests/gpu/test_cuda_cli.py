@@ -97,7 +97,7 @@ def test_the_plan_is_what_a_model_gets_and_shows_its_arithmetic(run: Run, checkp
     assert told["total_bytes"] == told["weight_bytes"] + told["activation_bytes"] + told["kv_cache_bytes"]
     assert told["num_pages"] == 4 * 128 // 16
     assert told["stored_bytes"] is not None
-    assert "of 512.00 MiB = 0.5 x 1.00 GiB of cuda:0, nanoserve emulated GPU (sm_90a)" in run(*words).stdout
+    assert "of 512.0 MiB = 0.5 x 1.00 GiB of cuda:0, nanoserve emulated GPU (sm_90a)" in run(*words).stdout
 
 
 def test_a_gpu_that_is_not_here_is_planned(run: Run, checkpoint: Path) -> None:
