@@ -16,7 +16,6 @@ constexpr int kFloat32 = 0, kBfloat16 = 14;
 constexpr int kCompute32F = 68;  // of float32, IEEE float32: TF32 is a type of its own
 constexpr int kDefaultAlgorithm = -1;
 // What the manual recommends for Hopper; older chips need less.
-constexpr std::int64_t kWorkspaceBytes = std::int64_t{32} << 20;
 
 int data_type(ElementType element) {
     return element == ElementType::f32 ? kFloat32 : kBfloat16;

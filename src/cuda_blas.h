@@ -55,6 +55,9 @@ class Blas {
     void multiply(const std::string& name, const ProductShape& shape, DevicePtr x, DevicePtr w, DevicePtr y,
                   std::int64_t rows);
 
+    // Device memory of its own: the size NVIDIA recommends for Hopper.
+    static constexpr std::int64_t kWorkspaceBytes = std::int64_t{32} << 20;
+
     [[nodiscard]] const std::string& path() const { return path_; }
     // 130100 for 13.1.0.
     [[nodiscard]] int version() const { return version_; }

@@ -31,11 +31,8 @@ Limits checked(const Limits& limits) {
 
 }  // namespace
 
-Inputs::Inputs(const std::shared_ptr<const Device>& device, const Limits& limits, std::int64_t page_size,
-               std::vector<std::int64_t> buckets)
-    : limits_(checked(limits)),
-      buckets_(std::move(buckets)),
-      positions_(bytes_of<std::int32_t>(limits.max_tokens)),
+InputLayout::InputLayout(const Limits& limits, std::int64_t page_size)
+    : positions_(bytes_of<std::int32_t>(checked(limits).max_tokens)),
       slots_(positions_ + bytes_of<std::int32_t>(limits.max_tokens)),
       sources_(slots_ + bytes_of<std::int32_t>(limits.max_tokens)),
       sample_rows_(sources_ + bytes_of<std::int32_t>(limits.max_tokens)),
@@ -51,9 +48,16 @@ Inputs::Inputs(const std::shared_ptr<const Device>& device, const Limits& limits
           {{"max_sequences", limits.max_sequences},
            {"pages",
             ceil_div((ceil_div(limits.max_positions, kBlockTokens) + 1) * kBlockTokens, page_size) + 1}})),
-      hosts_{PinnedBlock(device, "a step's inputs", table_ + bytes_of<std::int32_t>(max_table_)),
-             PinnedBlock(device, "a step's inputs", table_ + bytes_of<std::int32_t>(max_table_))},
-      block_(device, "a step's inputs", hosts_[0].num_bytes()) {
+      num_bytes_(table_ + bytes_of<std::int32_t>(max_table_)) {}
+
+Inputs::Inputs(const std::shared_ptr<const Device>& device, const Limits& limits, std::int64_t page_size,
+               std::vector<std::int64_t> buckets)
+    : InputLayout(limits, page_size),
+      limits_(limits),
+      buckets_(std::move(buckets)),
+      hosts_{PinnedBlock(device, "a step's inputs", num_bytes()),
+             PinnedBlock(device, "a step's inputs", num_bytes())},
+      block_(device, "a step's inputs", num_bytes()) {
     if (!std::is_sorted(buckets_.begin(), buckets_.end()) ||
         (!buckets_.empty() && (buckets_.front() < 1 || buckets_.back() > limits_.max_sequences))) {
         throw std::invalid_argument("buckets must ascend from 1 to at most max_sequences=" +

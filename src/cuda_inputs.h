@@ -56,7 +56,19 @@ struct Staged {
     std::int64_t used;    // bytes
 };
 
-class Inputs {
+// Where the arrays lie in the block, one behind the other, the table last: it alone has a length worth not
+// copying.
+class InputLayout {
+  public:
+    InputLayout(const Limits& limits, std::int64_t page_size);
+    [[nodiscard]] std::int64_t num_bytes() const { return num_bytes_; }
+
+  protected:
+    const std::int64_t positions_, slots_, sources_, sample_rows_, draws_, draw_ints_, decodes_, chunks_,
+        max_chunks_, table_, max_table_, num_bytes_;
+};
+
+class Inputs : private InputLayout {
   public:
     // buckets: rows of the graphs, ascending.
     Inputs(const std::shared_ptr<const Device>& device, const Limits& limits, std::int64_t page_size,
@@ -87,9 +99,6 @@ class Inputs {
 
     const Limits limits_;
     const std::vector<std::int64_t> buckets_;
-    // The arrays lie one behind the other, the table last: it alone has a length worth not copying.
-    const std::int64_t positions_, slots_, sources_, sample_rows_, draws_, draw_ints_, decodes_, chunks_,
-        max_chunks_, table_, max_table_;
     const std::array<PinnedBlock, kMaxInFlight> hosts_;
     const DeviceBlock block_;
     std::size_t turn_ = 0;

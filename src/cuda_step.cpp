@@ -22,6 +22,10 @@ std::int64_t row_bytes(const Limits& limits, std::int64_t floats) {
         {{"max_samples", limits.max_samples}, {"floats", floats}, {"bytes", sizeof(float)}});
 }
 
+std::int64_t token_bytes(const Limits& limits) {
+    return limits.max_samples * std::int64_t{sizeof(std::int32_t)};
+}
+
 }  // namespace
 
 CudaStep::CudaStep(std::shared_ptr<KVCachePool> pool, const Limits& limits, std::vector<std::int64_t> buckets)
@@ -32,8 +36,8 @@ CudaStep::CudaStep(std::shared_ptr<KVCachePool> pool, const Limits& limits, std:
       inputs_(device(), limits, pool_->shape().page_size, std::move(buckets)),
       logits_(device(), "the logits", row_bytes(limits_, limits_.logits_stride)),
       block_max_(device(), "the logits' maxima", row_bytes(limits_, limits_.num_blocks)),
-      tokens_(device(), "a step's tokens", limits_.max_samples * std::int64_t{sizeof(std::int32_t)}),
-      flights_{Flight(device(), limits_.max_samples), Flight(device(), limits_.max_samples)},
+      tokens_(device(), "a step's tokens", token_bytes(limits_)),
+      flights_{Flight(device(), token_bytes(limits_)), Flight(device(), token_bytes(limits_))},
       batch_({.max_tokens = limits.max_tokens, .max_positions = limits.max_positions}) {
     stream_->zero(tokens_.data(), tokens_.num_bytes());
 }
@@ -72,6 +76,11 @@ std::int64_t CudaStep::weight(std::span<const std::byte> data) {
     const std::int64_t id = reserve_weight(std::ssize(data));
     fill_weight(id, 0, data);
     return id;
+}
+
+std::int64_t CudaStep::own_bytes(const Limits& limits, std::int64_t page_size) {
+    return InputLayout(limits, page_size).num_bytes() + row_bytes(limits, limits.logits_stride) +
+           row_bytes(limits, limits.num_blocks) + token_bytes(limits);
 }
 
 std::int64_t CudaStep::weight_bytes() const {

@@ -60,6 +60,8 @@ class CudaStep {
 
     [[nodiscard]] const Limits& limits() const { return limits_; }
     [[nodiscard]] const std::shared_ptr<const Device>& device() const { return stream_->device(); }
+    // What a step takes of a device beside its plan's buffers and weights: its inputs and logits.
+    [[nodiscard]] static std::int64_t own_bytes(const Limits& limits, std::int64_t page_size);
     [[nodiscard]] std::int64_t weight_bytes() const;
     struct Counts {
         std::int64_t steps, graph_launches, kernel_launches, products, graphs;
@@ -71,9 +73,8 @@ class CudaStep {
 
     // A step that was started.
     struct Flight {
-        explicit Flight(const std::shared_ptr<const Device>& device, std::int64_t max_samples)
-            : tokens(device, "a step's tokens", max_samples * std::int64_t{sizeof(std::int32_t)}),
-              done(device) {}
+        explicit Flight(const std::shared_ptr<const Device>& device, std::int64_t num_bytes)
+            : tokens(device, "a step's tokens", num_bytes), done(device) {}
         PinnedBlock tokens;
         Event done;
         Staged staged{};

@@ -1,7 +1,7 @@
 """The native core, as Python sees it. Built from src/bind; a test compares this file with the module."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -256,6 +256,7 @@ class CudaKernel:
     def local_bytes(self) -> int: ...
 
 class CudaStep:
+    blas_workspace_bytes: ClassVar[int]
     def __init__(
         self,
         pool: KVCachePool,
@@ -270,6 +271,19 @@ class CudaStep:
         num_blocks: int,
         buckets: Sequence[int] = (),
     ) -> None: ...
+    @staticmethod
+    def own_bytes(
+        page_size: int,
+        max_tokens: int,
+        max_positions: int,
+        max_sequences: int,
+        max_samples: int,
+        chunk_rows: int,
+        segment: int,
+        vocab: int,
+        logits_stride: int,
+        num_blocks: int,
+    ) -> int: ...
     def buffer(self, num_bytes: int) -> int: ...
     def weight(self, array: NDArray[Any]) -> int: ...
     def reserve_weight(self, num_bytes: int) -> int: ...

@@ -13,8 +13,10 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from nanoserve.checks import shown
+from nanoserve.device_name import device_ordinal
 from nanoserve.errors import CheckpointError, RequestRefused
 from nanoserve.memory_plan import plan_memory
 from nanoserve.models.checkpoint import checkpoint_directory, load_weights
@@ -31,6 +33,9 @@ from nanoserve.text.grammar import Grammar, GrammarCompiler
 from nanoserve.text.tokenizer import load_tokenizer
 from nanoserve.text_request import AnyTokenizer, Prompt, TextRequest
 
+if TYPE_CHECKING:
+    from nanoserve.cuda.backend import CudaBackend
+
 OnProgress = Callable[[int, int, str], None]
 Message = Mapping[str, Any]
 _ENGINE_OPTIONS = frozenset(
@@ -43,12 +48,15 @@ class LLM:
 
     Args:
         model: checkpoint directory (config.json and safetensors), or a repository id of the Hugging Face hub.
-        dtype: "float32", "bfloat16", or "auto": bfloat16 for a checkpoint stored so on a CPU that multiplies it, else float32
-            (precision.py says what each means).
-        quantization: None, or "int8": weights per output channel, GEMM inputs per token.
+        dtype: "float32", "bfloat16", or "auto": bfloat16 for a checkpoint stored so on a CPU that multiplies it, or stored in 16
+            bits on a GPU; else float32 (precision.py says what each means).
+        device: where the model runs: "cpu", or "cuda" (the first) or "cuda:N" for a GPU of NVIDIA's.
+        gpu_memory_utilization: fraction of a GPU's memory that weights, activations and the KV pool together may take; None takes
+            0.9, or what kv_cache_bytes says.
+        quantization: None, or "int8": weights per output channel, GEMM inputs per token; on the CPU.
         kv_cache_dtype: "float32", "bfloat16", or "auto": float32 where the arithmetic is.
         kv_cache_bytes: memory for the KV pool, taken at once; None takes what plan_memory finds sensible for this machine,
-            page by page as it is used.
+            page by page as it is used; on a GPU, what gpu_memory_utilization leaves, at once.
         max_num_seqs, max_num_batched_tokens: as NanoServingEngine's max_batch_size and max_num_batched_tokens.
         max_model_len: longest prompt + output; None takes the model's, or what fits the pool.
         revision: branch, tag or commit of a hub repository.
@@ -56,16 +64,19 @@ class LLM:
         on_load: called as (bytes done, bytes in total, weight name) while weights are packed.
         on_progress: called as (done, total, kernel name) while kernels compile.
         engine_options: of NanoServingEngine: page_size, max_chunk_size, policy, enable_prefix_cache, num_threads, seed,
-            weight_cache.
+            weight_cache. On a GPU num_threads and weight_cache are refused: there are none.
 
     Attributes:
         directory: where it was loaded from. config: its ModelConfig. precision: the number formats it computes in.
+        memory_plan: what it takes of the device's memory.
         tokenizer: None when the checkpoint has none. chat_template: likewise.
         generation: the checkpoint's GenerationConfig. sampling_defaults: what it asks for, by SamplingParams field;
             default_params: as SamplingParams.
 
     Raises:
         CheckpointError: what is wrong with the checkpoint. ValueError: naming the field, its value and its limit.
+        CudaDriverMissing: a GPU is asked for and there is no driver. KernelMissing: a GPU's kernel must be compiled, and no
+            compiler is installed.
     """
 
     def __init__(
@@ -77,6 +88,8 @@ class LLM:
         max_num_batched_tokens: int = 2048,
         max_model_len: int | None = None,
         *,
+        device: str = "cpu",
+        gpu_memory_utilization: float | None = None,
         quantization: str | None = None,
         kv_cache_dtype: str = "auto",
         revision: str | None = None,
@@ -85,10 +98,13 @@ class LLM:
         on_progress: OnProgress | None = None,
         **engine_options: Any,
     ) -> None:
-        choose_precision(dtype, quantization, kv_cache_dtype, "f32", 2)  # refuse before anything is read
+        # Refuse before anything is read.
+        on_gpu = device_ordinal(device) is not None
+        choose_precision(dtype, quantization, kv_cache_dtype, "f32", 2, gpu=on_gpu)
         if unknown := sorted(set(engine_options) - _ENGINE_OPTIONS):
             known = ", ".join(sorted(_ENGINE_OPTIONS))
             raise TypeError(f"{unknown[0]}: LLM has no such option; of the engine's it takes {known}")
+        gpu = self._open_gpu(device, kv_cache_bytes, gpu_memory_utilization, engine_options)
         self.directory = directory = checkpoint_directory(model, revision=revision)
         self.config = ModelConfig.from_pretrained(directory)
         # Before the weights: a bad tokenizer should not cost a minute's loading.
@@ -100,22 +116,32 @@ class LLM:
         bound = bind_weights(self.config, tensors)
         stored = stored_dtype(bound)
         self.precision = choose_precision(
-            dtype, quantization, kv_cache_dtype, stored, self.config.dim_per_head
+            dtype, quantization, kv_cache_dtype, stored, self.config.dim_per_head, gpu=on_gpu
         )
-        plan = plan_memory(
-            self.config, weight_bytes=loaded_bytes(self.config, bound, self.precision),
-            kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
-            page_size=engine_options.get("page_size", 16), max_num_batched_tokens=max_num_batched_tokens,
-            precision=self.precision, num_threads=engine_options.get("num_threads"),
-        )  # fmt: skip
+        sizes: dict[str, Any] = {
+            "kv_cache_bytes": kv_cache_bytes, "max_num_seqs": max_num_seqs, "max_model_len": max_model_len,
+            "page_size": engine_options.get("page_size", 16), "max_num_batched_tokens": max_num_batched_tokens,
+            "precision": self.precision,
+        }  # fmt: skip
+        if gpu is not None:
+            self.memory_plan = gpu.plan_memory(
+                self.config, bound, gpu_memory_utilization=gpu_memory_utilization, **sizes
+            )
+        else:
+            weight_bytes = loaded_bytes(self.config, bound, self.precision)
+            threads = engine_options.get("num_threads")
+            self.memory_plan = plan_memory(
+                self.config, weight_bytes=weight_bytes, num_threads=threads, **sizes
+            )
         self.engine = NanoServingEngine(
             self.config,
             tensors,
-            kv_cache_pages=plan.num_pages,
+            kv_cache_pages=self.memory_plan.num_pages,
             max_batch_size=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             precision=self.precision,
+            device=device,
             eos_token_id=self._eos_token_ids() if eos_token_id is None else eos_token_id,
             on_load=on_load,
             on_progress=on_progress,
@@ -128,6 +154,29 @@ class LLM:
         )
         if kv_cache_bytes is not None:
             self.engine.kv_pool.populate()  # a first touch can cost more than the token that causes it
+
+    @staticmethod
+    def _open_gpu(
+        device: str, kv_cache_bytes: int | None, utilization: float | None, engine_options: Mapping[str, Any]
+    ) -> CudaBackend | None:
+        """The GPU of that name, None for the CPU; options that mean nothing there are refused."""
+        if device_ordinal(device) is None:
+            if utilization is not None:
+                raise ValueError(
+                    f"gpu_memory_utilization: {shown(utilization)} is for a GPU, device is {device!r}: "
+                    "kv_cache_bytes says how large the KV pool is"
+                )
+            return None
+        from nanoserve.cuda.backend import open_device
+        from nanoserve.cuda.memory_plan import utilization as checked
+
+        checked(utilization, kv_cache_bytes)
+        for name in ("num_threads", "weight_cache"):
+            if engine_options.get(name) is not None:
+                raise ValueError(
+                    f"{name}: {shown(engine_options[name])} is for the CPU, device is {device!r}: leave it out"
+                )
+        return open_device(device)
 
     def _sampling_defaults(self) -> tuple[dict[str, Any], SamplingParams]:
         asked = self.generation.defaults

@@ -30,7 +30,7 @@ from nanoserve.native import LOGITS_BLOCK, StepExecutor, default_num_threads
 from nanoserve.precision import ELEMENT_BYTES, Precision
 
 DEFAULT_SHARE = 4  # the pool's part of an unlimited machine: one in this many bytes
-_MAX_SLOTS = 2**31 - 1
+MAX_SLOTS = 2**31 - 1
 _FLOAT_BYTES = 4
 
 
@@ -115,70 +115,125 @@ def plan_memory(
     Raises:
         ValueError: sizes that contradict each other or do not fit, with the numbers.
     """
-    for name, value in (("memory_bytes", memory_bytes), ("kv_cache_bytes", kv_cache_bytes)):
-        if value is not None:
-            whole_number(name, value, 1)
-    if max_model_len is not None:
-        whole_number("max_model_len", max_model_len, 1, config.max_seq_len, "the model's ")
-    whole_number("max_num_seqs", max_num_seqs, 1, _MAX_SLOTS)
-    whole_number("max_num_batched_tokens", max_num_batched_tokens, 1, _MAX_SLOTS)
-    if whole_number("page_size", page_size, 1, 2**16) % 16:
-        raise ValueError(f"page_size: {page_size} must be a multiple of 16, the width of a vector of scores")
+    if memory_bytes is not None:
+        whole_number("memory_bytes", memory_bytes, 1)
+    pool = PoolRules(config, precision or Precision(), page_size, max_num_seqs, max_model_len, kv_cache_bytes)
+    whole_number("max_num_batched_tokens", max_num_batched_tokens, 1, MAX_SLOTS)
     if num_threads is not None:
         whole_number("num_threads", num_threads, 1, 4096)
     threads = default_num_threads() if num_threads is None else num_threads
-    longest = config.max_seq_len if max_model_len is None else max_model_len
-    precision = Precision() if precision is None else precision
-    parameters = num_parameters(config)
     if weight_bytes is None:
-        weight_bytes = expected_bytes(config, "f32", precision)
+        weight_bytes = expected_bytes(config, "f32", pool.precision)
     weights = whole_number("weight_bytes", weight_bytes, 1)
-    activations = _activation_bytes(config, precision, max_num_batched_tokens, max_num_seqs, longest)
-    activations += _parts_bytes(config, precision, max_num_batched_tokens, longest, threads)
-    item = ELEMENT_BYTES[precision.kv_element]
-    per_token = config.kv_values_per_token * item
-    page = per_token * page_size
-    per_sequence = -(-longest // page_size)
-    most_pages = _MAX_SLOTS // page_size
+    activations = _activation_bytes(
+        config, pool.precision, max_num_batched_tokens, max_num_seqs, pool.longest
+    )
+    activations += _parts_bytes(config, pool.precision, max_num_batched_tokens, pool.longest, threads)
     if kv_cache_bytes is not None:
-        needed = weights + activations + kv_cache_bytes
-        if memory_bytes is not None and needed > memory_bytes:
+        budget = None if memory_bytes is None else Budget(memory_bytes, f"memory_bytes={memory_bytes}", "")
+        return pool.plan(weights, activations, stored_bytes, budget)
+    source, share = "", 1
+    if memory_bytes is None:
+        memory_bytes, source, share = available_memory(), ", available on this machine,", DEFAULT_SHARE
+    budget = Budget(memory_bytes, "", f"memory_bytes: {memory_bytes}{source} is", share)
+    return pool.plan(weights, activations, stored_bytes, budget)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes for weights, activations and pool.
+
+    Attributes:
+        limit, subject: it as the end and as the beginning of a sentence that refuses: "memory_bytes=5", "memory_bytes: 5 is".
+        share: the pool gets one byte in this many, unless a sequence of a length that was asked for needs more.
+    """
+
+    num_bytes: int
+    limit: str
+    subject: str
+    share: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRules:
+    """What a pool's size follows from, on any device: arguments as plan_memory's.
+
+    Raises:
+        ValueError: naming the field, its value and its limit.
+    """
+
+    config: ModelConfig
+    precision: Precision
+    page_size: int
+    max_num_seqs: int
+    max_model_len: int | None
+    kv_cache_bytes: int | None
+
+    def __post_init__(self) -> None:
+        if self.kv_cache_bytes is not None:
+            whole_number("kv_cache_bytes", self.kv_cache_bytes, 1)
+        if self.max_model_len is not None:
+            whole_number("max_model_len", self.max_model_len, 1, self.config.max_seq_len, "the model's ")
+        whole_number("max_num_seqs", self.max_num_seqs, 1, MAX_SLOTS)
+        if whole_number("page_size", self.page_size, 1, 2**16) % 16:
             raise ValueError(
-                f"kv_cache_bytes: {kv_cache_bytes} + {weights} of weights + {activations} of activations is {needed}, "
-                f"more than memory_bytes={memory_bytes}"
+                f"page_size: {self.page_size} must be a multiple of 16, the width of a vector of scores"
             )
-        pages = _pages(config, kv_cache_bytes, page_size, item)
-        if pages > most_pages:
+
+    @property
+    def longest(self) -> int:
+        return self.config.max_seq_len if self.max_model_len is None else self.max_model_len
+
+    def plan(
+        self, weights: int, activations: int, stored_bytes: int | None, budget: Budget | None
+    ) -> MemoryPlan:
+        """What is left of a budget as pages, or what kv_cache_bytes buys; a budget of None is not looked at.
+
+        Raises:
+            ValueError: it does not fit, with the numbers.
+        """
+        parameters = num_parameters(self.config)
+        item = ELEMENT_BYTES[self.precision.kv_element]
+        per_token = self.config.kv_values_per_token * item
+        page = per_token * self.page_size
+        per_sequence = -(-self.longest // self.page_size)
+        most_pages = MAX_SLOTS // self.page_size
+        given = self.kv_cache_bytes
+        if given is not None:
+            needed = weights + activations + given
+            if budget is not None and needed > budget.num_bytes:
+                raise ValueError(
+                    f"kv_cache_bytes: {given} + {weights} of weights + {activations} of activations is {needed}, "
+                    f"more than {budget.limit}"
+                )
+            pages = _pages(self.config, given, self.page_size, item)
+            if pages > most_pages:
+                raise ValueError(
+                    f"kv_cache_bytes: {given} is {pages} pages of {page} bytes, the pool's limit is {most_pages}"
+                )
+        else:
+            assert budget is not None, "a plan needs one of the two"
+            left = budget.num_bytes - weights - activations
+            if left < page:
+                raise ValueError(
+                    f"{budget.subject} less than {weights} of weights ({parameters} parameters) "
+                    f"+ {activations} of activations + {page} of one KV page"
+                )
+            pages = min(self.max_num_seqs * per_sequence, left // page, most_pages)
+            if budget.share > 1:
+                asked = 1 if self.max_model_len is None else per_sequence
+                pages = min(pages, max(budget.num_bytes // budget.share // page, asked))
+        if self.max_model_len is not None and pages < per_sequence:
             raise ValueError(
-                f"kv_cache_bytes: {kv_cache_bytes} is {pages} pages of {page} bytes, the pool's limit is {most_pages}"
+                f"max_model_len: {self.max_model_len} tokens need {per_sequence} KV pages of {page} bytes "
+                f"({per_sequence * page}), there is room for {pages} ({pages * page})"
             )
-    else:
-        is_default = memory_bytes is None
-        if memory_bytes is None:
-            memory_bytes = available_memory()
-        left = memory_bytes - weights - activations
-        if left < page:
-            source = ", available on this machine," if is_default else ""
-            raise ValueError(
-                f"memory_bytes: {memory_bytes}{source} is less than {weights} of weights ({parameters} parameters) "
-                f"+ {activations} of activations + {page} of one KV page"
-            )
-        wanted = min(max_num_seqs * per_sequence, left // page, most_pages)
-        if is_default:
-            asked = 1 if max_model_len is None else per_sequence
-            wanted = min(wanted, max(memory_bytes // DEFAULT_SHARE // page, asked))
-        pages = wanted
-    if max_model_len is not None and pages < per_sequence:
-        raise ValueError(
-            f"max_model_len: {max_model_len} tokens need {per_sequence} KV pages of {page} bytes ({per_sequence * page}), "
-            f"there is room for {pages} ({pages * page})"
-        )
-    return MemoryPlan(
-        num_parameters=parameters, weight_bytes=weights, stored_bytes=stored_bytes,
-        activation_bytes=activations, kv_bytes_per_token=per_token, page_bytes=page, page_size=page_size, num_pages=pages,
-        max_model_len=min(longest, pages * page_size), max_num_seqs=max_num_seqs, memory_bytes=memory_bytes,
-        precision=precision,
-    )  # fmt: skip
+        return MemoryPlan(
+            num_parameters=parameters, weight_bytes=weights, stored_bytes=stored_bytes, activation_bytes=activations,
+            kv_bytes_per_token=per_token, page_bytes=page, page_size=self.page_size, num_pages=pages,
+            max_model_len=min(self.longest, pages * self.page_size), max_num_seqs=self.max_num_seqs,
+            memory_bytes=None if budget is None else budget.num_bytes, precision=self.precision,
+        )  # fmt: skip
 
 
 def _pages(config: ModelConfig, budget_bytes: int, page_size: int, itemsize: int) -> int:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from nanoserve.cache.kv_pool import KVCachePool
 from nanoserve.cache.radix_manager import RadixCacheManager
 from nanoserve.checks import shown, truth, whole_number
+from nanoserve.compiler.target import host
 from nanoserve.constraint import Constraint
+from nanoserve.device_name import device_ordinal
 from nanoserve.errors import RequestRefused
 from nanoserve.executor import ModelExecutor
 from nanoserve.models.config import ModelConfig
@@ -49,14 +51,18 @@ class NanoServingEngine:
         max_model_len: longest prompt + output; None takes the config's max_seq_len, or what the pool holds if that is less.
         precision: number formats of the forward pass and the KV pool; None: float32, both.
         enable_prefix_cache: keep finished prefixes in the radix tree for later requests.
-        num_threads: threads of a forward pass; None takes the machine's cores.
+        num_threads: threads of a forward pass on the CPU; None takes the machine's cores.
         device: where the forward pass runs and KV memory lies: "cpu", or "cuda" (or "cuda:1") for a GPU of NVIDIA's.
         seed: source of the seeds of requests that bring none.
         on_progress: called as (done, total, kernel name) while kernels compile.
-        on_load, weight_cache: as ModelExecutor's.
+        on_load, weight_cache: as ModelExecutor's; a GPU's weights are not cached.
+
+    Attributes:
+        device_name: where it runs, as a person reads it.
 
     Raises:
         ValueError: naming the field, its value and its limit.
+        CudaDriverMissing: a GPU is asked for and there is no driver.
         CheckpointError: the weights do not fit the config.
     """
 
@@ -107,7 +113,8 @@ class NanoServingEngine:
         precision = Precision() if precision is None else precision
         self.kv_pool: KVCachePool
         self.executor: ModelExecutor | CudaExecutor
-        if device == "cpu":
+        self.device_name = f"cpu ({host().name})"
+        if device_ordinal(device) is None:
             self.kv_pool = KVCachePool(
                 kv_cache_pages,
                 page_size,
@@ -131,7 +138,12 @@ class NanoServingEngine:
         else:
             from nanoserve.cuda.backend import open_device
 
+            if num_threads is not None:
+                raise ValueError(
+                    f"num_threads: {num_threads} is for the CPU, device is {device!r}: leave it out"
+                )
             gpu = open_device(device)
+            self.device_name = gpu.name
             self.kv_pool = gpu.make_pool(config, precision, kv_cache_pages, page_size)
             self.executor = gpu.make_executor(
                 config,

@@ -66,19 +66,23 @@ def choose_precision(
     stored: str,
     head_dim: int,
     target: Target | None = None,
+    *,
+    gpu: bool = False,
 ) -> Precision:
     """What a user's choice comes to.
 
     Args:
-        dtype: "float32", "bfloat16", or "auto": bfloat16 for a checkpoint stored so on a CPU that multiplies it, else float32.
+        dtype: "float32", "bfloat16", or "auto": bfloat16 for a checkpoint stored so on a CPU that multiplies it, or stored in
+            bfloat16 or float16 on a GPU; else float32.
         quantization: None or "int8", which takes the place of dtype's arithmetic.
         kv_cache_dtype: "float32", "bfloat16", or "auto": float32 where the arithmetic is, or the head size odd.
         stored: how the checkpoint stores most of its weights: f32, bf16 or f16.
         head_dim: of the model's attention heads.
         target: the CPU, this one by default.
+        gpu: the model runs on a GPU, which multiplies bfloat16 whichever it is (chip.CHIPS), and int8 not yet.
 
     Raises:
-        ValueError: a choice that is not known, or bfloat16 keys of an odd size (their numbers lie in pairs).
+        ValueError: a choice that is not known, int8 on a GPU, or bfloat16 keys of an odd size (their numbers lie in pairs).
     """
     for name, value, known in (
         ("dtype", dtype, DTYPES), ("quantization", quantization, QUANTIZATIONS),
@@ -86,8 +90,14 @@ def choose_precision(
     ):  # fmt: skip
         if not (value is None or isinstance(value, str)) or value not in known:
             raise ValueError(f"{name}: {shown(value)} must be one of {', '.join(map(str, known))}")
+    if gpu and quantization is not None:
+        raise ValueError(
+            f"quantization: {quantization} is for the CPU; on a GPU, float32 and bfloat16 are supported"
+        )
     if quantization is not None:
         arithmetic = str(quantization)
+    elif dtype == "auto" and gpu:
+        arithmetic = "float32" if stored == "f32" else "bfloat16"
     elif dtype == "auto":
         has_dot = (host() if target is None else target).bf16_dot
         arithmetic = "bfloat16" if stored == "bf16" and has_dot else "float32"

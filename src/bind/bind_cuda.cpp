@@ -233,6 +233,29 @@ void populate_cuda(py::module_& m) {
           "A copy of a layer's keys, or values: [num_pages, num_heads, page_size, head_dim].");
 
     py::class_<CudaStep>(m, "CudaStep", "Runs a plan of kernels over a ragged batch, on a device.")
+        .def_property_readonly_static("blas_workspace_bytes",
+                                      [](const py::object&) { return cuda::Blas::kWorkspaceBytes; })
+        .def_static(
+            "own_bytes",
+            [](std::int64_t page_size, std::int64_t max_tokens, std::int64_t max_positions,
+               std::int64_t max_sequences, std::int64_t max_samples, std::int64_t chunk_rows,
+               std::int64_t segment, std::int64_t vocab, std::int64_t logits_stride,
+               std::int64_t num_blocks) {
+                return CudaStep::own_bytes({.max_tokens = max_tokens,
+                                            .max_positions = max_positions,
+                                            .max_sequences = max_sequences,
+                                            .max_samples = max_samples,
+                                            .chunk_rows = chunk_rows,
+                                            .segment = segment,
+                                            .vocab = vocab,
+                                            .logits_stride = logits_stride,
+                                            .num_blocks = num_blocks},
+                                           page_size);
+            },
+            py::arg("page_size"), py::arg("max_tokens"), py::arg("max_positions"), py::arg("max_sequences"),
+            py::arg("max_samples"), py::arg("chunk_rows"), py::arg("segment"), py::arg("vocab"),
+            py::arg("logits_stride"), py::arg("num_blocks"),
+            "Bytes of a device that a step takes beside buffers and weights; needs no device.")
         .def(py::init([](std::shared_ptr<KVCachePool> pool, std::int64_t max_tokens,
                          std::int64_t max_positions, std::int64_t max_sequences, std::int64_t max_samples,
                          std::int64_t chunk_rows, std::int64_t segment, std::int64_t vocab,

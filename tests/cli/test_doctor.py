@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,13 +29,13 @@ def test_a_healthy_machine_serves(run: Run) -> None:
     assert (result.exit_code, told["can_serve"]) == (0, True)
     assert set(found) == {
         "package", "python", "native module", "MLIR", "linker", "CPU", "cores", "memory", "kernel cache", "packages",
-        "optional packages", "GPU", "end to end",
+        "optional packages", "CUDA driver", "GPU", "GPU compilers", "GPU kernels", "end to end",
     }  # fmt: skip
     assert all(finding["value"] and finding["meaning"] for finding in found.values())
     assert "_ch16" in found["native module"]["value"]
     assert int(found["end to end"]["value"].split()[0]) > 5, "kernels compiled, not found in a cache"
     assert "numpy" in found["packages"]["value"]
-    assert "CUDA is not supported yet" in found["GPU"]["meaning"]
+    assert "run on the CPU" in found["CUDA driver"]["meaning"]
 
 
 def test_the_table_names_every_finding(run: Run) -> None:
@@ -137,11 +138,15 @@ def test_the_model_runs_in_a_process_that_may_die(
     assert (finding.status, finding.value) == (status, value)
 
 
-def test_a_gpu_is_found_and_said_to_be_unused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho NVIDIA Test 9000\necho NVIDIA Test 9001\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    finding = health.gpu()
-    assert (finding.status, finding.value) == (NOTE, "NVIDIA Test 9000, NVIDIA Test 9001")
-    assert "CUDA is not supported yet" in finding.meaning
+def test_no_gpu_is_no_fault() -> None:
+    """A driver is looked for once per process, and where it was looked for is told."""
+    code = "from nanoserve.cli import health; [print(each.status, each.value) for each in (health.cuda_driver(), health.gpu())]"
+    env = {
+        **os.environ,
+        "NANOSERVE_CUDA_DRIVER": "/nowhere/libcuda.so.1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    driver, device = done.stdout.splitlines()
+    assert driver.startswith("ok none: no CUDA driver: /nowhere/libcuda.so.1")
+    assert device == "ok none found"

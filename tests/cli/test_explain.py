@@ -40,9 +40,15 @@ def test_every_kernel_of_the_library_is_there() -> None:
         assert make().kind == name
 
 
+def test_the_list_names_every_kernel(run: Run) -> None:
+    listed = run("explain", "--list").stdout
+    assert [line.split()[0] for line in listed.splitlines()] == list(KERNELS)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ([], "KERNEL: is missing, it must be one of gemm, attention, norm, "),
         (["softmax"], "KERNEL: 'softmax' must be one of gemm, attention, norm, "),
         (["norm", "--stage", "magic"], "--stage: 'magic' must be one of written, simplify, "),
     ],

@@ -255,7 +255,7 @@ def test_a_refusal_of_the_library_names_the_product() -> None:
         CublasError,
         match=r"cublasGemmEx of layers\.0\.out\.weight, 3 rows, n=8, k=8: CUBLAS_STATUS_EXECUTION_FAILED \(13\)",
     ):
-        step.forward([1], [table], [0], [1], [0], 8)
+        step.start([1], [table], [0], [1], [0], 8)
 
 
 # ---- the fake library itself

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.gpu.conftest import ROOT
+from tests.gpu.emulated_images import image_of
 
 from nanoserve import NanoServingEngine, SamplingParams
-from nanoserve.compiler.gpu.artifact import Artifact
 from nanoserve.compiler.gpu.chip import CHIPS
 from nanoserve.cuda import backend
 from nanoserve.cuda.executor import CudaExecutor, chip_of, default_buckets
-from nanoserve.emulator import image
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.weights import random_weights
 from nanoserve.native import CudaDevice, CudaError, CudaKernel, cuda_layer_cache
@@ -28,7 +24,6 @@ from nanoserve.precision import Precision
 
 F32, BF16 = Precision(), Precision("bfloat16", "bfloat16")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, logprobs=2)
-IMAGES = Path(os.environ.get("NANOSERVE_CACHE_DIR") or ROOT / "build" / "kernel-cache") / "emulated"
 
 
 @cache
@@ -43,17 +38,6 @@ def configs() -> dict[str, ModelConfig]:
         "llama": ModelConfig(**llama, tie_embeddings=False),
         "qwen3": ModelConfig(**llama, qk_norm="head", sliding_window=40, sliding_layers=(True, False)),
     }
-
-
-def image_of(artifact: Artifact) -> bytes:
-    """What stands in for a cubin, kept on disk: compiling it takes longer than running it."""
-    IMAGES.mkdir(parents=True, exist_ok=True)
-    path = IMAGES / hashlib.sha256(artifact.llvm_ir.encode()).hexdigest()
-    if not path.exists():
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_bytes(image(artifact.llvm_ir))
-        part.replace(path)
-    return path.read_bytes()
 
 
 @pytest.fixture
@@ -219,10 +203,12 @@ def test_a_page_is_copied_and_cleared_in_all_layers(
 def test_devices_are_checked(engine: Callable[..., NanoServingEngine]) -> None:
     with pytest.raises(ValueError, match="device: 'tpu' must be cpu, cuda or cuda:N"):
         engine("gpt2", device="tpu")
-    with pytest.raises(IndexError, match="device 7: there are 1 CUDA devices"):
+    with pytest.raises(ValueError, match="device: there is no cuda:7; of CUDA devices there are 1: cuda:0"):
         engine("gpt2", device="cuda:7")
     with pytest.raises(ValueError, match="int8 is for the CPU"):
         engine("gpt2", Precision("int8", "bfloat16"))
+    with pytest.raises(ValueError, match="num_threads: 2 is for the CPU, device is 'cuda'"):
+        engine("gpt2", num_threads=2)
 
 
 def test_a_machine_without_a_driver_says_so() -> None:
@@ -235,6 +221,7 @@ def test_a_machine_without_a_driver_says_so() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "CudaDriverMissing: no CUDA driver: /nowhere/libcuda.so.1" in done.stderr
+    assert "Without a GPU, device='cpu' works" in done.stderr
 
 
 def test_more_pages_than_fit_are_refused_with_the_numbers(engine: Callable[..., NanoServingEngine]) -> None:

@@ -17,6 +17,7 @@ RANKS = [
     {
         "checks",
         "checkpoint_json",
+        "device_name",
         "errors",
         "json_schema",
         "machine_memory",

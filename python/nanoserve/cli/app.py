@@ -1,7 +1,7 @@
 """The program: its subcommands, and how what goes wrong becomes an exit code.
 
 0    done
-1    it could not be done here: no compiler, an unsafe kernel cache, a request that failed inside, a bug (with traceback)
+1    it could not be done here: no compiler, no GPU, not enough memory, an unsafe kernel cache, a request that failed inside, a bug (with traceback)
 2    the input: a bad option, checkpoint, prompt or value; one sentence on stderr
 130  interrupted
 """
@@ -44,14 +44,25 @@ class ErrorBoundary(TyperGroup):
         except ValueError as error:  # CheckpointError and RequestRefused are ValueErrors
             say(f"error: {error}")
             raise typer.Exit(2) from error
-        except (ImportError, OSError) as error:  # a broken installation, no compiler, a full disk
+        except (
+            ImportError,
+            OSError,
+            MemoryError,
+        ) as error:  # a broken installation, no compiler, a full disk or GPU
             say(f"error: {error}")
             raise typer.Exit(1) from error
         except RuntimeError as error:
+            from nanoserve.compiler.gpu.cubin import AssemblerMissing
+            from nanoserve.compiler.gpu.triton_kernel import TritonMissing
             from nanoserve.compiler.jit import CompileError
             from nanoserve.compiler.object_cache import CacheRefused
+            from nanoserve.kernels.cuda.library import KernelMissing
+            from nanoserve.native import CudaDriverMissing, CudaError
 
-            if not isinstance(error, CompileError | CacheRefused):
+            known = (
+                AssemblerMissing, CacheRefused, CompileError, CudaDriverMissing, CudaError, KernelMissing, TritonMissing,
+            )  # fmt: skip
+            if not isinstance(error, known):
                 raise
             say(f"error: {error}")
             raise typer.Exit(1) from error
@@ -90,7 +101,7 @@ def program(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """Serve a language model from this machine's CPU: complete prompts, chat, see what fits, see how it is compiled.
+    """Serve a language model from this machine's CPU or a GPU: complete prompts, chat, see what fits, see how it is compiled.
 
     MODEL is a directory with config.json and safetensors, or the name of a Hugging Face hub repository (org/name), which is
     downloaded once. Supported families: GPT-2, Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3, OLMo2, Granite, Gemma 2 and 3.

@@ -80,13 +80,17 @@ def bench(
     if not chosen:
         raise ValueError("--workload: none of the default ones is short enough for this model, name one")
     results = {one.name: _measure(llm, one, rounds) for one in chosen}
-    about = {"model": model, "nanoserve": nanoserve.__version__, "threads": llm.engine.executor.num_threads}
+    about = {"model": model, "nanoserve": nanoserve.__version__, "threads": llm.engine.executor.num_threads,
+             "device": llm.engine.device_name}  # fmt: skip
     if json_file is not None:
         json_file.write_text(json.dumps({**about, "workloads": results}, indent=1) + "\n", encoding="utf-8")
     console = Console(highlight=False)
     for table in (_rates(results), _latencies(results)):
         console.print(table)
-    console.print(visible(f"{model}, {about['threads']} threads, median of {rounds} rounds"), style="dim")
+    console.print(
+        visible(f"{model}, {about['device']}, {about['threads']} threads, median of {rounds} rounds"),
+        style="dim",
+    )
 
 
 def _load(name: str) -> Workload:

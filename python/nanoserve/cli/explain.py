@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nanoserve.checks import shown
+from nanoserve.cli.gpu_kernels import GPU_KERNELS
 
 if TYPE_CHECKING:
     from nanoserve.kernels.library import KernelSpec
@@ -75,30 +76,53 @@ KERNELS: dict[str, tuple[Callable[[], KernelSpec], str]] = {
 
 
 def explain(
-    kernel: Annotated[str, typer.Argument(metavar="KERNEL", help=f"One of {', '.join(KERNELS)}.", show_default=False)],
+    kernel: Annotated[str | None, typer.Argument(metavar="KERNEL", help="One of those that --list shows.", show_default=False)] = None,
     stage: Annotated[
         str | None,
         typer.Option("--stage", metavar="NAME", help="Only this stage, and only its text.", show_default=False),
     ] = None,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, or cuda or cuda:N for a GPU's kernels.")] = "cpu",
+    chip: Annotated[
+        str | None,
+        typer.Option("--chip", metavar="NAME", help="GPU's kernels for sm_80, sm_86, sm_89, sm_90 or sm_90a. [the GPU's here, or "
+                     "else sm_80]", show_default=False),
+    ] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="List the kernels.")] = False,
 ) -> None:  # fmt: skip
     """Print a kernel as it is written, after every lowering stage, and as machine code.
 
     The stages are those every kernel goes through before it runs. Needs the MLIR bindings; the last stage, assembly, also
-    needs objdump and a linker.
+    needs objdump and a linker. A GPU's kernel needs no GPU, but its compilers (nanoserve doctor names them): it is shown down to
+    PTX, what it uses of the chip, and the chip's instructions where nvdisasm is there.
 
     Examples:
       nanoserve explain gemm | less
       nanoserve explain norm --stage written
       nanoserve explain attention --stage assembly
+      nanoserve explain --device cuda --list
+      nanoserve explain gemm_mma --chip sm_90a --stage ptx
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"KERNEL: {shown(kernel)} must be one of {', '.join(KERNELS)}")
-    from nanoserve.compiler.explain import explain as explained
+    from nanoserve.device_name import device_ordinal
 
-    make, purpose = KERNELS[kernel]
-    steps = explained(make())
+    ordinal = device_ordinal(device)
+    on_gpu = ordinal is not None or chip is not None
+    purposes = {name: purpose for name, (_, purpose) in (GPU_KERNELS if on_gpu else KERNELS).items()}
+    if show_list:
+        for name, purpose in purposes.items():
+            print(f"{name:<12}{purpose}")
+        return
+    if kernel is None or kernel not in purposes:
+        given = "is missing, it" if kernel is None else shown(kernel)
+        raise ValueError(f"KERNEL: {given} must be one of {', '.join(purposes)}")
+    if on_gpu:
+        steps, absent = _explain_gpu(kernel, chip, ordinal), ("sass", "nvdisasm, of a CUDA toolkit")
+    else:
+        from nanoserve.compiler.explain import explain as explained
+
+        steps = explained(KERNELS[kernel][0]())
+        absent = ("assembly", "objdump and a linker (ld or cc)")
     if stage is None:
-        print(f"// {kernel}: {purpose}")
+        print(f"// {kernel}: {purposes[kernel]}")
         for name, meaning, text in steps:
             print(f"\n// ---- {name}: {meaning}\n{text.strip()}")
         return
@@ -106,6 +130,22 @@ def explain(
         if name == stage:
             print(text.strip())
             return
-    if stage == "assembly":
-        raise ValueError("--stage: assembly needs objdump and a linker (ld or cc) on the PATH")
+    if stage == absent[0]:
+        raise ValueError(f"--stage: {stage} needs {absent[1]} on the PATH")
     raise ValueError(f"--stage: {shown(stage)} must be one of {', '.join(name for name, _, _ in steps)}")
+
+
+def _explain_gpu(kernel: str, chip: str | None, ordinal: int | None) -> list[tuple[str, str, str]]:
+    from nanoserve.compiler.gpu.chip import CHIPS, parse_chip
+    from nanoserve.cuda.executor import chip_of
+    from nanoserve.cuda.explain import explain as explained
+    from nanoserve.native import CudaDevice, CudaDriverMissing
+
+    if chip is not None:
+        made_for = parse_chip(chip)
+    else:
+        try:
+            made_for = chip_of(CudaDevice(ordinal or 0))
+        except (CudaDriverMissing, IndexError):
+            made_for = CHIPS["sm_80"]
+    return explained(GPU_KERNELS[kernel][0](made_for), made_for)

@@ -10,12 +10,10 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import shutil
 import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,17 +172,68 @@ def _versioned(name: str) -> str:
         return name
 
 
+def cuda_driver() -> Finding:
+    from nanoserve.native import CudaDevice, CudaDriverMissing
+
+    meaning = "runs models on a GPU with --device cuda; without one they run on the CPU"
+    where = os.environ.get("NANOSERVE_CUDA_DRIVER") or "libcuda.so.1"
+    try:
+        count = CudaDevice.count()
+    except CudaDriverMissing as error:
+        return Finding("CUDA driver", OK, f"none: {error}", meaning)
+    return Finding("CUDA driver", OK, f"{where}: {count} devices", meaning)
+
+
 def gpu() -> Finding:
-    meaning = "CUDA is not supported yet, models run on the CPU"
-    tool = shutil.which("nvidia-smi")
-    if tool is not None:
-        query = [tool, "--query-gpu=name", "--format=csv,noheader"]
-        run = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=20)
-        if run.returncode == 0 and run.stdout.strip():
-            return Finding("GPU", NOTE, ", ".join(run.stdout.strip().splitlines()), meaning)
-    if find_library("cuda") is not None:
-        return Finding("GPU", NOTE, "libcuda is there, nvidia-smi lists no device", meaning)
-    return Finding("GPU", OK, "none found", meaning)
+    from nanoserve.cuda.executor import chip_of
+    from nanoserve.native import CudaDevice, CudaDriverMissing, CudaError
+
+    meaning = "each by number, compute capability and memory, and the chip its kernels are made for"
+    try:
+        count = CudaDevice.count()
+    except CudaDriverMissing:
+        count = 0
+    status, told = OK, []
+    for ordinal in range(count):
+        try:
+            device = CudaDevice(ordinal)
+            about = f"cuda:{ordinal}: {device.name}, compute capability {device.capability / 10:.1f}"
+            free, total = format_size(device.free_bytes), format_size(device.total_bytes)
+            told.append(f"{about}, {free} of {total} free, kernels for {chip_of(device).name}")
+        except (ValueError, CudaError, MemoryError) as error:  # too old, or in a state of its own
+            status = NOTE
+            told.append(f"cuda:{ordinal}: {error}")
+    return Finding("GPU", status, "; ".join(told) or "none found", meaning)
+
+
+def gpu_compilers() -> Finding:
+    from nanoserve.compiler.bindings import toolchain
+    from nanoserve.compiler.gpu import cubin, ptx, triton_kernel
+
+    meaning = "compile kernels for a GPU, here or for a machine without compilers; kernels that are stored need none"
+    parts = {
+        "torch-mlir": toolchain(), "llvmlite": ptx.version(), "triton": triton_kernel.version(), "ptxas": cubin.version(),
+    }  # fmt: skip
+    missing = [name for name, found in parts.items() if found is None]
+    value = ", ".join(found for found in parts.values() if found is not None)
+    if missing:
+        value = "; ".join(filter(None, [value, f"missing: {', '.join(missing)}"]))
+    return Finding("GPU compilers", OK, value, meaning, "pip install 'nanoserve[cuda]'" if missing else "")
+
+
+def gpu_kernels() -> Finding:
+    from nanoserve.compiler.cache_directory import CacheRefused, default_directory
+    from nanoserve.compiler.gpu.artifact import ArtifactStore
+
+    meaning = "compiled kernels for GPUs; a machine without compilers needs the model's here"
+    directory = default_directory() / "cuda"
+    if not directory.exists():
+        return Finding("GPU kernels", OK, f"{directory}: not there yet", meaning)
+    try:
+        kept = ArtifactStore(directory)
+    except (CacheRefused, OSError) as error:
+        return Finding("GPU kernels", NOTE, "refused", meaning, str(error))
+    return Finding("GPU kernels", OK, f"{kept.directory}: {len(kept)} kernels", meaning)
 
 
 def end_to_end() -> Finding:
@@ -218,5 +267,5 @@ def end_to_end() -> Finding:
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
     package, python, native_module, mlir_bindings, linker, cpu, cores, memory, kernel_cache, needed_packages,
-    optional_packages, gpu,
+    optional_packages, cuda_driver, gpu, gpu_compilers, gpu_kernels,
 )  # fmt: skip

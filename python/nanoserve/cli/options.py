@@ -116,19 +116,22 @@ def _sampling_table() -> tuple[Option, ...]:
 SAMPLING = _sampling_table()
 _MEMORY = "Memory and execution"
 ENGINE = (
+    Option("device", ("--device",), str, _MEMORY, "NAME", "Where the model runs: cpu, or cuda (the first GPU) or cuda:N.", "cpu"),
+    Option("gpu_memory_utilization", ("--gpu-memory-utilization",), float, _MEMORY, "FRACTION",
+           "Of a GPU's memory, for weights, activations and KV cache together.", "0.9"),
     Option("kv_cache_bytes", ("--kv-cache",), str, _MEMORY, "SIZE", "Memory of the KV cache, e.g. 512MiB or 2GB.",
            "what nanoserve plan shows"),
     Option("max_model_len", ("--max-model-len",), int, _MEMORY, "TOKENS", "Longest prompt + output.",
            "the model's, or what fits"),
     Option("max_num_seqs", ("--max-num-seqs",), int, _MEMORY, "COUNT", "Most sequences that run at once.", "32"),
-    Option("num_threads", ("--threads",), int, _MEMORY, "COUNT", "Threads of a forward pass.", "this process's cores"),
+    Option("num_threads", ("--threads",), int, _MEMORY, "COUNT", "Threads of a forward pass on the CPU.", "this process's cores"),
     Option("weight_cache", ("--weight-cache/--no-weight-cache",), bool, _MEMORY, None,
-           "Keep packed weights on disk, for a faster start the next time.", "yes"),
+           "Keep weights packed for the CPU on disk, for a faster start the next time.", "yes"),
     Option("dtype", ("--dtype",), str, _MEMORY, "TYPE",
            "Arithmetic of the forward pass: auto, float32 or bfloat16. auto is bfloat16 for a checkpoint stored so on a CPU "
-           "that multiplies it, else float32.", "auto"),
+           "that multiplies it, or stored in 16 bits on a GPU, else float32.", "auto"),
     Option("quantization", ("--quantization",), str, _MEMORY, "TYPE",
-           "int8: quantise weights per output channel when loading, activations per token."),
+           "int8, on the CPU: quantise weights per output channel when loading, activations per token."),
     Option("kv_cache_dtype", ("--kv-cache-dtype",), str, _MEMORY, "TYPE",
            "Of keys and values: auto, float32 or bfloat16. auto is float32 where the arithmetic is.", "auto"),
     Option("revision", ("--revision",), str, _MEMORY, "NAME", "Branch, tag or commit of a Hugging Face hub repository."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ from nanoserve.cli.options import with_engine
 if TYPE_CHECKING:
     from nanoserve.memory_plan import MemoryPlan
     from nanoserve.models.config import ModelConfig
+    from nanoserve.precision import Precision
 
 _CHOICE = {"dtype": "auto", "quantization": None, "kv_cache_dtype": "auto"}  # LLM's defaults
 _WEIGHTS = {
@@ -34,7 +35,8 @@ def plan(
     memory: Annotated[
         str | None,
         typer.Option("--memory", metavar="SIZE", help="Budget for weights, activations and KV cache, e.g. 16GB. Without "
-                     "it, what this machine has available, of which the KV cache takes at most a quarter.", show_default=False),
+                     "it, what this machine has available, of which the KV cache takes at most a quarter. With --device cuda: the "
+                     "memory of a GPU that is not here.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The plan as one JSON object.")] = False,
     *,
@@ -49,28 +51,83 @@ def plan(
       nanoserve plan models/tiny-gpt
       nanoserve plan Qwen/Qwen3-0.6B --memory 8GB --max-model-len 8192
       nanoserve plan MODEL --kv-cache 2GiB --json
+      nanoserve plan MODEL --device cuda --memory 80GiB    on a GPU that is not here
     """
+    from nanoserve.device_name import device_ordinal
     from nanoserve.memory_plan import plan_memory
+    from nanoserve.models.weights import weights_in_memory
 
     if "weight_cache" in engine:
         raise ValueError("--weight-cache: changes nothing about memory, leave it out")
     memory_bytes = None if memory is None else parse_size("--memory", memory)
-    choice = {name: engine.pop(name, default) for name, default in _CHOICE.items()}
-    config, weights = _look_at(model, engine.pop("revision", None), choice)
-    made = plan_memory(config, memory_bytes=memory_bytes, **weights, **engine)
+    device, share = engine.pop("device", "cpu"), engine.pop("gpu_memory_utilization", None)
+    on_gpu = device_ordinal(device) is not None
+    if share is not None and not on_gpu:
+        raise ValueError(f"gpu_memory_utilization: {share} is for a GPU, see --device")
+    choice = {**{name: engine.pop(name, default) for name, default in _CHOICE.items()}, "gpu": on_gpu}
+    config, files = _look_at(model, engine.pop("revision", None), choice)
+    origin = ""
+    if on_gpu:
+        made, origin = _plan_gpu(
+            device, memory_bytes, config, files, {**engine, "gpu_memory_utilization": share}
+        )
+    else:
+        made = plan_memory(
+            config, memory_bytes=memory_bytes, stored_bytes=files.stored_bytes,
+            weight_bytes=weights_in_memory(config, files.dtypes, files.precision), precision=files.precision, **engine,
+        )  # fmt: skip
     if as_json:
-        print(json.dumps(_as_dict(made)))
+        print(json.dumps({"device": device, **_as_dict(made)}))
         return
     console = Console(highlight=False)
-    console.print(_sizes(config, made))
+    console.print(_sizes(config, made, origin))
     console.print(_concurrency(made))
 
 
-def _look_at(model: str, revision: str | None, choice: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
-    """Config, and what plan_memory is to know of the weights: from their files, else from the dtype config.json names."""
+def _plan_gpu(
+    device: str, memory_bytes: int | None, config: ModelConfig, files: Files, options: dict[str, Any]
+) -> tuple[MemoryPlan, str]:
+    """The plan, and where its budget comes from in words."""
+    from nanoserve.compiler.gpu.chip import CHIPS
+    from nanoserve.cuda.backend import open_device
+    from nanoserve.cuda.memory_plan import plan_cuda_memory, utilization
+
+    if (threads := options.pop("num_threads", None)) is not None:
+        raise ValueError(f"num_threads: {threads} is for the CPU, device is {device!r}: leave it out")
+    share = utilization(options["gpu_memory_utilization"], options.get("kv_cache_bytes"))
+    if memory_bytes is not None:  # the sizes are the same on every chip
+        name, chip, total, free = "a GPU", CHIPS["sm_80"], memory_bytes, None
+    else:
+        gpu = open_device(device)
+        name, chip, total, free = gpu.name, gpu.chip, gpu.device.total_bytes, gpu.device.free_bytes
+    made = plan_cuda_memory(
+        config, files.dtypes, chip, total, free_bytes=free, precision=files.precision, stored_bytes=files.stored_bytes,
+        **options,
+    )  # fmt: skip
+    if made.memory_bytes == free:
+        return made, f"{format_size(total)} of {name} that are free"
+    of = f"{format_size(total)} of {name}"
+    return made, of if options.get("kv_cache_bytes") is not None else f"{share:g} x {of}"
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What a plan is to know of a checkpoint's files.
+
+    Attributes:
+        dtypes: how each weight is stored, by the decoder's names. stored_bytes: None where they are not here.
+    """
+
+    dtypes: dict[str, str]
+    precision: Precision
+    stored_bytes: int | None = None
+
+
+def _look_at(model: str, revision: str | None, choice: dict[str, Any]) -> tuple[ModelConfig, Files]:
+    """Config, and what is to be known of the weights: from their files, else from the dtype config.json names."""
     from nanoserve.models.checkpoint import checkpoint_directory, load_weights
     from nanoserve.models.config import ModelConfig
-    from nanoserve.models.weights import bind_weights, loaded_bytes, stored_dtype
+    from nanoserve.models.weights import bind_weights, stored_dtype
     from nanoserve.precision import choose_precision
 
     path = Path(model)
@@ -85,22 +142,21 @@ def _look_at(model: str, revision: str | None, choice: dict[str, Any]) -> tuple[
     bound = bind_weights(config, tensors)
     stored = sum(tensor.nbytes for tensor in tensors.values())
     precision = choose_precision(**choice, stored=stored_dtype(bound), head_dim=config.dim_per_head)
-    weight_bytes = loaded_bytes(config, bound, precision)
-    return config, {"stored_bytes": stored, "weight_bytes": weight_bytes, "precision": precision}
+    return config, Files({name: weight.dtype for name, weight in bound.items()}, precision, stored)
 
 
-def _as_config_says(config: ModelConfig, file: Path, choice: dict[str, Any]) -> dict[str, Any]:
+def _as_config_says(config: ModelConfig, file: Path, choice: dict[str, Any]) -> Files:
     """The same without weight files: their dtype is what config.json says."""
     from nanoserve.checkpoint_json import read_object
     from nanoserve.models.config_file import MAX_CONFIG_BYTES
-    from nanoserve.models.weights import expected_bytes
+    from nanoserve.models.weights import expected_dtypes
     from nanoserve.precision import choose_precision
 
     raw = read_object(file, MAX_CONFIG_BYTES)
     named = raw.get("dtype", raw.get("torch_dtype"))
     stored = {"bfloat16": "bf16", "float16": "f16"}.get(named, "f32") if isinstance(named, str) else "f32"
     precision = choose_precision(**choice, stored=stored, head_dim=config.dim_per_head)
-    return {"weight_bytes": expected_bytes(config, stored, precision), "precision": precision}
+    return Files(expected_dtypes(config, stored), precision)
 
 
 def _contexts(plan: MemoryPlan) -> list[int]:
@@ -114,7 +170,7 @@ def _as_dict(plan: MemoryPlan) -> dict[str, Any]:
     return {**asdict(plan), **derived, "concurrency_at": at}
 
 
-def _sizes(config: ModelConfig, plan: MemoryPlan) -> Table:
+def _sizes(config: ModelConfig, plan: MemoryPlan, origin: str) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
@@ -128,7 +184,7 @@ def _sizes(config: ModelConfig, plan: MemoryPlan) -> Table:
         ("activations", format_size(plan.activation_bytes), "buffers, rotary tables and logits of the largest step"),
         ("KV cache", format_size(plan.kv_cache_bytes),
          f"{plan.num_pages:,} pages of {plan.page_size} tokens, {format_size(plan.page_bytes)} each"),
-        ("total", format_size(plan.total_bytes), _of_budget(plan)),
+        ("total", format_size(plan.total_bytes), _of_budget(plan, origin)),
         ("KV per token", format_size(plan.kv_bytes_per_token), f"keys and values of all layers, {plan.precision.kv_cache}"),
         ("tokens in the cache", f"{plan.num_tokens:,}", ""),
         ("longest sequence", f"{plan.max_model_len:,}", f"prompt + output; the model's limit is {config.max_seq_len:,}"),
@@ -138,11 +194,11 @@ def _sizes(config: ModelConfig, plan: MemoryPlan) -> Table:
     return table
 
 
-def _of_budget(plan: MemoryPlan) -> str:
+def _of_budget(plan: MemoryPlan, origin: str) -> str:
     if plan.memory_bytes is None:
         return "no budget given"
     share = 100 * plan.total_bytes / plan.memory_bytes
-    return f"{share:.0f}% of {format_size(plan.memory_bytes)}"
+    return f"{share:.0f}% of {format_size(plan.memory_bytes)}" + (f" = {origin}" if origin else "")
 
 
 def _concurrency(plan: MemoryPlan) -> Table:

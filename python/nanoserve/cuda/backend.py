@@ -1,28 +1,57 @@
-"""A GPU by name, and what an engine needs of it: a pool of pages, an executor, both on one stream."""
+"""A GPU by name, and what an engine needs of it: a plan of its memory, a pool of pages, an executor, the two on one stream."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from typing import Any
 
-from nanoserve.checks import shown
-from nanoserve.cuda.executor import CudaExecutor
+from nanoserve.cuda.executor import CudaExecutor, chip_of
+from nanoserve.cuda.memory_plan import plan_cuda_memory
+from nanoserve.device_name import device_ordinal
+from nanoserve.memory_plan import MemoryPlan
 from nanoserve.models.config import ModelConfig
-from nanoserve.models.weights import Tensors
-from nanoserve.native import CudaDevice, CudaStream, KVCachePool, cuda_pool
+from nanoserve.models.weights import BoundWeight, Tensors
+from nanoserve.native import CudaDevice, CudaDriverMissing, CudaStream, KVCachePool, cuda_pool
 from nanoserve.precision import Precision
 
 
 class CudaBackend:
     """One device of this process.
 
+    Attributes:
+        chip: what its kernels are made for.
+
     Raises:
-        CudaDriverMissing: there is no driver, or none that can be used. IndexError: there is no such device.
+        CudaDriverMissing: there is no driver, or none that can be used. ValueError: there is no such device, or it is too old.
     """
 
     def __init__(self, ordinal: int = 0) -> None:
+        try:
+            there = CudaDevice.count()
+        except CudaDriverMissing as error:
+            raise CudaDriverMissing(f"{error}. Without a GPU, device='cpu' works") from error
+        if ordinal >= there:
+            known = ", ".join(f"cuda:{number}" for number in range(there)) or "none"
+            raise ValueError(
+                f"device: there is no cuda:{ordinal}; of CUDA devices there are {there}: {known}"
+            )
         self.device = CudaDevice(ordinal)
+        self.chip = chip_of(self.device)
         self.stream = CudaStream(self.device)
+
+    @property
+    def name(self) -> str:
+        """As a person reads it: "cuda:0, NVIDIA H100 80GB HBM3 (sm_90a)"."""
+        return f"cuda:{self.device.ordinal}, {self.device.name} ({self.chip.name})"
+
+    def plan_memory(
+        self, config: ModelConfig, weights: Mapping[str, BoundWeight], **options: Any
+    ) -> MemoryPlan:
+        """As plan_cuda_memory for this device and what is free of it now."""
+        dtypes = {name: weight.dtype for name, weight in weights.items()}
+        return plan_cuda_memory(
+            config, dtypes, self.chip, self.device.total_bytes, free_bytes=self.device.free_bytes, **options
+        )
 
     def make_pool(
         self, config: ModelConfig, precision: Precision, num_pages: int, page_size: int
@@ -49,9 +78,9 @@ def open_device(name: str) -> CudaBackend:
     """The device "cuda", which is the first, or "cuda:1".
 
     Raises:
-        ValueError: the name is not one of a device. CudaDriverMissing, IndexError: as CudaBackend.
+        ValueError, CudaDriverMissing: the name is not one of a device; as CudaBackend.
     """
-    found = re.fullmatch(r"cuda(?::(\d{1,3}))?", name) if isinstance(name, str) else None
-    if found is None:
-        raise ValueError(f"device: {shown(name)} must be cpu, cuda or cuda:N")
-    return CudaBackend(int(found[1] or 0))
+    ordinal = device_ordinal(name)
+    if ordinal is None:
+        raise ValueError(f"device: {name!r} is no GPU")
+    return CudaBackend(ordinal)

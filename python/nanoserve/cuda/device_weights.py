@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoserve.kernels.cuda.layout import weight_stride
+from nanoserve.kernels.cuda.layout import ELEMENT_BYTES, weight_stride
 from nanoserve.kernels.panels import STORED, RoundedRows
 from nanoserve.models.rope import Rope
 from nanoserve.models.weights import BoundWeight
@@ -18,6 +18,20 @@ from nanoserve.native import CudaStep
 from nanoserve.packed_weights import Arg, OnProgress
 
 _ROWS = 4096  # copied at once
+
+
+def weight_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """What a weight takes: of a matrix, whole lines per row; a vector is float32 whatever it is stored as."""
+    if len(shape) == 1:
+        return 4 * shape[0]
+    count, cols = shape
+    return count * weight_stride(cols, dtype) * ELEMENT_BYTES[dtype]
+
+
+def rope_bytes(rope: Rope, max_model_len: int, switch_len: int) -> int:
+    """What a rotary table takes; arguments as DeviceWeights'."""
+    longest = switch_len if rope.switch_len is None else rope.switch_len
+    return 4 * rope.dims * max_model_len * (2 if longest < max_model_len else 1)
 
 
 class DeviceWeights:
@@ -83,7 +97,7 @@ class DeviceWeights:
         count, cols = weight.shape
         element = np.dtype(STORED[dtype])
         stride = weight_stride(cols, dtype)
-        number = self._native.reserve_weight(count * stride * element.itemsize)
+        number = self._native.reserve_weight(weight_bytes(weight.shape, dtype))
         source = weight if dtype in ("f32", weight.dtype) else RoundedRows(weight)
         for begin in range(0, count, _ROWS):
             end = min(begin + _ROWS, count)

@@ -23,12 +23,9 @@ from nanoserve.cuda.cublas import cublas_paths
 from nanoserve.cuda.device_weights import DeviceWeights
 from nanoserve.cuda.gemm_choice import choose_gemms
 from nanoserve.cuda.op_binder import CudaOpBinder
-from nanoserve.kernels.cuda.layout import row_stride
+from nanoserve.cuda.step_sizes import StepSizes
 from nanoserve.kernels.cuda.library import load_artifacts
-from nanoserve.kernels.cuda.paged_attention import SEGMENT, AttentionForm
-from nanoserve.kernels.logits import num_blocks
 from nanoserve.logits import Logits
-from nanoserve.logprobs import MAX_PROMPT_LOGPROB_ROWS
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.decoder import forward_ops
 from nanoserve.models.weights import Tensors, bind_weights
@@ -123,28 +120,19 @@ class CudaExecutor:
         self.chip = chip_of(device)
         self.gemm = choose_gemms(gemm, config)
         self.batch_invariant = "cublas" not in self.gemm.values()
-        self.max_model_len = config.max_seq_len if max_model_len is None else max_model_len
-        self._switch_len = self.max_model_len if config.switch_len is None else config.switch_len
-        halves = 2 if self.max_model_len > self._switch_len else 1
-        max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
-        max_samples = min(max_num_seqs + MAX_PROMPT_LOGPROB_ROWS, max_num_batched_tokens)
-        self._logits_stride = row_stride(config.vocab_size)
+        sizes = StepSizes.of(config, precision, max_num_batched_tokens, max_num_seqs, max_model_len)
+        self.max_model_len, self._switch_len = sizes.max_model_len, sizes.switch_len
+        self._logits_stride = sizes.logits_stride
         ops = list(forward_ops(config, precision.gemm_input))
-        segments = -(-self.max_model_len // SEGMENT)
         self._native = CudaStep(
-            kv_pool, max_tokens=max_num_batched_tokens, max_positions=halves * self.max_model_len, max_sequences=max_num_seqs,
-            max_samples=max_samples, chunk_rows=_chunk_rows(config, precision), segment=SEGMENT, vocab=config.vocab_size,
-            logits_stride=self._logits_stride, num_blocks=num_blocks(config.vocab_size),
-            buckets=default_buckets(max_num_seqs) if buckets is None else list(buckets),
+            kv_pool, **sizes.limits, buckets=default_buckets(sizes.max_sequences) if buckets is None else list(buckets)
         )  # fmt: skip
         self.cublas = None if self.batch_invariant else self._native.load_blas(cublas_paths())
         bound = bind_weights(config, weights)
         held = DeviceWeights(self._native, bound, self.max_model_len, self._switch_len, on_load)
         binder = CudaOpBinder(
-            config, precision, self.chip, self._native, kv_pool.page_size, held, max_tokens=max_num_batched_tokens,
-            max_sequences=max_num_seqs, max_samples=max_samples, max_segments=1 << (segments - 1).bit_length(), logits_stride=self._logits_stride,
-            gemms=self.gemm,
-        )  # fmt: skip
+            config, precision, self.chip, self._native, kv_pool.page_size, held, sizes, gemms=self.gemm
+        )
         launches = [launch for op in ops for launch in binder.bind(op)]
         self.weight_bytes = self._native.weight_bytes
         specs = [spec for launch in launches for _, spec in launch.variants]
@@ -195,13 +183,3 @@ class CudaExecutor:
             return None
         long_contexts = [request.long_context for request in batch.requests]
         return np.where(long_contexts, self.max_model_len, 0).astype(np.int32)
-
-
-def _chunk_rows(config: ModelConfig, precision: Precision) -> int:
-    """What attention's tiles have room for; all layers alike."""
-    heads, dim = config.n_head, config.dim_per_head
-    narrow = precision.kv_element == "bf16" and precision.gemm_input == "bf16"
-    return AttentionForm(
-        heads, config.kv_heads, dim, 16, row_stride((heads + 2 * config.kv_heads) * dim), row_stride(heads * dim),
-        dtype=precision.kv_element, narrow=narrow,
-    ).chunk_rows  # fmt: skip

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from nanoserve.compiler.gpu.artifact import Artifact
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import Extent, GpuKernelSpec
 from nanoserve.compiler.gpu.triton_kernel import SCRATCH
-from nanoserve.cuda.device_weights import DeviceWeights
 from nanoserve.cuda.gemm_choice import product_of
+from nanoserve.cuda.step_sizes import StepSizes
 from nanoserve.kernels.cuda import activation, embedding, gemm, kv_write, logits, norm
 from nanoserve.kernels.cuda.layout import ELEMENT_BYTES, row_stride, weight_stride
 from nanoserve.kernels.cuda.paged_attention import AttentionForm
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.decoder import Attention, BlockMax, Convert, Embedding, Gemm, KvWrite, Norm, Op, buffers
+from nanoserve.models.rope import Rope
 from nanoserve.native import CudaKernel, CudaStep
 from nanoserve.packed_weights import Arg
 from nanoserve.precision import Precision
@@ -63,6 +64,20 @@ class BoundLaunch:
         return scalar, extent.per, extent.times
 
 
+class Buffers(Protocol):
+    """Of activations: CudaStep's, or those of a plan of memory (memory_plan.py)."""
+
+    def buffer(self, num_bytes: int) -> int: ...
+
+
+class Weights(Protocol):
+    """Of a model: DeviceWeights, or those of a plan of memory."""
+
+    def dtype(self, name: str) -> str: ...
+    def rows(self, name: str, dtype: str | None = None) -> Arg: ...
+    def rope(self, rope: Rope) -> Arg: ...
+
+
 @dataclass(frozen=True, slots=True)
 class BoundProduct:
     """A product of a plan that cuBLAS does; arguments as CudaStep.product's."""
@@ -90,8 +105,8 @@ class CudaOpBinder:
 
     Args:
         precision: of the forward pass: float32 or bfloat16 arithmetic.
-        native: whose buffers they use; makes them.
-        max_segments: of the longest sequence. max_sequences, max_samples, max_tokens: of a step.
+        native: whose buffers they use; makes them. weights: there.
+        sizes: of the largest step.
         gemms: what each product runs by (gemm_choice.py).
     """
 
@@ -100,32 +115,28 @@ class CudaOpBinder:
         config: ModelConfig,
         precision: Precision,
         chip: Chip,
-        native: CudaStep,
+        native: Buffers,
         page_size: int,
-        weights: DeviceWeights,
+        weights: Weights,
+        sizes: StepSizes,
         *,
-        max_tokens: int,
-        max_sequences: int,
-        max_samples: int,
-        max_segments: int,
-        logits_stride: int,
         gemms: Mapping[str, str],
     ) -> None:
         self._config, self._precision, self._chip = config, precision, chip
         self._page_size, self._weights, self._gemms = page_size, weights, gemms
         self._native = native
-        self._max_rows = {"num_rows": max_tokens, "num_samples": max_samples}
+        self._max_rows = {"num_rows": sizes.max_tokens, "num_samples": sizes.max_samples}
         self._scratch: dict[int, Arg] = {}  # by bytes
         self._buffers: dict[str, Arg] = {"logits": ("logits",)}
-        self._strides = {"logits": logits_stride}
+        self._strides = {"logits": sizes.logits_stride}
         self._elements = {"logits": "f32"}
         for name, buffer in buffers(config, precision.gemm_input).items():
             self._strides[name] = row_stride(buffer.cols)
             self._elements[name] = buffer.element
-            rows = max_samples if name == "last" else max_tokens
+            rows = sizes.max_samples if name == "last" else sizes.max_tokens
             size = rows * self._strides[name] * ELEMENT_BYTES[buffer.element]
             self._buffers[name] = ("buffer", native.buffer(size))
-        results = max_sequences * config.n_head * max_segments
+        results = sizes.max_sequences * config.n_head * sizes.max_segments
         self._parts: Arg = ("buffer", native.buffer(results * config.dim_per_head * 4))
         self._sums: Arg = ("buffer", native.buffer(results * 2 * 4))
 

@@ -146,18 +146,23 @@ def loaded_bytes(
 ) -> int:
     """What bound weights will take in memory; nothing is read."""
     stored = {name: weight.dtype for name, weight in weights.items()}
-    return _memory_bytes(config, stored, precision or Precision())
+    return weights_in_memory(config, stored, precision or Precision())
 
 
 def expected_bytes(config: ModelConfig, stored: str, precision: Precision | None = None) -> int:
     """The same for files that are not here, whose matrices are stored as f32, bf16 or f16."""
-    dtypes = {
+    return weights_in_memory(config, expected_dtypes(config, stored), precision or Precision())
+
+
+def expected_dtypes(config: ModelConfig, stored: str) -> dict[str, str]:
+    """BoundWeight.dtype of every weight in files that are not here, whose matrices are stored as f32, bf16 or f16."""
+    return {
         name: stored if _is_matrix(name, shape) else "f32" for name, shape in weight_shapes(config).items()
     }
-    return _memory_bytes(config, dtypes, precision or Precision())
 
 
-def _memory_bytes(config: ModelConfig, stored: Mapping[str, str], precision: Precision) -> int:
+def weights_in_memory(config: ModelConfig, stored: Mapping[str, str], precision: Precision) -> int:
+    """The same by BoundWeight.dtype of each."""
     multiplied, total = gemm_weights(config), 0
     for name, shape in weight_shapes(config).items():
         dtype = precision.gemm_weight(stored[name]) if name in multiplied else stored[name]

@@ -11,8 +11,8 @@ from nanoserve.server.gateway import Gateway
 class Health:
     """Live while it answers; ready while the engine makes progress and new requests are let in."""
 
-    def __init__(self, gateway: Gateway, view: EngineView) -> None:
-        self._gateway, self._view = gateway, view
+    def __init__(self, gateway: Gateway, view: EngineView, device: str) -> None:
+        self._gateway, self._view, self._device = gateway, view, device
 
     def report(self) -> tuple[int, dict[str, Any]]:
         """(status, body)."""
@@ -24,13 +24,18 @@ class Health:
             status = "starting"
         elif gateway.is_wedged:
             status = "wedged"
-        return (200 if status == "ready" else 503), {"status": status, **self._progress()}
+        return (200 if status == "ready" else 503), {
+            "status": status,
+            "device": self._device,
+            **self._progress(),
+        }
 
     def gauges(self) -> dict[str, Any]:
         """For the metrics."""
         gateway, loop = self._gateway, self._gateway.engine_loop
         stats = loop.snapshot
         return {
+            "device": self._device,
             "num_requests_running": gateway.num_running,
             "num_requests_waiting": gateway.num_waiting,
             "kv_cache_usage_perc": stats["kv_pages_used"] / max(1, stats["kv_pages_total"]),

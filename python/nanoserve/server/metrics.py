@@ -186,6 +186,10 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """For prometheus-client."""
         now = self.gauges()
+        if "device" in now:
+            device = GaugeMetricFamily("nanoserve:device_info", "Where the model runs; 1.", labels=["device"])
+            device.add_metric([now["device"]], 1)
+            yield device
         for name, text in (
             ("num_requests_running", "Requests that the engine computes."),
             ("num_requests_waiting", "Requests that wait for it."),

@@ -56,7 +56,7 @@ class Server:
         view = EngineView(settings.page)
         self.gateway = Gateway(llm.engine, settings, self.metrics, view)
         self.gateway.on_engine_failure = self.stop
-        self.health = Health(self.gateway, view)
+        self.health = Health(self.gateway, view, llm.engine.device_name)
         self.metrics.gauges = self.health.gauges
         self.service = Service(llm, self.gateway, settings, settings.model_name or llm.directory.name)
         self.app: Guard = build_app(self.service, self.metrics, self.health)
@@ -91,7 +91,9 @@ class Server:
                 await asyncio.sleep(0.01)
             host, port = listener.getsockname()[:2]
             self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            _log.info("listening", extra={"fields": {"url": self.url}})
+            _log.info(
+                "listening", extra={"fields": {"url": self.url, "device": self._llm.engine.device_name}}
+            )
             if self._on_listening is not None:
                 self._on_listening(self.url)
             stopping = asyncio.create_task(self._stop.wait())

@@ -88,6 +88,9 @@ class ArtifactStore:
         self._files = CacheDirectory(path, "GPU kernel cache")
         self.directory = self._files.path
 
+    def __len__(self) -> int:
+        return sum(1 for _ in self.directory.glob("*.json"))
+
     def find(self, key: str) -> Artifact | None:
         """The verified artifact, None where there is none or a damaged one: storing it again repairs that.
 

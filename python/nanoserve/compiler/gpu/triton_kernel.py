@@ -58,12 +58,11 @@ def toolchain() -> str | None:
     return None if None in found else ", ".join(str(part) for part in found)
 
 
-def compile_source(spec: GpuKernelSpec, chip: Chip, source: TritonSource) -> Artifact:
-    """A kernel's artifact.
+def run_triton(spec: GpuKernelSpec, source: TritonSource) -> Any:
+    """What Triton makes of it: `asm`, the text of every stage by name, and `metadata`.
 
     Raises:
-        TritonMissing, AssemblerMissing: a compiler is not installed. AssemblyFailed: ptxas refuses it.
-        ValueError: more shared memory than the chip has.
+        TritonMissing: it is not installed.
     """
     if version() is None:
         raise TritonMissing("compiling this GPU kernel needs triton: install nanoserve[cuda]")
@@ -78,11 +77,21 @@ def compile_source(spec: GpuKernelSpec, chip: Chip, source: TritonSource) -> Art
     aligned = {
         (i,): [["tt.divisibility", ALIGNMENT]] for i, text in enumerate(given.values()) if text != SCALAR
     }
-    made = triton.compile(
+    return triton.compile(
         ASTSource(fn=source.function, signature=signature, constexprs=dict(source.constants), attrs=aligned),
         target=GPUTarget("cuda", CAPABILITY, WARP),
         options={"num_warps": spec.block // WARP, "num_stages": source.stages, "enable_fp_fusion": False},
     )
+
+
+def compile_source(spec: GpuKernelSpec, chip: Chip, source: TritonSource) -> Artifact:
+    """A kernel's artifact.
+
+    Raises:
+        TritonMissing, AssemblerMissing: a compiler is not installed. AssemblyFailed: ptxas refuses it.
+        ValueError: more shared memory than the chip has.
+    """
+    made = run_triton(spec, source)
     about = made.metadata
     if about.global_scratch_size or about.profile_scratch_size:
         raise ValueError(f"{spec.symbol}: wants scratch memory, which nobody gives")

@@ -98,6 +98,15 @@ def lower_kernel(
         return lower(module, after_stage)
 
 
+def triton_source_of(spec: GpuKernelSpec, chip: Chip) -> triton_kernel.TritonSource | None:
+    """What Triton compiles; None of a kernel that is not written in it."""
+    kernel = _module_of(spec)
+    if not hasattr(kernel, "triton_source"):
+        return None
+    source: triton_kernel.TritonSource = kernel.triton_source(spec, chip, **dict(spec.params))
+    return source
+
+
 def compile_kernel(spec: GpuKernelSpec, chip: Chip) -> Artifact:
     """A kernel's artifact, made here and now.
 
@@ -105,9 +114,9 @@ def compile_kernel(spec: GpuKernelSpec, chip: Chip) -> Artifact:
         MlirMissing, TritonMissing, PtxCompilerMissing, AssemblerMissing: a compiler is not installed.
         NotLowered, AssemblyFailed: the kernel cannot be compiled.
     """
-    kernel = _module_of(spec)
-    if hasattr(kernel, "triton_source"):
-        return triton_kernel.compile_source(spec, chip, kernel.triton_source(spec, chip, **dict(spec.params)))
+    source = triton_source_of(spec, chip)
+    if source is not None:
+        return triton_kernel.compile_source(spec, chip, source)
     text = lower_kernel(spec, chip)
     assembly = ptx.ptx_from_llvm(text, chip)
     made = cubin.assemble(assembly, chip, spec.symbol)
