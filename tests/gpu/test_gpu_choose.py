@@ -232,37 +232,47 @@ def test_numbers_at_the_ends_of_float32() -> None:
         [
             [-huge, 0, tiny, 2 * tiny, -0.0, -tiny, 3 * tiny, 0],
             [-0.0, 0.0, -0.0, -1, -1, -2, -2, -2],
-            [-0.0, -2, -0.0, -1, -1, -2, -2, -0.0],
+            [-2, -0.0, -0.0, -1, -1, -2, -0.0, -1],
             [huge, -huge, huge, 0, 0, 0, 0, 0],
             [-huge, -huge, -3e38, -2e38, -huge, -huge, -huge, -huge],
         ],
         np.float32,
     )
     last = 1 - 2.0**-32
-    for top_k, expected in ((2, [6, 2, 7, 2, 3]), (3, [6, 2, 7, 2, 3]), (4, [7, 4, 7, 2, 3])):
+    for top_k, expected in ((2, [6, 2, 6, 2, 3]), (3, [6, 2, 6, 2, 3]), (4, [7, 4, 7, 2, 3])):
         draws = [Draw(1.0, top_k, uniform=last)] * 5
         assert host(values, draws, list(range(5))) == expected
         assert device(values, draws) == expected
+        args = arguments(values, draws)
+        args[1][args[1] == 0] = -0.0  # as others may say it
+        launch(choose_spec(8, args[0].shape[1]), *args)
+        assert args[4].tolist() == expected
     draws = [Draw(1e-38, 0, 0.4, uniform=last)] * 5
     assert device(values, draws) == [6, 1, 2, 0, 3]
 
 
 def test_blocks_that_cannot_matter_are_not_read() -> None:
-    """Larger logits in them, of which their maxima do not tell, change nothing."""
+    """Logits as large as the largest in them, of which their maxima do not tell, change nothing."""
     rng = np.random.default_rng(11)
     values = peaked(rng, 5, 60_000)
-    draws = [Draw(0), Draw(1.0, 20), Draw(1.0, 20, 0.9), Draw(1.0, min_p=0.02), Draw(0.05)]
+    draws = [
+        Draw(0), Draw(2.0, 20, uniform=0.7), Draw(2.0, 20, 0.9, uniform=0.1), Draw(2.0, min_p=0.05, uniform=0.7),
+        Draw(0.05),
+    ]  # fmt: skip
     expected = device(values, draws)
+    assert (values.argmax(axis=1)[1:4] != expected[1:4]).all()
     args = arguments(values, draws)
     wide, block_max = args[0], args[1]
     num_read = []
     for row in range(5):
         largest = np.sort(block_max[row])[::-1]
-        bar = (largest[0], largest[19], largest[19], largest[0] + np.log(0.02), largest[0] - 31 * 0.05)[row]
+        bar = (largest[0], largest[19], largest[19], largest[0] + 2 * np.log(0.05), largest[0] - 31 * 0.05)[
+            row
+        ]
         unread = np.flatnonzero(block_max[row] < bar - 1e-5)
         num_read.append(block_max.shape[1] - len(unread))
         for block in unread:
-            wide[row, block * 256 : block * 256 + 256] = 1e9
+            wide[row, block * 256 : block * 256 + 256] = largest[0]
     assert num_read[:3] == [1, 20, 20]
     assert max(num_read[3:]) < 100
     launch(choose_spec(60_000, wide.shape[1]), *args)
