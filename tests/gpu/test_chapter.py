@@ -9,7 +9,6 @@ from xml.etree import ElementTree
 
 import pytest
 from tests.gpu.conftest import ROOT
-
 from tools import draw_chapter
 
 CHAPTER = ROOT / "book" / "one-kernel-two-machines.md"
