@@ -10,7 +10,7 @@ import numpy as np
 from nanoserve.compiler.gpu.artifact import Artifact
 from nanoserve.compiler.gpu.chip import parse_chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
-from nanoserve.emulator import Emulator
+from nanoserve.emulator.emulated_kernel import EmulatedKernel
 from nanoserve.kernels.cuda.library import load_artifacts
 
 ORDERS = (0, 1, 2)  # of threads: each as far as it gets, the last first, and random
@@ -23,26 +23,13 @@ def artifact(spec: GpuKernelSpec, chip: str = "sm_90") -> Artifact:
 
 
 @cache
-def _emulator(spec: GpuKernelSpec, chip: str) -> Emulator:
-    return Emulator(artifact(spec, chip).llvm_ir)
+def _kernel(spec: GpuKernelSpec, chip: str) -> EmulatedKernel:
+    return EmulatedKernel(spec, artifact(spec, chip))
 
 
 def launch(spec: GpuKernelSpec, *args: np.ndarray | int, order: int = 0, chip: str = "sm_90") -> None:
     """One launch on arrays that are changed in place; integers are the kernel's scalars."""
-    names = [name for name, _ in spec.arguments]
-    assert len(names) == len(args), f"{spec.symbol} takes {', '.join(names)}"
-    for name, is_pointer, value in zip(names, spec.pointers, args, strict=True):
-        assert is_pointer == isinstance(value, np.ndarray), f"{spec.symbol}: {name}"
-    scalars = {name: value for name, value in zip(names, args, strict=True) if isinstance(value, int)}
-    launched = artifact(spec, chip).launch
-    _emulator(spec, chip).launch(
-        launched.entry,
-        spec.grid_of(scalars),
-        (launched.block, 1, 1),
-        launched.shared_bytes,
-        list(args),
-        order=order,
-    )
+    _kernel(spec, chip)(*args, order=order)
 
 
 def same_in_every_order(

@@ -18,6 +18,7 @@ from nanoserve.compiler.gpu.chip import CHIPS
 from nanoserve.cuda import backend
 from nanoserve.cuda.executor import CudaExecutor, chip_of, default_buckets
 from nanoserve.models.config import ModelConfig
+from nanoserve.models.rope import Rope
 from nanoserve.models.weights import random_weights
 from nanoserve.native import CudaDevice, CudaError, CudaKernel, cuda_layer_cache
 from nanoserve.precision import Precision
@@ -37,6 +38,34 @@ def configs() -> dict[str, ModelConfig]:
         "gpt2": ModelConfig(vocab_size=300, n_layer=2, n_head=2, n_embd=32, max_seq_len=256),
         "llama": ModelConfig(**llama, tie_embeddings=False),
         "qwen3": ModelConfig(**llama, qk_norm="head", sliding_window=40, sliding_layers=(True, False)),
+        "gemma2": ModelConfig(
+            **{
+                **llama,
+                "activation": "gelu_tanh",
+                "post_norm": True,
+                "attention_softcap": 3.0,
+                "logits_softcap": 2.0,
+                "embedding_scale": 8.0,
+                "sliding_window": 40,
+                "sliding_layers": (True, False),
+                "family": "gemma",
+            }
+        ),
+        "phi3": ModelConfig(
+            **{
+                **llama,
+                "family": "phi3",
+                "rope": Rope(
+                    32,
+                    kind="longrope",
+                    original_len=72,
+                    amplitude=1.1,
+                    short_factor=(1.0,) * 16,
+                    long_factor=(1.5,) * 16,
+                ),
+            }
+        ),
+        "qwen2": ModelConfig(**{**llama, "qkv_bias": True}),
     }
 
 
@@ -76,7 +105,7 @@ def answers(done: list[Any]) -> list[tuple[list[int], list[float]]]:
     return [(request.output_tokens, [each.logprob for each in request.logprobs]) for request in done]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "gemma2", "phi3", "qwen2"])
 def test_float32_tokens_are_the_cpus(
     engine: Callable[..., NanoServingEngine], prompts: list[list[int]], name: str
 ) -> None:

@@ -1,0 +1,45 @@
+"""One model on devices of several kinds, each in its own process: which code runs is the chip's, the answers are not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.gpu.conftest import ROOT
+
+
+@cache
+def on(capability: str, *arguments: str) -> dict[str, Any]:
+    paths = [str(ROOT), str(ROOT / "python"), str(ROOT / "tests"), *sys.path]
+    env = {
+        **os.environ, "NANOSERVE_FAKE_CUDA_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(paths),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tests.gpu.chip_answers", "llama", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_answers_have_the_same_bits_on_every_chip(precision: str) -> None:
+    old, new = on("8.0", precision), on("9.0", precision)
+    assert (old["chip"], new["chip"]) == ("sm_80", "sm_90a")
+    assert not old["wgmma"]
+    assert old["answers"] == new["answers"]
+
+
+def test_warpgroup_products_are_near_the_others() -> None:
+    """Another instruction, whose order of adding is its own."""
+    plain, wgmma = on("9.0", "bfloat16"), on("9.0", "bfloat16", "wgmma")
+    assert wgmma["wgmma"]
+    for (tokens, logprobs), (others, near) in zip(plain["answers"], wgmma["answers"], strict=True):
+        same = next((at for at, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b), len(tokens))
+        assert same > 0
+        assert np.abs(np.subtract(logprobs[:same], near[:same])).max() < 0.02
