@@ -43,6 +43,7 @@ class Stream {
     Stream& operator=(const Stream&) = delete;
 
     [[nodiscard]] const std::shared_ptr<const Device>& device() const { return device_; }
+    [[nodiscard]] Handle handle() const { return handle_; }
 
     // From pinned memory, which must stay as it is until the copy is done (or from any, then it is done at
     // once).
