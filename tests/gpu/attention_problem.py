@@ -8,8 +8,8 @@ from functools import cache
 
 import numpy as np
 import torch
-from gpu.run_kernel import launch as emulated
 
+from gpu.run_kernel import launch as emulated
 from nanoserve.kernels.cuda import paged_attention
 from nanoserve.kernels.cuda.paged_attention import TABLE_TOKENS, AttentionForm
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tools.gpu_check.gpu import Gpu
+from tools.gpu_check.record import Record
 
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
 from nanoserve.kernels.cuda.activation import convert_spec
 from nanoserve.native import CudaMemory
-from tools.gpu_check.gpu import Gpu
-from tools.gpu_check.record import Record
 
 _EMPTY = convert_spec(8, 8, 8)  # a kernel with next to nothing to do
 
@@ -44,30 +44,29 @@ def specs(chip: Chip, tiny: bool, folder: Path) -> Iterable[GpuKernelSpec]:
 
 
 def run(gpu: Gpu, record: Record) -> None:
-    size = 1 << 16 if gpu.tiny else 1 << 31
-    source, target = CudaMemory(gpu.stream, size), CudaMemory(gpu.stream, size)
-    if gpu.torch is not None:  # never zeros: random bytes
-        block = np.random.default_rng(0).integers(0, 255, 1 << 26, np.uint8)
-        for offset in range(0, size, len(block)):
-            source.upload(block, offset)
-    copy_s = gpu.seconds(lambda i: target.copy_from(source, size), 4)
-    record.fact("copy_bytes_per_s", 2 * size / copy_s)
-    del source, target
+    record.fact("copy_bytes_per_s", _copied(gpu, 1 << 16 if gpu.tiny else 1 << 31))
     _launches(gpu, record)
     if gpu.torch is None:
         record.skip("read bandwidth and products", "PyTorch has no CUDA device here")
         return
     torch = gpu.torch
-    values = torch.randn(size // 4, device="cuda")
-    record.fact("read_bytes_per_s", size / gpu.torch_seconds(lambda i: torch.sum(values), 4))
-    del values
+    values = torch.randn(1 << 29, device="cuda")
+    record.fact("read_bytes_per_s", 4 * len(values) / gpu.torch_seconds(lambda i: torch.sum(values), 4))
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty(n, n, device="cuda", dtype=torch.bfloat16)
-    once = gpu.torch_seconds(lambda i: torch.matmul(a, b, out=out), 10, 9)
-    again = gpu.torch_seconds(lambda i: torch.matmul(a, b, out=out), 10, 9)
+    once, again = (gpu.torch_seconds(lambda i: torch.matmul(a, b, out=out), 10, 9) for _ in range(2))
     record.fact("bf16_flops", 2 * n**3 / min(once, again))
     record.fact("spread", abs(once - again) / once)
+
+
+def _copied(gpu: Gpu, size: int) -> float:
+    """Bytes per second of a copy on the device, those read and those written."""
+    source, target = CudaMemory(gpu.stream, size), CudaMemory(gpu.stream, size)
+    block = np.random.default_rng(0).integers(0, 255, min(size, 1 << 26), np.uint8)  # never zeros
+    for offset in range(0, size, len(block)):
+        source.upload(block, offset)
+    return 2 * size / gpu.seconds(lambda i: target.copy_from(source, size), 4)
 
 
 def _launches(gpu: Gpu, record: Record) -> None:

@@ -7,9 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nanoserve import ModelConfig, load_weights, random_weights
-from nanoserve.compiler.gpu.chip import Chip
-from nanoserve.compiler.gpu.spec import GpuKernelSpec
 from tools.gpu_check.engines import arithmetics, engine_specs, make_engine
 from tools.gpu_check.gpu import Gpu
 from tools.gpu_check.places import MODELS
@@ -24,6 +21,10 @@ from tools.gpu_check.tiny_models import (
     random_prompts,
     ways_to_answer,
 )
+
+from nanoserve import ModelConfig, load_weights, random_weights
+from nanoserve.compiler.gpu.chip import Chip
+from nanoserve.compiler.gpu.spec import GpuKernelSpec
 
 ORACLES = ("gpt2", "llama-odd", "qwen3")  # of tests/support/families.py
 _TINY_ORACLES = ("gpt2",)

@@ -8,8 +8,9 @@ from typing import Any
 from unittest.mock import MagicMock, patch
 
 import numpy as np
-
 from bench.random_checkpoint import BLOCK
+from tools.gpu_check.gpu import Gpu
+
 from nanoserve import ModelConfig, NanoServingEngine
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
@@ -18,7 +19,6 @@ from nanoserve.kernels.panels import to_bfloat16
 from nanoserve.models.stored_tensor import StoredTensor
 from nanoserve.models.weights import checkpoint_shapes
 from nanoserve.precision import Precision
-from tools.gpu_check.gpu import Gpu
 
 # Options of the executor for each arithmetic of bfloat16 products; the first is the default.
 ARITHMETICS: dict[str, dict[str, Any]] = {"mma": {}, "wgmma": {"wgmma": True}}

@@ -10,11 +10,12 @@ import subprocess
 from importlib import metadata
 from typing import Any
 
-from nanoserve.compiler.gpu.artifact import ArtifactStore
-from nanoserve.native import CudaError
 from tools.gpu_check.gpu import Gpu
 from tools.gpu_check.places import KERNELS, MANIFEST
 from tools.gpu_check.record import Record
+
+from nanoserve.compiler.gpu.artifact import ArtifactStore
+from nanoserve.native import CudaError
 
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "vllm", "nanovllm")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tools.gpu_check.places import KERNELS
 
 from nanoserve.compiler.gpu.artifact import Artifact, ArtifactStore
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
@@ -25,7 +26,6 @@ from nanoserve.native import (
     CudaTimeMark,
     cuda_launch,
 )
-from tools.gpu_check.places import KERNELS
 
 
 class Gpu:

@@ -10,14 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-
-from nanoserve.compiler.gpu.chip import Chip
-from nanoserve.compiler.gpu.spec import GpuKernelSpec
-from nanoserve.native import CudaError
 from tools.gpu_check.gpu import Gpu
 from tools.gpu_check.kernel_cases import CASES, GEMMS, Case, attention_problems, gemm_cases, kinds, numbers
 from tools.gpu_check.places import EXPECTED
 from tools.gpu_check.record import Record
+
+from nanoserve.compiler.gpu.chip import Chip
+from nanoserve.compiler.gpu.spec import GpuKernelSpec
+from nanoserve.native import CudaError
 
 ROWS = (1, 3, 16, 17, 64, 65, 300)
 _TINY_ROWS = (1, 3, 17, 65)

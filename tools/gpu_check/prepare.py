@@ -12,14 +12,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-
 from bench.run import commit
+from tools.gpu_check.parts import BY_NAME, PARTS
+from tools.gpu_check.places import EXPECTED, KERNELS, MANIFEST, MODELS
+
 from nanoserve.compiler.gpu.artifact import Artifact, ArtifactStore
 from nanoserve.compiler.gpu.chip import Chip, parse_chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
 from nanoserve.kernels.cuda.library import key_of, load_artifacts
-from tools.gpu_check.parts import BY_NAME, PARTS
-from tools.gpu_check.places import EXPECTED, KERNELS, MANIFEST, MODELS
 
 
 def prepare(
@@ -86,9 +86,9 @@ def _warm(spec: GpuKernelSpec, chip: Chip) -> str:
 
 
 def _write_models(folder: Path, tiny: bool) -> None:
-    from support.oracle import make_checkpoint
-
     from tools.gpu_check.end_to_end import oracles
+
+    from support.oracle import make_checkpoint
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in oracles(tiny):
