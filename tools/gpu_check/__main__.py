@@ -31,6 +31,7 @@ def main() -> int:
     add.add_argument("--folder", type=Path, default=FOLDER)
     add = commands.add_parser("show", help="print a results file")
     add.add_argument("results", type=Path)
+    add.add_argument("--all", action="store_true", help="every check and number")
     add = commands.add_parser("part")
     add.add_argument("name")
     add.add_argument("--folder", type=Path, required=True)
@@ -100,9 +101,10 @@ def run(given: argparse.Namespace) -> int:
 
 
 def show(given: argparse.Namespace) -> int:
-    from tools.gpu_check.show import shown
+    from tools.gpu_check.show import everything, shown
 
-    print(shown(json.loads(given.results.read_text(encoding="utf-8"))))
+    results = json.loads(given.results.read_text(encoding="utf-8"))
+    print(everything(results) if given.all else shown(results))
     return 0
 
 

@@ -71,7 +71,7 @@ def _copied(gpu: Gpu, size: int) -> float:
 
 def _launches(gpu: Gpu, record: Record) -> None:
     x, out = gpu.memory(np.ones((1, 8), np.float32)), gpu.memory(np.ones((1, 8), np.uint16))
-    args = [x.address, out.address, 1]
+    args = [x, out, 1]
     count = 4 if gpu.tiny else 1000
     gpu.put(_EMPTY, args)
     gpu.stream.synchronize()

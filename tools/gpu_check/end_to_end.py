@@ -25,6 +25,7 @@ from tools.gpu_check.tiny_models import (
 from nanoserve import ModelConfig, load_weights, random_weights
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
+from nanoserve.precision import Precision
 
 ORACLES = ("gpt2", "llama-odd", "qwen3")  # of tests/support/families.py
 _TINY_ORACLES = ("gpt2",)
@@ -40,21 +41,22 @@ def specs(chip: Chip, tiny: bool, folder: Path) -> Iterable[GpuKernelSpec]:
     for name in oracles(tiny):
         yield from engine_specs(ModelConfig.from_pretrained(folder / MODELS / name), chip, F32, **limits)
     yield from engine_specs(configs()[_BITS], chip, F32, **limits)
-    for options in arithmetics(chip).values():
-        yield from engine_specs(configs()[_BITS], chip, BF16, **limits, **options)
+    for one in arithmetics(chip, ours=True).values():
+        yield from engine_specs(configs()[_BITS], chip, BF16, **limits, **one.executor)
 
 
 def run(gpu: Gpu, record: Record) -> None:
     for name in oracles(gpu.tiny):
         if record.has_time(f"tokens of {name}", 2):
-            _tokens(gpu, record, name)
-    ways = [
-        ("float32", F32, {}),
-        *((f"bfloat16, {name}", BF16, given) for name, given in arithmetics(gpu.chip).items()),
-    ]
+            with record.attempt(f"tokens of {name}"):
+                _tokens(gpu, record, name)
+    ways: list[tuple[str, Precision, dict[str, Any]]] = [("float32", F32, {})]
+    for name, one in arithmetics(gpu.chip, ours=True).items():
+        ways.append((f"bfloat16, {name}", BF16, one.executor))
     for name, precision, given in ways[:2] if gpu.tiny else ways:
         if record.has_time(f"bits in {name}", 2):
-            _bits(gpu, record, name, precision, given)
+            with record.attempt(f"bits in {name}"):
+                _bits(gpu, record, name, precision, given)
 
 
 def _tokens(gpu: Gpu, record: Record, name: str) -> None:
@@ -84,7 +86,7 @@ def _tokens(gpu: Gpu, record: Record, name: str) -> None:
     )  # fmt: skip
 
 
-def _bits(gpu: Gpu, record: Record, name: str, precision: Any, given: dict[str, Any]) -> None:
+def _bits(gpu: Gpu, record: Record, name: str, precision: Precision, given: dict[str, Any]) -> None:
     config = configs()[_BITS]
     weights = random_weights(config, 1)
 

@@ -6,6 +6,7 @@ its floor. A prompt must multiply: its floor is at the measured rate of products
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Iterable
@@ -39,16 +40,20 @@ def specs(chip: Chip, tiny: bool, folder: Path) -> Iterable[GpuKernelSpec]:
 def run(gpu: Gpu, record: Record) -> None:
     ceilings = Ceilings.of(gpu.results.get("ceilings"))
     for name, config in models(gpu.tiny).items():
-        if not record.has_time(name, 8 + 4e-9 * step_weight_bytes(config)):
-            continue
-        begin = time.perf_counter()
-        engine = engine_of(gpu, config)
-        record.fact(f"{name}: seconds to start", time.perf_counter() - begin)
-        measure(gpu, record, name, engine, ceilings)
-        if name in MIXED_MODELS and record.has_time(f"mixed workload of {name}", 5):
-            limit = min(MIXED_SECONDS, record.seconds_left - 2)
-            record.row("mixed", model=name, by="nanoserve", **mixed(engine, config, gpu.tiny, limit))
-        del engine
+        if record.has_time(name, 8 + 4e-9 * step_weight_bytes(config)):
+            with record.attempt(name):
+                _model(gpu, record, name, config, ceilings)
+            gc.collect()  # of a device's memory, too
+
+
+def _model(gpu: Gpu, record: Record, name: str, config: ModelConfig, ceilings: Ceilings | None) -> None:
+    begin = time.perf_counter()
+    engine = engine_of(gpu, config)
+    record.fact(f"{name}: seconds to start", time.perf_counter() - begin)
+    measure(gpu, record, name, engine, ceilings)
+    if name in MIXED_MODELS and record.has_time(f"mixed workload of {name}", 5):
+        limit = min(MIXED_SECONDS, record.seconds_left - 2)
+        record.row("mixed", model=name, by="nanoserve", **mixed(engine, config, gpu.tiny, limit))
 
 
 def engine_of(
@@ -59,7 +64,7 @@ def engine_of(
         options = {"kv_cache_pages": 64, "max_num_batched_tokens": 128, "max_chunk_size": 128, "max_batch_size": 4,
                    "max_model_len": 256, **options}  # fmt: skip
     else:
-        wanted = 256 * 2 * PROMPT // PAGE
+        wanted = 256 * PROMPT // PAGE
         room = (
             gpu.device.free_bytes
             - step_weight_bytes(config)
@@ -130,11 +135,12 @@ class NativeClock:
 def decode(engine: NanoServingEngine, batch: int, context: int, steps: int) -> dict[str, float]:
     """Of a step of `batch` sequences: milliseconds, and the share in which no native call runs."""
     prompts = [random_tokens(engine.config, context, number) for number in range(batch)]
-    params = SamplingParams(temperature=0.0, max_tokens=2 * steps + 8, ignore_eos=True)
+    executor: Any = engine.executor
+    # More than are looked at: the first decode while the last are still at their prompts.
+    params = SamplingParams(temperature=0.0, max_tokens=executor.max_model_len - context, ignore_eos=True)
     requests = [engine.add_request(prompt, params) for prompt in prompts]
     while any(len(request.output_tokens) < 3 for request in requests):
         engine.step()
-    executor: Any = engine.executor
     clock = NativeClock(executor._native)
     executor._native = clock
     times = []

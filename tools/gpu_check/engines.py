@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, patch
@@ -20,13 +22,41 @@ from nanoserve.models.stored_tensor import StoredTensor
 from nanoserve.models.weights import checkpoint_shapes
 from nanoserve.precision import Precision
 
-# Options of the executor for each arithmetic of bfloat16 products; the first is the default.
-ARITHMETICS: dict[str, dict[str, Any]] = {"mma": {}, "wgmma": {"wgmma": True}}
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """A way of multiplying bfloat16.
+
+    Attributes:
+        executor: options of an executor that takes it.
+        plan: options of a plan of our kernels (gemm_plan); None: a library's.
+        needs_wgmma: runs on chips with warpgroup instructions only.
+    """
+
+    executor: dict[str, Any]
+    plan: dict[str, Any] | None
+    needs_wgmma: bool = False
 
 
-def arithmetics(chip: Chip) -> dict[str, dict[str, Any]]:
-    """Those the chip has."""
-    return {name: given for name, given in ARITHMETICS.items() if name != "wgmma" or chip.wgmma}
+# The first is the default. A library's products are there where the executor knows them.
+_KNOWS_LIBRARY = "gemm" in signature(executor.CudaExecutor).parameters
+ARITHMETICS = {
+    "mma": Arithmetic({}, {}),
+    "wgmma": Arithmetic(
+        {"gemm": "wgmma"} if _KNOWS_LIBRARY else {"wgmma": True}, {"wgmma": True}, needs_wgmma=True
+    ),
+}
+if _KNOWS_LIBRARY:
+    ARITHMETICS["cublas"] = Arithmetic({"gemm": "cublas"}, None)
+
+
+def arithmetics(chip: Chip, *, ours: bool = False) -> dict[str, Arithmetic]:
+    """Those the chip has; of our own kernels alone, whose bits depend on nothing but the row, if `ours`."""
+    return {
+        name: one
+        for name, one in ARITHMETICS.items()
+        if (chip.wgmma or not one.needs_wgmma) and (one.plan is not None or not ours)
+    }
 
 
 def make_engine(

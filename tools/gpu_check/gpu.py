@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tools.gpu_check.places import KERNELS
@@ -28,12 +28,19 @@ from nanoserve.native import (
 )
 
 
+class Placed(Protocol):
+    """What lies on a device."""
+
+    @property
+    def address(self) -> int: ...
+
+
 class Gpu:
     """The first device, with the kernels of a folder.
 
     Attributes:
         tiny: small problems only: on the emulator, or under a sanitizer.
-        torch: PyTorch on this device; None on the emulator, or where it sees none.
+        torch: PyTorch on this device; None where it sees none, or for tiny problems.
     """
 
     def __init__(self, folder: Path, *, fake: bool = False, tiny: bool = False) -> None:
@@ -45,7 +52,7 @@ class Gpu:
         self._kernels: dict[GpuKernelSpec, CudaKernel] = {}
         # What was prepared is what is checked: nothing is compiled here, whatever is installed.
         library.toolchain = lambda spec=None: None
-        self.torch = None if fake else _torch()
+        self.torch = None if self.tiny else _torch()
         self.results: dict[str, Any] = {}  # of the parts before, by name
 
     def image(self, artifact: Artifact) -> bytes:
@@ -75,21 +82,22 @@ class Gpu:
         held.upload(array)
         return held
 
-    def put(self, spec: GpuKernelSpec, args: Sequence[int]) -> None:
-        """One launch into the stream; args: addresses and integers."""
+    def put(self, spec: GpuKernelSpec, args: Sequence[int | Placed]) -> None:
+        """One launch into the stream; args: what lies on the device, addresses and integers."""
+        values = [arg if isinstance(arg, int) else arg.address for arg in args]
         scalars = {
             name: value
-            for (name, _), pointer, value in zip(spec.arguments, spec.pointers, args, strict=True)
+            for (name, _), pointer, value in zip(spec.arguments, spec.pointers, values, strict=True)
             if not pointer
         }
-        cuda_launch(self.stream, self.kernel(spec), spec.grid_of(scalars), args)
+        cuda_launch(self.stream, self.kernel(spec), spec.grid_of(scalars), values)
 
     def launch(
         self, spec: GpuKernelSpec, *args: np.ndarray[Any, Any] | int, order: int = 0, chip: str = ""
     ) -> None:
         """One launch on arrays that are changed in place, as tests/gpu/run_kernel.py's; a GPU has its own order."""
         held = [self.memory(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
-        self.put(spec, [arg if isinstance(arg, int) else arg.address for arg in held])
+        self.put(spec, held)
         for arg, memory in zip(args, held, strict=True):
             if isinstance(arg, np.ndarray) and isinstance(memory, CudaMemory) and arg.flags.writeable:
                 memory.download(arg)

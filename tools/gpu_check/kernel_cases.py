@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from tools.gpu_check.engines import ARITHMETICS, arithmetics
 
 from gpu.attention_problem import FORMS, AttentionProblem, numbers
 from gpu.matrix_problem import MatrixProblem
@@ -106,8 +107,11 @@ _GEMM_OPTIONS: dict[str, dict[str, Any]] = {
 # By kind: types of x and of the weight, and what asks for it in a plan.
 GEMMS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "gemm_f32": (("f32", "f32", {}), ("f32", "bf16", {}), ("f32", "f16", {})),
-    "gemm_mma": (("bf16", "bf16", {}),),
-    "gemm_wgmma": (("bf16", "bf16", {"wgmma": True}),),
+    **{
+        f"gemm_{name}": (("bf16", "bf16", one.plan),)
+        for name, one in ARITHMETICS.items()
+        if one.plan is not None
+    },
 }
 
 
@@ -130,7 +134,9 @@ def gemm_problem(x: str, dtype: str, options: dict[str, Any]) -> MatrixProblem:
 
 
 def gemm_cases(kind: str, chip: Chip) -> list[GemmCase]:
-    if kind == "gemm_wgmma" and not chip.wgmma:
+    """None where the chip has no such instructions."""
+    name = kind.removeprefix("gemm_")
+    if name in ARITHMETICS and name not in arithmetics(chip):
         return []
     made = []
     for x, dtype, asked in GEMMS[kind]:

@@ -7,13 +7,14 @@ several launches, so gaps between them count as they do in a step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tools.gpu_check.ceilings import Ceilings
-from tools.gpu_check.engines import arithmetics
+from tools.gpu_check.engines import Arithmetic, arithmetics
 from tools.gpu_check.gpu import Gpu
 from tools.gpu_check.record import Record
 from tools.gpu_check.shapes import Product, attention_flops, attention_form, models, products
@@ -34,18 +35,18 @@ _BEYOND_CACHE = 3 * 64 * 2**20  # bytes
 def specs(chip: Chip, tiny: bool, folder: Path) -> Iterable[GpuKernelSpec]:
     for config in models(tiny).values():
         for made, _ in products(config).values():
-            for given in arithmetics(chip).values():
-                yield from plan_of(made, chip, given).specs
+            for one in arithmetics(chip, ours=True).values():
+                yield from plan_of(made, chip, one).specs
         form = attention_form(config, chip)
         yield from (form.attend_spec(), form.split_spec(), form.merge_spec())
 
 
-def plan_of(made: Product, chip: Chip, given: dict[str, Any]) -> GemmPlan:
+def plan_of(made: Product, chip: Chip, one: Arithmetic) -> GemmPlan:
     """The kernels that an executor takes."""
     op = made.op
     return gemm_plan(
         op.n_in, op.n_out, made.ldx, made.ldy, chip, x="bf16", dtype="bf16", y=made.y, bias=op.bias is not None,
-        activation=op.activation, residual=op.residual, scale=op.scale, softcap=op.softcap, gated=op.gated, **given,
+        activation=op.activation, residual=op.residual, scale=op.scale, softcap=op.softcap, gated=op.gated, **(one.plan or {}),
     )  # fmt: skip
 
 
@@ -55,25 +56,39 @@ def run(gpu: Gpu, record: Record) -> None:
         record.skip("fractions of the ceilings", "they were not measured: times only")
     for name, config in models(gpu.tiny).items():
         if record.has_time(f"attention of {name}", 4):
-            _decode_attention(gpu, record, name, config, ceilings)
-            _prefill_attention(gpu, record, name, config, ceilings)
+            with record.attempt(f"attention of {name}"):
+                _decode_attention(gpu, record, name, config, ceilings)
+                _prefill_attention(gpu, record, name, config, ceilings)
     for name, config in models(gpu.tiny).items():
         for key, (made, _) in products(config).items():
             if record.has_time(f"{key} of {name}", 3):
-                _product(gpu, record, name, made, ceilings)
+                with record.attempt(f"{key} of {name}"):
+                    _product(gpu, record, name, made, ceilings)
 
 
-def random_rows(gpu: Gpu, *shape: int, dtype: str = "bf16", scale: float = 1.0) -> tuple[int, Any]:
-    """(address, what keeps it): normal numbers on the device."""
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Numbers on the device, as long as this lives.
+
+    Attributes:
+        held: a tensor of PyTorch's where that has the device.
+    """
+
+    address: int
+    held: Any
+
+
+def random_rows(gpu: Gpu, *shape: int, dtype: str = "bf16", scale: float = 1.0) -> Rows:
+    """Normal numbers."""
     if gpu.torch is not None:
         torch = gpu.torch
         kind = torch.bfloat16 if dtype == "bf16" else torch.float32
         made = torch.empty(*shape, device="cuda", dtype=kind).normal_(std=scale)
         torch.cuda.synchronize()
-        return made.data_ptr(), made
+        return Rows(made.data_ptr(), made)
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32) * np.float32(scale)
     held = gpu.memory(values if dtype == "f32" else (values.view(np.uint32) >> 16).astype(np.uint16))
-    return held.address, held
+    return Rows(held.address, held)
 
 
 def copies(size: int, tiny: bool) -> int:
@@ -85,34 +100,33 @@ def _product(gpu: Gpu, record: Record, model: str, made: Product, ceilings: Ceil
     op, count = made.op, copies(made.weight_bytes, gpu.tiny)
     rows = [m for m in ((1, 17) if gpu.tiny else ROWS) if made.name != "head" or m <= _MOST_HEAD_ROWS]
     width = -(-op.n_in // 8) * 8
-    w, w_kept = random_rows(gpu, count, made.rows, width, scale=0.02)
-    x, x_kept = random_rows(gpu, rows[-1], made.ldx)
-    y, y_kept = random_rows(gpu, rows[-1], made.ldy, dtype=made.y)
-    bias, bias_kept = random_rows(gpu, made.rows, dtype="f32")
-    assert w_kept is not None and x_kept is not None and y_kept is not None and bias_kept is not None
+    w = random_rows(gpu, count, made.rows, width, scale=0.02)
+    x, y = random_rows(gpu, rows[-1], made.ldx), random_rows(gpu, rows[-1], made.ldy, dtype=made.y)
+    bias = [random_rows(gpu, made.rows, dtype="f32")] if op.bias else []
     launches = max(count, 2 if gpu.tiny else 4)
+
+    def ours(one: Arithmetic, m: int) -> float:
+        spec = plan_of(made, gpu.chip, one).spec_for(m)
+        size = 2 * made.rows * width
+        return gpu.seconds(
+            lambda i: gpu.put(spec, [x, w.address + size * (i % count), *bias, y, m]), launches
+        )
+
+    def torchs(m: int) -> float:
+        linear, left = gpu.torch.nn.functional.linear, x.held[:m, : op.n_in]
+        return gpu.torch_seconds(lambda i: linear(left, w.held[i % count, :, : op.n_in]), launches)
+
     for m in rows:
         if not record.has_time(f"{made.name} of {model} from {m} rows on", 0.5):
             return
-        row: dict[str, Any] = {"model": model, "product": made.name, "k": op.n_in, "n": made.rows, "m": m}
-        times = {}
-        for name, given in arithmetics(gpu.chip).items():
-            spec = plan_of(made, gpu.chip, given).spec_for(m)
-
-            def work(i: int, spec: GpuKernelSpec = spec, m: int = m) -> None:
-                weight = w + 2 * made.rows * width * (i % count)
-                gpu.put(spec, [x, weight, *([bias] if op.bias else []), y, m])
-
-            times[name] = gpu.seconds(work, launches)
+        times = {name: ours(one, m) for name, one in arithmetics(gpu.chip, ours=True).items()}
         if gpu.torch is not None:
-            left = x_kept[:m, : op.n_in]
-            times["torch"] = gpu.torch_seconds(
-                lambda i, left=left: gpu.torch.nn.functional.linear(left, w_kept[i % count][:, : op.n_in]), launches
-            )  # fmt: skip
+            times["torch"] = torchs(m)
         for name, seconds in times.items():
             record.row(
-                "products", **row, by=name, **_fractions(seconds, made.bytes(m), made.flops(m), ceilings)
-            )
+                "products", model=model, product=made.name, k=op.n_in, n=made.rows, m=m, by=name,
+                **_fractions(seconds, made.bytes(m), made.flops(m), ceilings),
+            )  # fmt: skip
 
 
 def _fractions(seconds: float, size: int, flops: int, ceilings: Ceilings | None) -> dict[str, float]:
@@ -127,7 +141,7 @@ class PagedKeys:
     """Keys and values of sequences of one length, their pages in any order, as often as no cache holds them.
 
     Attributes:
-        k, v, table: addresses. offsets: of each copy, where the tables of its sequences begin.
+        k, v, table: on the device. offsets: of each copy, where the tables of its sequences begin.
     """
 
     def __init__(self, gpu: Gpu, form: AttentionForm, batch: int, context: int) -> None:
@@ -136,14 +150,13 @@ class PagedKeys:
         self.bytes = 2 * 2 * batch * context * form.kv_heads * form.head_dim
         self.count = copies(self.bytes, gpu.tiny)
         total = self.count * batch * pages
-        self.k, self._k = random_rows(gpu, total, per_page)
-        self.v, self._v = random_rows(gpu, total, per_page)
+        self.k = random_rows(gpu, total, per_page)
+        self.v = random_rows(gpu, total, per_page)
         order = np.random.default_rng(0).permutation(total).astype(np.int32).reshape(-1, pages)
         entries = (-(-context // TABLE_TOKENS) + 1) * TABLE_TOKENS // form.page_size
         table = np.repeat(order[:, -1:], entries, 1)
         table[:, :pages] = order
-        self._table = gpu.memory(table)
-        self.table = self._table.address
+        self.table = gpu.memory(table)
         self.offsets = (np.arange(self.count * batch) * entries).reshape(self.count, batch)
 
 
@@ -155,33 +168,31 @@ def _decode_attention(
     for batch, context in cases:
         if not record.has_time(f"decode attention of {model}, {batch} x {context}", 1):
             return
-        keys, segments = PagedKeys(gpu, form, batch, context), -(-context // SEGMENT)
-        q, q_kept = random_rows(gpu, batch, form.ld_q, dtype="f32")
-        out, out_kept = random_rows(gpu, batch, form.ld_out)
-        parts, parts_kept = random_rows(gpu, batch * form.heads * segments, form.head_dim, dtype="f32")
-        sums, sums_kept = random_rows(gpu, batch * form.heads * segments, 2, dtype="f32")
-        spans = [
-            gpu.memory(np.array([(row, 1, context - 1, offset) for row, offset in enumerate(mine)], np.int32))
-            for mine in keys.offsets
-        ]
-
-        def work(
-            i: int, keys: PagedKeys = keys, spans: list[Any] = spans, segments: int = segments, batch: int = batch,
-            q: int = q, out: int = out, parts: int = parts, sums: int = sums,
-        ) -> None:  # fmt: skip
-            mine = spans[i % keys.count].address
-            gpu.put(
-                form.split_spec(),
-                [q, keys.k, keys.v, keys.table, mine, parts, sums, form.ld_q, segments, batch, 0, 0],
-            )
-            gpu.put(form.merge_spec(), [parts, sums, mine, out, form.ld_out, segments, batch, 0, 0])
-
-        seconds = gpu.seconds(work, max(keys.count, 2))
-        assert all(kept is not None for kept in (q_kept, out_kept, parts_kept, sums_kept))
+        keys = PagedKeys(gpu, form, batch, context)
+        seconds = _decode_seconds(gpu, form, keys, batch, context)
         row: dict[str, Any] = {"model": model, "batch": batch, "context": context, "us": seconds * 1e6}
         if ceilings is not None:
             row["of_bandwidth"] = keys.bytes / seconds / ceilings.bandwidth
         record.row("decode attention", **row)
+
+
+def _decode_seconds(gpu: Gpu, form: AttentionForm, keys: PagedKeys, batch: int, context: int) -> float:
+    segments = -(-context // SEGMENT)
+    q, out = random_rows(gpu, batch, form.ld_q, dtype="f32"), random_rows(gpu, batch, form.ld_out)
+    parts = random_rows(gpu, batch * form.heads * segments, form.head_dim, dtype="f32")
+    sums = random_rows(gpu, batch * form.heads * segments, 2, dtype="f32")
+    spans = [
+        gpu.memory(np.array([(row, 1, context - 1, offset) for row, offset in enumerate(mine)], np.int32))
+        for mine in keys.offsets
+    ]
+    split, merge = form.split_spec(), form.merge_spec()
+
+    def work(i: int) -> None:
+        mine = spans[i % keys.count]
+        gpu.put(split, [q, keys.k, keys.v, keys.table, mine, parts, sums, form.ld_q, segments, batch, 0, 0])
+        gpu.put(merge, [parts, sums, mine, out, form.ld_out, segments, batch, 0, 0])
+
+    return gpu.seconds(work, max(keys.count, 2))
 
 
 def _prefill_attention(
@@ -191,25 +202,7 @@ def _prefill_attention(
     for tokens in (70,) if gpu.tiny else PROMPTS:
         if not record.has_time(f"prefill attention of {model}, {tokens}", 1):
             return
-        keys = PagedKeys(gpu, form, 1, tokens)
-        q, q_kept = random_rows(gpu, tokens, form.ld_q, dtype="f32")
-        out, out_kept = random_rows(gpu, tokens, form.ld_out)
-        starts = range(0, tokens, form.chunk_rows)
-        spans = [
-            gpu.memory(np.array([(at, min(form.chunk_rows, tokens - at), at, offset) for at in starts], np.int32))
-            for (offset,) in keys.offsets
-        ]  # fmt: skip
-
-        def work(
-            i: int, keys: PagedKeys = keys, spans: list[Any] = spans, count: int = len(starts), q: int = q, out: int = out
-        ) -> None:  # fmt: skip
-            mine = spans[i % keys.count].address
-            gpu.put(
-                form.attend_spec(), [q, keys.k, keys.v, keys.table, mine, out, form.ld_q, form.ld_out, count, 0, 0]
-            )  # fmt: skip
-
-        times = {"ours": gpu.seconds(work, max(keys.count, 2))}
-        assert q_kept is not None and out_kept is not None
+        times = {"ours": _prefill_seconds(gpu, form, tokens)}
         if gpu.torch is not None:
             times["torch"] = _torch_attention(gpu, form, tokens)
         flops = attention_flops(form.heads, form.head_dim, tokens)
@@ -218,6 +211,24 @@ def _prefill_attention(
             if ceilings is not None:
                 row["of_products"] = flops / seconds / ceilings.products
             record.row("prefill attention", **row)
+
+
+def _prefill_seconds(gpu: Gpu, form: AttentionForm, tokens: int) -> float:
+    keys = PagedKeys(gpu, form, 1, tokens)
+    q, out = random_rows(gpu, tokens, form.ld_q, dtype="f32"), random_rows(gpu, tokens, form.ld_out)
+    starts = range(0, tokens, form.chunk_rows)
+    spans = [
+        gpu.memory(np.array([(at, min(form.chunk_rows, tokens - at), at, offset) for at in starts], np.int32))
+        for (offset,) in keys.offsets
+    ]
+    attend, count = form.attend_spec(), len(starts)
+    return gpu.seconds(
+        lambda i: gpu.put(
+            attend,
+            [q, keys.k, keys.v, keys.table, spans[i % keys.count], out, form.ld_q, form.ld_out, count, 0, 0],
+        ),
+        max(keys.count, 2),
+    )
 
 
 def _torch_attention(gpu: Gpu, form: AttentionForm, tokens: int) -> float:

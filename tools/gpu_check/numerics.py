@@ -10,14 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from tools.gpu_check.engines import arithmetics
 from tools.gpu_check.gpu import Gpu
-from tools.gpu_check.kernel_cases import CASES, GEMMS, Case, attention_problems, gemm_cases, kinds, numbers
+from tools.gpu_check.kernel_cases import CASES, Case, attention_problems, gemm_cases, kinds, numbers
 from tools.gpu_check.places import EXPECTED
 from tools.gpu_check.record import Record
 
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
-from nanoserve.native import CudaError
 
 ROWS = (1, 3, 16, 17, 64, 65, 300)
 _TINY_ROWS = (1, 3, 17, 65)
@@ -36,23 +36,16 @@ def run(gpu: Gpu, record: Record) -> None:
             continue
         for case in CASES[kind](gpu.chip):
             if record.has_time(case.name, 1):
-                _guarded(gpu, record, case)
+                with record.attempt(case.name):
+                    _check(gpu, record, case)
     if record.has_time("attention by rows and by segments", 1):
-        _attention_ways(gpu, record)
+        with record.attempt("attention by rows and by segments"):
+            _attention_ways(gpu, record)
     if record.has_time("float32 products and the CPU's", 1):
-        _cpu_products(gpu, record)
-    if gpu.chip.wgmma and record.has_time("products on tensor cores among each other", 1):
+        with record.attempt("float32 products and the CPU's"):
+            _cpu_products(gpu, record)
+    if record.has_time("products on tensor cores among each other", 1):
         _tensor_cores(gpu, record)
-
-
-def _guarded(gpu: Gpu, record: Record, case: Case) -> None:
-    """A case that raises fails under its own name. After CUDA's own errors nothing can follow in this process."""
-    try:
-        _check(gpu, record, case)
-    except Exception as error:
-        record.check(case.name, False, f"{type(error).__name__}: {error}")
-        if isinstance(error, CudaError):
-            raise
 
 
 def _check(gpu: Gpu, record: Record, case: Case) -> None:
@@ -111,7 +104,7 @@ def _cpu_products(gpu: Gpu, record: Record) -> None:
 def _tensor_cores(gpu: Gpu, record: Record) -> None:
     """Whether the kinds of bfloat16 products agree: how many of the outputs differ from the first one's."""
     m = 65 if gpu.tiny else 300
-    known = [kind for kind in GEMMS if kind != "gemm_f32"]
+    known = [f"gemm_{name}" for name in arithmetics(gpu.chip, ours=True)]
     results = {
         kind: [case.outputs(gpu.launch, m)[0] for case in gemm_cases(kind, gpu.chip)] for kind in known
     }

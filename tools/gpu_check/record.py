@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,18 @@ class Record:
             print(f"FAILED {name}: {detail}", flush=True)
         self._grown(now=not passed)
         return bool(passed)
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """What raises in here fails as `name`, and others go on: but not after CUDA's errors, which spoil the context."""
+        from nanoserve.native import CudaError
+
+        try:
+            yield
+        except Exception as error:
+            self.check(name, False, f"{type(error).__name__}: {error}")
+            if isinstance(error, CudaError):
+                raise
 
     def fact(self, name: str, value: Any) -> None:
         self.data["facts"][name] = value

@@ -6,6 +6,7 @@ default is the price of that.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,18 +26,23 @@ BATCHES = (1, 32, 256)
 
 def specs(chip: Chip, tiny: bool, folder: Path) -> Iterable[GpuKernelSpec]:
     config = next(iter(models(tiny).values()))
-    for given in arithmetics(chip).values():
-        yield from engine_specs(config, chip, BF16, "bf16", max_model_len=256 if tiny else 4096, **given)
+    for one in arithmetics(chip).values():
+        yield from engine_specs(
+            config, chip, BF16, "bf16", max_model_len=256 if tiny else 4096, **one.executor
+        )
 
 
 def run(gpu: Gpu, record: Record) -> None:
     ceilings = Ceilings.of(gpu.results.get("ceilings"))
     name, config = next(iter(models(gpu.tiny).items()))
-    for arithmetic, given in arithmetics(gpu.chip).items():
+    for arithmetic, one in arithmetics(gpu.chip).items():
         if record.has_time(arithmetic, 5):
-            engine = engine_of(gpu, config, given)
-            measure(gpu, record, name, engine, ceilings, (1, 4) if gpu.tiny else BATCHES, products=arithmetic)
-            del engine
+            with record.attempt(arithmetic):
+                engine = engine_of(gpu, config, one.executor)
+                batches = (1, 4) if gpu.tiny else BATCHES
+                measure(gpu, record, name, engine, ceilings, batches, products=arithmetic)
+                del engine
+            gc.collect()  # of a device's memory, too
     tables = record.data["tables"]
     for table, time in (("decode", "step_ms"), ("prefill", "ms")):
         rows = tables.get(table, [])
