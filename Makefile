@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test bench lint native emulator sanitize clean
+.PHONY: demo test bench lint native emulator gpu-check sanitize clean
 
 demo: $(VENV)/.run
 	$(BIN)/python demo.py $(ARGS)
@@ -34,6 +34,11 @@ native:
 emulator: $(VENV)/.test
 	cmake --preset x64-release
 	cmake --build build/x64-release --target nvemu fakecuda fakecublas
+
+# For a machine with a GPU of NVIDIA's and all that compiles kernels; elsewhere, see tools/gpu_check.
+gpu-check: $(VENV)/.test
+	$(BIN)/python -m tools.gpu_check prepare $(foreach chip,$(CHIPS),--chip $(chip))
+	$(BIN)/python -m tools.gpu_check run --out build/gpu_check/results.json $(ARGS)
 
 sanitize:
 	cmake --preset x64-asan

@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tools.gpu_check import report as gpu_check
+
 from bench.peers.tables import peers_figure, peers_overview, peers_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,6 +201,7 @@ BLOCKS = {
     "partition": ("partition.json", partition_table),
     "serving": ("serving.json", serving_table),
     "overload": ("overload.json", overload_table),
+    "gpu": ("gpu.json", gpu_check.table),
 }
 
 
@@ -212,6 +215,12 @@ DOCUMENTS = {
 }
 
 
+def read(file: str) -> Any:
+    """A results file; None where there is none yet."""
+    path = RESULTS / file
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def updated(document: Path) -> str:
     """Its text with every block made anew from its results file."""
     text = document.read_text(encoding="utf-8")
@@ -219,7 +228,7 @@ def updated(document: Path) -> str:
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not block.search(text):
             sys.exit(f"{document} has no block <!-- {name} -->")
-        made = make(json.loads((RESULTS / file).read_text(encoding="utf-8")))
+        made = make(read(file))
         text = block.sub(lambda match, made=made: match.group(1) + made + match.group(2), text)  # type: ignore[misc]
     return text
 

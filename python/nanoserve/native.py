@@ -62,9 +62,12 @@ if TYPE_CHECKING:
         CudaDevice,
         CudaDriverMissing,
         CudaError,
+        CudaGraph,
         CudaKernel,
+        CudaMemory,
         CudaStep,
         CudaStream,
+        CudaTimeMark,
         KVCachePool,
         LogitsReader,
         PageTable,
@@ -73,6 +76,7 @@ if TYPE_CHECKING:
         ThreadPool,
         WeightArena,
         checksum,
+        cuda_launch,
         cuda_layer_cache,
         cuda_pool,
         default_num_threads,
@@ -86,9 +90,12 @@ else:
     CudaDevice = _module.CudaDevice
     CudaDriverMissing = _module.CudaDriverMissing
     CudaError = _module.CudaError
+    CudaGraph = _module.CudaGraph
     CudaKernel = _module.CudaKernel
+    CudaMemory = _module.CudaMemory
     CudaStep = _module.CudaStep
     CudaStream = _module.CudaStream
+    CudaTimeMark = _module.CudaTimeMark
     KVCachePool = _module.KVCachePool
     LogitsReader = _module.LogitsReader
     PageTable = _module.PageTable
@@ -97,6 +104,7 @@ else:
     ThreadPool = _module.ThreadPool
     WeightArena = _module.WeightArena
     checksum = _module.checksum
+    cuda_launch = _module.cuda_launch
     cuda_layer_cache = _module.cuda_layer_cache
     cuda_pool = _module.cuda_pool
     default_num_threads = _module.default_num_threads
@@ -109,9 +117,12 @@ __all__ = [
     "CudaDevice",
     "CudaDriverMissing",
     "CudaError",
+    "CudaGraph",
     "CudaKernel",
+    "CudaMemory",
     "CudaStep",
     "CudaStream",
+    "CudaTimeMark",
     "KVCachePool",
     "LogitsReader",
     "PageTable",
@@ -120,6 +131,7 @@ __all__ = [
     "ThreadPool",
     "WeightArena",
     "checksum",
+    "cuda_launch",
     "cuda_layer_cache",
     "cuda_pool",
     "default_num_threads",

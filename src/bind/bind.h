@@ -32,6 +32,7 @@ void populate_attention(py::module_& m);
 void populate_weights(py::module_& m);
 void populate_logits(py::module_& m);
 void populate_cuda(py::module_& m);
+void populate_cuda_tools(py::module_& m);
 
 using FloatArray = py::array_t<float, py::array::c_style>;
 using Int32Array = py::array_t<std::int32_t, py::array::c_style>;

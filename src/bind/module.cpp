@@ -113,5 +113,6 @@ PYBIND11_MODULE(_ch16, m) {
     nanoserve::bind::populate_attention(m);
     nanoserve::bind::populate_logits(m);
     nanoserve::bind::populate_cuda(m);
+    nanoserve::bind::populate_cuda_tools(m);
     nanoserve::bind::populate_weights(m);
 }

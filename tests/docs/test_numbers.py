@@ -40,11 +40,12 @@ def test_a_changed_number_is_noticed() -> None:
     for document, blocks in report.DOCUMENTS.items():
         text = document.read_text(encoding="utf-8")
         for file, make in blocks.values():
-            results = json.loads((report.RESULTS / file).read_text(encoding="utf-8"))
+            results = report.read(file)
             table = make(results)
             assert table in text
-            halve_numbers(results)
-            assert make(results) != table
+            if results is not None:
+                halve_numbers(results)
+                assert make(results) != table
 
 
 @pytest.mark.parametrize("field", ["command", "commit", "machine"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from compiler.gemm_problem import NarrowMatrix
 from compiler.packed_call import call, padded
-from gpu.run_kernel import launch
+from gpu.run_kernel import launch as emulated
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
 from nanoserve.kernels import gemm as cpu_gemm
 from nanoserve.kernels import panels
@@ -69,8 +70,9 @@ class MatrixProblem:
         return stored, wide(bits).astype(np.float64)
 
     def run(
-        self, spec: GpuKernelSpec, *, m: int | None = None, order: int = 0, chip: str = "sm_90"
-    ) -> np.ndarray:
+        self, spec: GpuKernelSpec, *, m: int | None = None, order: int = 0, chip: str = "sm_90",
+        launch: Callable[..., None] = emulated,
+    ) -> np.ndarray:  # fmt: skip
         """Rows of y; what lies beyond must be as it was."""
         count = self.m if m is None else m
         y = to_bf16(self.y0) if self.y_type == "bf16" else self.y0.copy()

@@ -6,67 +6,29 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 from tests.gpu.emulated_images import image_of
+from tools.gpu_check.tiny_models import (
+    BF16,
+    F32,
+    GREEDY,
+    OPTIONS,
+    answers,
+    configs,
+    random_prompts,
+    ways_to_answer,
+)
 
 from nanoserve import NanoServingEngine, SamplingParams
 from nanoserve.compiler.gpu.chip import CHIPS
 from nanoserve.cuda import backend
 from nanoserve.cuda.executor import CudaExecutor, chip_of, default_buckets
-from nanoserve.models.config import ModelConfig
-from nanoserve.models.rope import Rope
 from nanoserve.models.weights import random_weights
 from nanoserve.native import CudaDevice, CudaError, CudaKernel, cuda_layer_cache
 from nanoserve.precision import Precision
-
-F32, BF16 = Precision(), Precision("bfloat16", "bfloat16")
-GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, logprobs=2)
-
-
-@cache
-def configs() -> dict[str, ModelConfig]:
-    llama: dict[str, Any] = {
-        "vocab_size": 300, "n_layer": 2, "n_head": 4, "n_embd": 64, "n_kv_head": 2, "head_dim": 32, "max_seq_len": 1024,
-        "positions": "rope", "norm": "rmsnorm", "gated_mlp": True, "activation": "silu", "intermediate_size": 96,
-        "qkv_bias": False, "out_bias": False, "mlp_bias": False, "family": "llama",
-    }  # fmt: skip
-    return {
-        "gpt2": ModelConfig(vocab_size=300, n_layer=2, n_head=2, n_embd=32, max_seq_len=256),
-        "llama": ModelConfig(**llama, tie_embeddings=False),
-        "qwen3": ModelConfig(**llama, qk_norm="head", sliding_window=40, sliding_layers=(True, False)),
-        "gemma2": ModelConfig(
-            **{
-                **llama,
-                "activation": "gelu_tanh",
-                "post_norm": True,
-                "attention_softcap": 3.0,
-                "logits_softcap": 2.0,
-                "embedding_scale": 8.0,
-                "sliding_window": 40,
-                "sliding_layers": (True, False),
-                "family": "gemma",
-            }
-        ),
-        "phi3": ModelConfig(
-            **{
-                **llama,
-                "family": "phi3",
-                "rope": Rope(
-                    32,
-                    kind="longrope",
-                    original_len=72,
-                    amplitude=1.1,
-                    short_factor=(1.0,) * 16,
-                    long_factor=(1.5,) * 16,
-                ),
-            }
-        ),
-        "qwen2": ModelConfig(**{**llama, "qkv_bias": True}),
-    }
 
 
 @pytest.fixture
@@ -85,24 +47,16 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., NanoServingEngine]:
         if "buckets" in options:
             changes["buckets"] = options.pop("buckets")
         config = configs()[name]
-        options = {
-            "kv_cache_pages": 64, "max_num_batched_tokens": 128, "max_chunk_size": 48, "max_batch_size": 4, "device": "cuda", **options,
-        }  # fmt: skip
-        return NanoServingEngine(config, random_weights(config, 1), precision=precision, **options)
+        return NanoServingEngine(
+            config, random_weights(config, 1), precision=precision, **{**OPTIONS, **options}
+        )
 
     return made
 
 
 @pytest.fixture
 def prompts() -> list[list[int]]:
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, 300, size).tolist() for size in (1, 5, 70, 130, 64)]
-
-
-def answers(done: list[Any]) -> list[tuple[list[int], list[float]]]:
-    """Tokens, and every log-probability to the bit."""
-    assert [request.error for request in done] == [None] * len(done)
-    return [(request.output_tokens, [each.logprob for each in request.logprobs]) for request in done]
+    return random_prompts()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "gemma2", "phi3", "qwen2"])
@@ -142,19 +96,15 @@ def test_an_answer_has_the_same_bits_whatever_else_runs(
     engine: Callable[..., NanoServingEngine], prompts: list[list[int]], precision: Precision
 ) -> None:
     """Alone or among others, in chunks of any size, by graphs or launches, from the prefix cache, after a preemption."""
-    reference = answers(engine("qwen3", precision).generate(prompts, GREEDY))
-    alone = engine("qwen3", precision, enable_prefix_cache=False, buckets=[])
-    assert [answers(alone.generate([prompt], GREEDY))[0] for prompt in prompts] == reference
-    assert alone.executor.counts["graphs"] == 0  # type: ignore[union-attr]
-    chunks = engine("qwen3", precision, max_chunk_size=7, max_num_batched_tokens=16)
-    assert answers(chunks.generate(prompts, GREEDY)) == reference
-    assert answers(chunks.generate(prompts, GREEDY)) == reference
-    assert chunks.get_stats()["cache_hit_rate"] > 0
-    longer = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logprobs=2)
-    several = [prompt[:30] for prompt in prompts[2:]]
-    crowded = engine("qwen3", precision, kv_cache_pages=11, enable_prefix_cache=False)
-    assert answers(crowded.generate(several, longer)) == answers(alone.generate(several, longer))
-    assert crowded.get_stats()["preemptions"] > 0
+
+    def make(**options: Any) -> NanoServingEngine:
+        return engine("qwen3", precision, **options)
+
+    ways = list(ways_to_answer(make, prompts))
+    assert len(ways) == 4
+    for way, found, wanted, was_so in ways:
+        assert found == wanted, way
+        assert was_so, way
 
 
 def test_graphs_are_made_once_per_bucket(engine: Callable[..., NanoServingEngine]) -> None:

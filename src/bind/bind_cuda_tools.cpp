@@ -1,0 +1,128 @@
+// A device by hand, for tools that check and time single kernels: memory, launches, graphs, time.
+#include "bind/bind.h"
+#include "cuda_kernel.h"
+#include "cuda_timer.h"
+
+namespace nanoserve::bind {
+
+namespace {
+
+using cuda::Device;
+using cuda::DeviceBlock;
+using cuda::Graph;
+using cuda::Kernel;
+using cuda::Stream;
+using cuda::TimeMark;
+
+// A block of device memory with the stream that its copies go through.
+struct Memory {
+    std::shared_ptr<Stream> stream;
+    DeviceBlock block;
+
+    [[nodiscard]] cuda::DevicePtr at(std::int64_t offset, std::int64_t num_bytes) const {
+        require_range("offset", offset, 0, block.num_bytes());
+        require_range("bytes from there on", num_bytes, 0, block.num_bytes() - offset);
+        stream->device()->use();
+        return block.data() + static_cast<cuda::DevicePtr>(offset);
+    }
+};
+
+void require_contiguous(const py::array& array) {
+    if ((array.flags() & py::array::c_style) == 0) {
+        throw std::invalid_argument("an array of shape " + shape_text(array) + " must be C-contiguous");
+    }
+}
+
+void upload(const Memory& memory, const py::array& array, std::int64_t offset) {
+    require_contiguous(array);
+    const cuda::DevicePtr to = memory.at(offset, array.nbytes());
+    const py::gil_scoped_release unlocked;
+    memory.stream->copy_in(to, array.data(), array.nbytes());
+    memory.stream->synchronize();
+}
+
+void download(const Memory& memory, py::array& array, std::int64_t offset) {
+    require_contiguous(array);
+    const cuda::DevicePtr from = memory.at(offset, array.nbytes());
+    void* const to = array.mutable_data();
+    const py::gil_scoped_release unlocked;
+    memory.stream->copy_out(to, from, array.nbytes());
+    memory.stream->synchronize();
+}
+
+void copy(const Memory& to, const Memory& from, std::int64_t num_bytes) {
+    to.stream->copy(to.at(0, num_bytes), from.at(0, num_bytes), num_bytes);
+}
+
+// Every argument of a kernel has 64 bits: an address, or an integer.
+void launch(Stream& stream, const Kernel& kernel, const std::vector<unsigned>& grid,
+            std::vector<std::int64_t> values) {
+    require_range("dimensions of a grid", std::ssize(grid), 1, 3);
+    std::array<unsigned, 3> blocks{1, 1, 1};
+    std::copy(grid.begin(), grid.end(), blocks.begin());
+    std::vector<void*> args;
+    args.reserve(values.size());
+    for (std::int64_t& value : values) {
+        args.push_back(&value);
+    }
+    stream.device()->use();
+    stream.launch(kernel.function(), kernel.entry().c_str(), kernel.shape(blocks), args);
+}
+
+// What `work` puts into the stream, as one graph.
+Graph capture(Stream& stream, const py::function& work) {
+    stream.device()->use();
+    stream.begin_capture();
+    try {
+        work();
+    } catch (...) {
+        stream.abandon_capture();
+        throw;
+    }
+    return stream.end_capture();
+}
+
+}  // namespace
+
+void populate_cuda_tools(py::module_& m) {
+    py::class_<Memory>(m, "CudaMemory", "Device memory, uninitialised. Copies are done when they return.")
+        .def(py::init([](std::shared_ptr<Stream> stream, std::int64_t num_bytes) {
+                 DeviceBlock block(stream->device(), "memory", num_bytes);
+                 return std::make_unique<Memory>(std::move(stream), std::move(block));
+             }),
+             py::arg("stream").none(false), py::arg("num_bytes"))
+        .def_property_readonly("address", [](const Memory& memory) { return memory.block.data(); })
+        .def_property_readonly("num_bytes", [](const Memory& memory) { return memory.block.num_bytes(); })
+        .def("upload", &upload, py::arg("array"), py::arg("offset") = 0)
+        .def("download", &download, py::arg("array"), py::arg("offset") = 0,
+             "Fills the array from the device.")
+        .def("copy_from", &copy, py::arg("source"), py::arg("num_bytes"),
+             "Puts a copy of another block's first bytes into the stream, and does not wait.");
+
+    py::class_<Graph>(m, "CudaGraph", "Work that was captured from a stream.")
+        .def(py::init(&capture), py::arg("stream").none(false), py::arg("work"),
+             "Calls `work` and keeps what it puts into the stream, instead of running it.")
+        .def(
+            "launch",
+            [](const Graph& graph, Stream& stream) {
+                stream.device()->use();
+                stream.launch(graph);
+            },
+            py::arg("stream").none(false));
+
+    py::class_<TimeMark>(m, "CudaTimeMark", "A time in a stream: when everything before it there is done.")
+        .def(py::init([](const std::shared_ptr<Device>& device) {
+                 return std::make_unique<TimeMark>(std::shared_ptr<const Device>(device));
+             }),
+             py::arg("device").none(false))
+        .def("record", &TimeMark::record, py::arg("stream").none(false))
+        .def("until", &TimeMark::until, py::arg("later").none(false),
+             py::call_guard<py::gil_scoped_release>(), "Milliseconds to a later mark, which is waited for.");
+
+    m.def("cuda_launch", &launch, py::arg("stream").none(false), py::arg("kernel").none(false),
+          py::arg("grid"), py::arg("args"),
+          "Puts one launch into the stream; args: addresses and integers, 64 bits each, in the kernel's "
+          "order.");
+}
+
+}  // namespace nanoserve::bind

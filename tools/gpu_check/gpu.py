@@ -1,0 +1,156 @@
+"""The device under check: prepared kernels on it, launches with NumPy arrays, and time by its own clock.
+
+`fake` stands for the emulator behind its fake driver: kernels are loaded from their LLVM IR, sizes are tiny.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tools.gpu_check.places import KERNELS
+
+from nanoserve.compiler.gpu.artifact import Artifact, ArtifactStore
+from nanoserve.compiler.gpu.spec import GpuKernelSpec
+from nanoserve.cuda.executor import chip_of
+from nanoserve.kernels.cuda import library
+from nanoserve.native import (
+    CudaDevice,
+    CudaGraph,
+    CudaKernel,
+    CudaMemory,
+    CudaStream,
+    CudaTimeMark,
+    cuda_launch,
+)
+
+
+class Placed(Protocol):
+    """What lies on a device."""
+
+    @property
+    def address(self) -> int: ...
+
+
+class Gpu:
+    """The first device, with the kernels of a folder.
+
+    Attributes:
+        tiny: small problems only: on the emulator, or under a sanitizer.
+        torch: PyTorch on this device; None where it sees none, or for tiny problems.
+    """
+
+    def __init__(self, folder: Path, *, fake: bool = False, tiny: bool = False) -> None:
+        self.folder, self.fake, self.tiny = folder, fake, tiny or fake
+        self.device = CudaDevice(0)
+        self.stream = CudaStream(self.device)
+        self.chip = chip_of(self.device)
+        self.store = ArtifactStore(folder / KERNELS)
+        self._kernels: dict[GpuKernelSpec, CudaKernel] = {}
+        # What was prepared is what is checked: nothing is compiled here, whatever is installed.
+        library.toolchain = lambda spec=None: None
+        self.torch = None if self.tiny else _torch()
+        self.results: dict[str, Any] = {}  # of the parts before, by name
+
+    def image(self, artifact: Artifact) -> bytes:
+        """What the driver loads."""
+        if not self.fake:
+            return artifact.cubin
+        from tests.gpu.emulated_images import image_of
+
+        return image_of(artifact)
+
+    def artifact(self, spec: GpuKernelSpec) -> Artifact:
+        """Raises KernelMissing where it was not prepared, or is damaged."""
+        return library.load_artifacts([spec], self.chip, self.store)[spec]
+
+    def load(self, artifact: Artifact) -> CudaKernel:
+        how = artifact.launch
+        return CudaKernel(self.device, self.image(artifact), how.entry, how.block, how.shared_bytes)
+
+    def kernel(self, spec: GpuKernelSpec) -> CudaKernel:
+        if spec not in self._kernels:
+            self._kernels[spec] = self.load(self.artifact(spec))
+        return self._kernels[spec]
+
+    def memory(self, array: np.ndarray[Any, Any]) -> CudaMemory:
+        """A copy on the device."""
+        held = CudaMemory(self.stream, max(array.nbytes, 16))
+        held.upload(array)
+        return held
+
+    def put(self, spec: GpuKernelSpec, args: Sequence[int | Placed]) -> None:
+        """One launch into the stream; args: what lies on the device, addresses and integers."""
+        values = [arg if isinstance(arg, int) else arg.address for arg in args]
+        scalars = {
+            name: value
+            for (name, _), pointer, value in zip(spec.arguments, spec.pointers, values, strict=True)
+            if not pointer
+        }
+        cuda_launch(self.stream, self.kernel(spec), spec.grid_of(scalars), values)
+
+    def launch(
+        self, spec: GpuKernelSpec, *args: np.ndarray[Any, Any] | int, order: int = 0, chip: str = ""
+    ) -> None:
+        """One launch on arrays that are changed in place, as tests/gpu/run_kernel.py's; a GPU has its own order."""
+        held = [self.memory(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
+        self.put(spec, held)
+        for arg, memory in zip(args, held, strict=True):
+            if isinstance(arg, np.ndarray) and isinstance(memory, CudaMemory) and arg.flags.writeable:
+                memory.download(arg)
+
+    def seconds(self, work: Callable[[int], None], launches: int, rounds: int = 7) -> float:
+        """Of one call of work(i), i < launches, which puts something into the stream: the median over rounds, from a graph.
+
+        A graph of several launches shrinks the gaps between them; i lets them take turns among buffers that no cache holds.
+        """
+
+        def all_of_it() -> None:
+            for i in range(launches):
+                work(i)
+
+        all_of_it()  # loads kernels
+        self.stream.synchronize()
+        graph = CudaGraph(self.stream, all_of_it)
+        times = []
+        for number in range(rounds + 2):
+            before, after = CudaTimeMark(self.device), CudaTimeMark(self.device)
+            before.record(self.stream)
+            graph.launch(self.stream)
+            after.record(self.stream)
+            if number >= 2:
+                times.append(before.until(after) * 1e-3 / launches)
+        self.stream.synchronize()
+        return statistics.median(times)
+
+    def torch_seconds(self, work: Callable[[int], object], launches: int, rounds: int = 7) -> float:
+        """The same for PyTorch's work."""
+        torch = self.torch
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for i in range(min(launches, 3)):
+                work(i)
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(launches):
+                work(i)
+        times = []
+        for number in range(rounds + 2):
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            graph.replay()
+            after.record()
+            after.synchronize()
+            if number >= 2:
+                times.append(before.elapsed_time(after) * 1e-3 / launches)
+        return statistics.median(times)
+
+
+def _torch() -> Any:
+    import torch
+
+    return torch if torch.cuda.is_available() else None

@@ -1,0 +1,115 @@
+"""Every kind of kernel against a reference, and the bits of a row for any number of rows.
+
+Also whether different kernels for one thing agree to the bit: attention by whole rows or by segments must, the float32
+product and the CPU's must, the two products on tensor cores need not: that is told, not judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from tools.gpu_check.engines import arithmetics
+from tools.gpu_check.gpu import Gpu
+from tools.gpu_check.kernel_cases import CASES, Case, attention_problems, gemm_cases, kinds, numbers
+from tools.gpu_check.places import EXPECTED
+from tools.gpu_check.record import Record
+
+from nanoserve.compiler.gpu.chip import Chip
+from nanoserve.compiler.gpu.spec import GpuKernelSpec
+
+ROWS = (1, 3, 16, 17, 64, 65, 300)
+_TINY_ROWS = (1, 3, 17, 65)
+
+
+def specs(chip: Chip, tiny: bool, folder: Path) -> Iterable[GpuKernelSpec]:
+    for cases in CASES.values():
+        for case in cases(chip):
+            yield from case.specs
+
+
+def run(gpu: Gpu, record: Record) -> None:
+    for kind in kinds():
+        if kind not in CASES:
+            record.skip(f"numerics of {kind}", "it has no case in tools/gpu_check/kernel_cases.py")
+            continue
+        for case in CASES[kind](gpu.chip):
+            if record.has_time(case.name, 1):
+                with record.attempt(case.name):
+                    _check(gpu, record, case)
+    if record.has_time("attention by rows and by segments", 1):
+        with record.attempt("attention by rows and by segments"):
+            _attention_ways(gpu, record)
+    if record.has_time("float32 products and the CPU's", 1):
+        with record.attempt("float32 products and the CPU's"):
+            _cpu_products(gpu, record)
+    if record.has_time("products on tensor cores among each other", 1):
+        _tensor_cores(gpu, record)
+
+
+def _check(gpu: Gpu, record: Record, case: Case) -> None:
+    counts = _TINY_ROWS if gpu.tiny else ROWS
+    most = counts[-1]
+    whole = case.run(gpu.launch, most)
+    worst = 0.0
+    for found, wanted in zip(whole, case.expected(most), strict=True):
+        if case.tolerance == 0:
+            passed = found.shape == wanted.shape and found.tobytes() == wanted.astype(found.dtype).tobytes()
+            record.check(
+                case.name, passed, "" if passed else f"{int((found != wanted).sum())} elements differ"
+            )
+            continue
+        error = np.abs(found - wanted) / (1 + np.abs(wanted))
+        worst = max(worst, float(np.nan_to_num(error, nan=np.inf).max()))
+    if case.tolerance:
+        record.check(case.name, worst < case.tolerance, f"error {worst:.1e}, at most {case.tolerance:.0e}")
+    if not case.row_by_row:
+        again = case.run(gpu.launch, most)
+        same = all(a.tobytes() == b.tobytes() for a, b in zip(again, whole, strict=True))
+        record.check(f"{case.name}: twice the same bits", same)
+        return
+    differ = [
+        m for m in counts[:-1]
+        if any(a.tobytes() != b[:m].tobytes() for a, b in zip(case.run(gpu.launch, m), whole, strict=True))
+    ]  # fmt: skip
+    record.check(
+        f"{case.name}: a row's bits", not differ, f"other bits with {differ} rows" if differ else f"m = {', '.join(map(str, counts))}"
+    )  # fmt: skip
+
+
+def _attention_ways(gpu: Gpu, record: Record) -> None:
+    for name, problem in attention_problems():
+        rows = problem.attend((1,) * len(problem.lengths), launch=gpu.launch)
+        parts = problem.split(launch=gpu.launch)
+        same = (
+            numbers(problem.form, rows[problem.last]).tobytes() == numbers(problem.form, parts[problem.last]).tobytes()
+        )  # fmt: skip
+        record.check(f"attention {name}: by rows and by segments the same bits", same)
+
+
+def _cpu_products(gpu: Gpu, record: Record) -> None:
+    path = gpu.folder / EXPECTED
+    if not path.exists():
+        record.skip("float32 products and the CPU's", f"{path.name} was not prepared")
+        return
+    with np.load(path) as prepared:
+        for case in gemm_cases("gemm_f32", gpu.chip):
+            m = 65 if gpu.tiny else 300
+            found, wanted = case.outputs(gpu.launch, m)[0], prepared[case.name][:m]
+            differ = int((found.view(np.uint32) != wanted.view(np.uint32)).sum())
+            record.check(f"{case.name}: the CPU's bits", differ == 0, f"{differ} of {found.size} differ")
+
+
+def _tensor_cores(gpu: Gpu, record: Record) -> None:
+    """Whether the kinds of bfloat16 products agree: how many of the outputs differ from the first one's."""
+    m = 65 if gpu.tiny else 300
+    known = [f"gemm_{name}" for name in arithmetics(gpu.chip, ours=True)]
+    results = {
+        kind: [case.outputs(gpu.launch, m)[0] for case in gemm_cases(kind, gpu.chip)] for kind in known
+    }
+    first, *others = known
+    for other in others:
+        differ = sum(int((a != b).sum()) for a, b in zip(results[first], results[other], strict=True))
+        total = sum(a.size for a in results[first])
+        record.fact(f"{first} and {other} differ in", f"{differ} of {total} outputs")
