@@ -68,6 +68,7 @@ static_assert(sizeof(BoxCopy) == 200, "CUDA_MEMCPY3D of a 64-bit machine");
     X(host_free, "cuMemFreeHost", (void*))                                                           \
     X(copy_to_device, "cuMemcpyHtoDAsync_v2", (DevicePtr, const void*, std::size_t, Handle))         \
     X(copy_to_host, "cuMemcpyDtoHAsync_v2", (void*, DevicePtr, std::size_t, Handle))                 \
+    X(copy_on_device, "cuMemcpyDtoDAsync_v2", (DevicePtr, DevicePtr, std::size_t, Handle))           \
     X(copy_box, "cuMemcpy3DAsync_v2", (const BoxCopy*, Handle))                                      \
     X(fill, "cuMemsetD8Async", (DevicePtr, unsigned char, std::size_t, Handle))                      \
     X(stream_create, "cuStreamCreate", (Handle*, unsigned))                                          \

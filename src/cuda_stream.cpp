@@ -79,6 +79,13 @@ void Stream::copy_row(const RowOfBlocks& to, const RowOfBlocks& from, std::int64
           "copying " + std::to_string(count) + " x " + std::to_string(row_bytes) + " bytes on the device");
 }
 
+void Stream::copy(DevicePtr to, DevicePtr from, std::int64_t num_bytes) {
+    if (num_bytes > 0) {
+        check(driver().copy_on_device(to, from, at(num_bytes), handle_),
+              "copying " + std::to_string(num_bytes) + " bytes on the device");
+    }
+}
+
 void Stream::zero(DevicePtr data, std::int64_t num_bytes) {
     if (num_bytes > 0) {
         check(driver().fill(data, 0, at(num_bytes), handle_),

@@ -66,6 +66,7 @@ class Stream {
     // once).
     void copy_in(DevicePtr to, const void* from, std::int64_t num_bytes);
     void copy_out(void* to, DevicePtr from, std::int64_t num_bytes);
+    void copy(DevicePtr to, DevicePtr from, std::int64_t num_bytes);
     // One row of so many bytes out of each of `count` blocks that lie one behind the other: row number `row`
     // of each, of `rows`. It is one call of the driver, and no stride is as long as a block: the driver takes
     // strides up to 2 GiB, a layer of a pool can have more.
