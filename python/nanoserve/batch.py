@@ -48,6 +48,7 @@ class Batch:
         self.counts: list[int] = []
         self.starts: list[int] = []
         self.sampled: list[bool] = []  # per request: does its piece reach the last known token
+        self.sources: Int32Array | None = None  # of a batch made by `ahead`
         self.prompt_rows: dict[int, range] = {}  # request's index: prompt positions it gets logits of, if any
         self._decode_only = True
         ids = array("i")
@@ -105,6 +106,22 @@ class Batch:
     def mixed(cls, decode: Sequence[Request], chunks: Sequence[tuple[Request, int]]) -> Batch:
         """What the engine runs: decode rows first, then prefill chunks, one forward."""
         return cls([(request, 1) for request in decode] + list(chunks))
+
+    @classmethod
+    def ahead(cls, before: Batch, rows: Sequence[int]) -> Batch:
+        """The step after `before`, all of whose requests decode, for some of them, while their tokens are not known.
+
+        `sources` are those rows: who computes takes the ids from there, `input_ids` are zeros.
+        """
+        batch = cls.__new__(cls)
+        batch.requests = [before.requests[row] for row in rows]
+        batch.starts = [before.starts[row] + 1 for row in rows]
+        batch.counts, batch.sampled = [1] * len(rows), [True] * len(rows)
+        batch.prompt_rows, batch._decode_only = {}, True
+        batch.input_ids = np.zeros(len(rows), np.int32)
+        batch.sample_rows = np.arange(len(rows), dtype=np.int32)
+        batch.sources = np.array(rows, np.int32)
+        return batch
 
     @property
     def size(self) -> int:

@@ -44,6 +44,7 @@ class Simulation:
             policy=rng.choice(["fcfs", "sjf", "ljf", "priority", "lpm"]),
             max_model_len=rng.choice([None, self.max_tokens]),
             switch_len=rng.choice([None, rng.randint(1, self.max_tokens)]),
+            device=seed % 2 == 1,
         )
         self.prefixes = [[rng.randrange(32) for _ in range(self.max_tokens)] for _ in range(3)]
         self.requests: list[Request] = []

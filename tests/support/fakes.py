@@ -14,7 +14,7 @@ forward's beginning and end, to abort somebody or to raise).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from nanoserve.batch import Batch
 from nanoserve.cache.kv_pool import KVCachePool
 from nanoserve.cache.radix_manager import RadixCacheManager
+from nanoserve.draws import Draws
 from nanoserve.logits import Logits
 from nanoserve.request import Request
 from nanoserve.sampling import Sampler, SamplingParams, mix64
@@ -119,6 +120,9 @@ class FakeExecutor:
         ] = []  # (request id, start, count) per piece of each forward
 
     def forward(self, batch: Batch) -> Logits:
+        return self._computed(batch, [request.token_ids for request in batch.requests])
+
+    def _computed(self, batch: Batch, tokens: Sequence[Sequence[int]]) -> Logits:
         self.num_forwards += 1
         self.batches.append(
             list(zip([r.req_id for r in batch.requests], batch.starts, batch.counts, strict=True))
@@ -136,9 +140,9 @@ class FakeExecutor:
         pieces = zip(batch.requests, batch.tables, batch.starts, batch.counts, batch.sampled, strict=True)
         for index, (request, table, start, count, sampled) in enumerate(pieces):
             end = start + count
-            long = request.total_len > self.switch_len
+            long = len(tokens[index]) > self.switch_len
             assert request.long_context is long, "the wrong rotary angles"
-            expected = prefix_hashes(request.token_ids[:end], long)
+            expected = prefix_hashes(tokens[index][:end], long)
             poisoned = request.req_id in self.poisoned
             self._check_prefix(request, table, expected[:start])
             self._write(table, expected[start:] * np.float32(np.nan if poisoned else 1), start)
@@ -172,6 +176,60 @@ class FakeExecutor:
                 raise KVMismatch(self.mismatches[-1])
 
 
+class DeviceExecutor(FakeExecutor):
+    """The same as a device with a stream: what is started is computed at once and in order, its tokens are told later."""
+
+    chooses_tokens = True
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._last: Started | None = None
+        self.num_waiting = 0
+        self.num_ahead = 0
+
+    def start(self, batch: Batch, draws: Draws) -> Started:
+        assert self.num_waiting < 2, "more than two steps at once"
+        known = [list(request.token_ids) for request in batch.requests]
+        if batch.sources is not None:
+            assert self._last is not None
+            self.num_ahead += 1
+            for tokens, source in zip(known, batch.sources.tolist(), strict=True):
+                tokens.append(max(self._last.chosen[source], 0))
+        logits = self._computed(batch, known)
+        floats, uniforms = draws.floats.astype(np.float64), draws.ints[:, 1].view(np.uint32) / 2.0**32
+        temperatures = [1 / one if one else 0.0 for one in floats[:, 0].tolist()]
+        filters = [
+            (k, p if t else 1.0, q)
+            for k, (_, p, q, _), t in zip(
+                draws.ints[:, 0].tolist(), floats.tolist(), temperatures, strict=True
+            )
+        ]
+        top_k, top_p, min_p = (list(each) for each in zip(*filters, strict=True)) if filters else ([], [], [])
+        rows = range(len(temperatures))
+        chosen = logits.reader.sample(
+            logits.values, logits.block_max, rows, temperatures, top_k, top_p, min_p, uniforms.tolist()
+        )
+        chosen = [token if is_finite else -1 for token, is_finite in zip(chosen, logits.finite, strict=True)]
+        self._last = Started(self, logits, chosen)
+        self.num_waiting += 1
+        return self._last
+
+
+class Started:
+    def __init__(self, executor: DeviceExecutor, logits: Logits, chosen: list[int]) -> None:
+        self._executor, self._logits, self.chosen, self._is_told = executor, logits, chosen, False
+
+    def tokens(self) -> list[int]:
+        if not self._is_told:
+            self._is_told = True
+            self._executor.num_waiting -= 1
+        return list(self.chosen)
+
+    def logits(self, rows: Sequence[int]) -> Logits:
+        assert self._executor._last is self, "another step was started: the logits are gone"
+        return self._logits.take(list(rows))
+
+
 class System:
     """A whole engine around the hash model, small enough to run out of everything."""
 
@@ -187,11 +245,12 @@ class System:
         eos: Collection[int] = (),
         vocab: int = VOCAB,
         switch_len: int | None = None,
+        device: bool = False,
         **options: Any,
     ) -> None:
         self.switch_len = 2**31 if switch_len is None else switch_len
         self.pool = KVCachePool(num_pages, page_size, 1, 1, 4) if prefill_mgr is None else prefill_mgr.kv_pool
-        self.executor = FakeExecutor(self.pool, vocab, self.switch_len)
+        self.executor = (DeviceExecutor if device else FakeExecutor)(self.pool, vocab, self.switch_len)
         self.radix = RadixCacheManager(self.pool, enabled=cache)
         self.prefill = prefill_mgr or ChunkedPrefillManager(self.pool, chunk_size, max_num_batched_tokens)
         self.decode = DecodeManager(max_batch_size)

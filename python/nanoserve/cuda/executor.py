@@ -24,6 +24,8 @@ from nanoserve.cuda.device_weights import DeviceWeights
 from nanoserve.cuda.gemm_choice import choose_gemms
 from nanoserve.cuda.op_binder import CudaOpBinder
 from nanoserve.cuda.step_sizes import StepSizes
+from nanoserve.draws import Draws
+from nanoserve.kernels.cuda import choose
 from nanoserve.kernels.cuda.library import load_artifacts
 from nanoserve.logits import Logits
 from nanoserve.models.config import ModelConfig
@@ -62,6 +64,25 @@ def default_buckets(most: int) -> list[int]:
     return sorted(buckets)
 
 
+class CudaStarted:
+    """A step on its way."""
+
+    def __init__(self, native: CudaStep, number: int, vocab_size: int) -> None:
+        self._native, self._number, self._vocab_size = native, number, vocab_size
+        self._tokens: list[int] | None = None
+
+    def tokens(self) -> list[int]:
+        """Waits. A token for each sampled row, -1 where a logit is not finite."""
+        if self._tokens is None:
+            self._tokens = self._native.finish(self._number).tolist()
+        return self._tokens
+
+    def logits(self, rows: Sequence[int]) -> Logits:
+        """Of some of the sampled rows, in fresh memory; before another step is started."""
+        values, block_max = self._native.read_logits(self._number, rows)
+        return Logits(values[:, : self._vocab_size], block_max)
+
+
 class CudaExecutor:
     """Runs one model's forward pass over a KV pool on a GPU.
 
@@ -79,7 +100,7 @@ class CudaExecutor:
         on_load: called as (bytes done, bytes in total, weight name).
 
     Attributes:
-        weight_bytes: in device memory.
+        weight_bytes: in device memory. chooses_tokens: `start` gives tokens; a larger vocabulary is read by the host.
         gemm: what each product runs by. batch_invariant: whether a row's bits are the same whatever runs beside it.
         cublas: the library's (path, version), 130100 for 13.1.0; None where nothing needs it.
         num_threads: of the host, 1. quantization_report: None, nothing is quantised.
@@ -119,6 +140,7 @@ class CudaExecutor:
         self.config, self.kv_pool, self.device = config, kv_pool, device
         self.chip = chip_of(device)
         self.gemm = choose_gemms(gemm, config)
+        self.chooses_tokens = config.vocab_size <= choose.MAX_COLS
         self.batch_invariant = "cublas" not in self.gemm.values()
         sizes = StepSizes.of(config, precision, max_num_batched_tokens, max_num_seqs, max_model_len)
         self.max_model_len, self._switch_len = sizes.max_model_len, sizes.switch_len
@@ -142,15 +164,20 @@ class CudaExecutor:
         for launch in launches:
             launch.add_to(self._native, self.artifacts, self._loaded)
 
-    def forward(self, batch: Batch) -> Logits:
-        """Logits of the batch's `sample_rows`, in fresh memory; writes the KV of every row."""
+    def start(self, batch: Batch, draws: Draws | None = None) -> CudaStarted:
+        """Launches a step whose tokens the device chooses; without draws, the largest logits. At most two run at once."""
         number = self._native.start(
             batch.input_ids, batch.tables, batch.starts, batch.counts, batch.sample_rows, self.config.vocab_size,
-            self._position_offsets(batch),
+            self._position_offsets(batch), None if draws is None else draws.floats, None if draws is None else draws.ints,
+            batch.sources,
         )  # fmt: skip
-        self._native.finish(number)
-        values, block_max = self._native.read_logits(number, range(len(batch.sample_rows)))
-        return Logits(values[:, : self.config.vocab_size], block_max)
+        return CudaStarted(self._native, number, self.config.vocab_size)
+
+    def forward(self, batch: Batch) -> Logits:
+        """Logits of the batch's `sample_rows`, in fresh memory; writes the KV of every row."""
+        started = self.start(batch)
+        started.tokens()
+        return started.logits(range(len(batch.sample_rows)))
 
     def execute_prefill(self, batch: Batch) -> Logits:
         """`forward` for a batch that computes prompt tokens."""

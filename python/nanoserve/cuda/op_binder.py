@@ -16,7 +16,7 @@ from nanoserve.compiler.gpu.spec import Extent, GpuKernelSpec
 from nanoserve.compiler.gpu.triton_kernel import SCRATCH
 from nanoserve.cuda.gemm_choice import product_of
 from nanoserve.cuda.step_sizes import StepSizes
-from nanoserve.kernels.cuda import activation, embedding, gemm, kv_write, logits, norm
+from nanoserve.kernels.cuda import activation, choose, embedding, gemm, kv_write, logits, norm
 from nanoserve.kernels.cuda.layout import ELEMENT_BYTES, row_stride, weight_stride
 from nanoserve.kernels.cuda.paged_attention import AttentionForm
 from nanoserve.models.config import ModelConfig
@@ -161,8 +161,18 @@ class CudaOpBinder:
                     )
                 ]
             case BlockMax():
-                spec = logits.block_max_spec(op.cols, self._strides["logits"])
-                return [_launch("block_max", spec, ("logits",), ("block_max",), ("num_samples",))]
+                stride = self._strides["logits"]
+                spec = logits.block_max_spec(op.cols, stride)
+                maxima = _launch("block_max", spec, ("logits",), ("block_max",), ("num_samples",))
+                if op.cols > choose.MAX_COLS:  # the host chooses
+                    return [maxima]
+                return [
+                    maxima,
+                    _launch(
+                        "choose", choose.choose_spec(op.cols, stride), ("logits",), ("block_max",), ("draws",), ("draw_ints",),
+                        ("tokens",), ("num_samples",),
+                    ),
+                ]  # fmt: skip
 
     def _embedding(self, op: Embedding) -> BoundLaunch:
         dtype = self._weights.dtype(op.table)
@@ -174,8 +184,15 @@ class CudaOpBinder:
             positions=op.pos_table is not None,
             scale=op.scale,
             dtype=dtype,
+            chosen=True,
         )
-        args: list[Arg] = [("ids",), ("positions",), self._weights.rows(op.table, dtype)]
+        args: list[Arg] = [
+            ("ids",),
+            ("positions",),
+            ("sources",),
+            ("tokens",),
+            self._weights.rows(op.table, dtype),
+        ]
         if op.pos_table is not None:
             args.append(self._weights.rows(op.pos_table))
         return _launch("embedding", spec, *args, self._buffers[op.out], ("num_rows",))

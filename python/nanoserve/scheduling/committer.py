@@ -97,6 +97,13 @@ class Committer:
                 elif request.state is RequestState.PREFILL and residents.share(request):
                     residents.start_decode(request)
 
+    def ends_by_length(self, request: Request) -> bool:
+        """Its next token is its last, whatever it is."""
+        return (
+            len(request.output_tokens) + 1 >= request.params.max_tokens
+            or request.total_len + 1 >= self._max_len
+        )
+
     def _advance(self, request: Request, computed: int, results: StepResults) -> None:
         request.cached_len = computed
         if request.prompt_logprobs is not None:
@@ -135,6 +142,6 @@ class Committer:
             return "stop", verdict
         if is_complete:
             return "stop", None
-        if num_output >= params.max_tokens or request.total_len + 1 >= self._max_len:
+        if self.ends_by_length(request):
             return "length", None
         return None, None

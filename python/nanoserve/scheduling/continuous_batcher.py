@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from nanoserve.batch import Batch
 from nanoserve.cache.radix_manager import RadixCacheManager
 from nanoserve.checks import whole_number
+from nanoserve.draws import AheadExecutor, Draws, StartedStep, can_choose
 from nanoserve.logits import Logits
 from nanoserve.logprobs import TokenLogprob
 from nanoserve.observe.events import EventLog, ReqId
@@ -57,6 +59,29 @@ class StepOutput:
     def scheduled(self) -> dict[ReqId, int]:
         """Tokens computed, by request."""
         return {} if self.batch is None else self.batch.tokens_by_request
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A step that is decided; and if the executor computes it by itself, that."""
+
+    output: SchedulerOutput
+    started: StartedStep | None = None
+    draws: Draws | None = None
+
+    @property
+    def can_be_overtaken(self) -> bool:
+        """Nothing of it is needed on the host to go on."""
+        return (
+            self.started is not None
+            and self.output.batch.is_decode
+            and all(can_choose(request, ahead=1) for request in self.output.requests)
+        )
+
+    def wait(self) -> None:
+        if self.started is not None:
+            with suppress(Exception):  # nobody wants its tokens
+                self.started.tokens()
 
 
 class ContinuousBatcher:
@@ -113,6 +138,11 @@ class ContinuousBatcher:
         self._clock = clock
         self._gate = InterruptGate()
         self._scheduler_s = self._forward_s = self._sampler_s = 0.0
+        # Who chooses tokens by a sampler of their own get the logits.
+        can_start = getattr(executor, "chooses_tokens", False) and type(self.sampler) is Sampler
+        self._ahead_executor = cast("AheadExecutor", executor) if can_start else None
+        self._ahead: _Running | None = None
+        self._steps_ahead = 0
 
     # ---- requests
 
@@ -128,7 +158,9 @@ class ContinuousBatcher:
 
     def abort(self, req_id: ReqId) -> bool:
         """Drops a live request, whatever its state; False if there is none by that id."""
-        return self.scheduler.abort(req_id)
+        is_dropped = self.scheduler.abort(req_id)
+        self._end_ahead_of_nobody()
+        return is_dropped
 
     @property
     def has_unfinished(self) -> bool:
@@ -157,36 +189,117 @@ class ContinuousBatcher:
     def step(self) -> StepOutput:
         """Computes one mixed batch and commits what it produced."""
         clock = self._clock
-        output: SchedulerOutput | None = None
+        running: _Running | None = None
         times = [clock()]
         with self._gate as gate:
             try:
                 gate.close()
-                output = self.scheduler.step()
+                running, self._ahead = self._ahead, None
+                if running is None:
+                    output = self.scheduler.step()
+                    if output is None:
+                        gate.open()
+                        return StepOutput(finished=self.scheduler.take_finished())
+                    running = self._start(output)
                 gate.open()
-                if output is None:
-                    return StepOutput(finished=self.scheduler.take_finished())
-                batch = output.batch
-                errors: dict[ReqId, str] = {}
+                output = running.output
+                if running.can_be_overtaken:
+                    gate.close()
+                    self._ahead = self._start_ahead()
+                    gate.open()
                 times.append(clock())
-                logits = self._forward(batch, errors)
-                times.append(clock())
-                results = self._results(batch, logits, errors)
-                times.append(clock())
+                results = self._device_results(running)
+                if results is not None:  # tokens came with it
+                    times += [clock()] * 2
+                else:
+                    errors: dict[ReqId, str] = {}
+                    logits = self._forward(output.batch, errors)
+                    times.append(clock())
+                    results = self._results(output.batch, logits, errors)
+                    times.append(clock())
                 gate.close()
                 finished = self.scheduler.update(output, results)
+                self._end_ahead_of_nobody()
                 gate.open()
             except BaseException:
                 gate.close()
-                if output is not None and self.scheduler.in_flight is output:
-                    self.scheduler.discard(output)
+                if running is not None:
+                    running.wait()
+                self._forget_ahead()
+                self.scheduler.forget_ahead()
+                if self.scheduler.in_flight is not None:
+                    self.scheduler.discard(self.scheduler.in_flight)
                 raise
         times.append(clock())
         begin, scheduled, computed, sampled, end = times
         self._scheduler_s += scheduled - begin + end - sampled
         self._forward_s += computed - scheduled
         self._sampler_s += sampled - computed
-        return StepOutput(batch, output.new_tokens, finished, output.preempted)
+        return StepOutput(output.batch, output.new_tokens, finished, output.preempted)
+
+    # ---- steps that the executor computes while others are decided
+
+    def _start(self, output: SchedulerOutput, ahead: int = 0) -> _Running:
+        """Hands a step to an executor that chooses tokens itself; else `_forward` computes it later."""
+        batch = output.batch
+        if self._ahead_executor is None or batch.token_rows is not None:
+            return _Running(output)
+        try:
+            draws = Draws.of(batch.sampling_requests, ahead)
+            return _Running(output, self._ahead_executor.start(batch, draws), draws)
+        except Exception:  # _forward finds out whose fault it is
+            return _Running(output)
+
+    def _start_ahead(self) -> _Running | None:
+        """The step after the one that is being computed, if nothing needs that one's tokens on the host."""
+        output = self.scheduler.look_ahead()
+        if output is None:
+            return None
+        running = self._start(output, ahead=1)
+        if running.started is None:
+            self.scheduler.forget_ahead()
+            return None
+        self._steps_ahead += 1
+        return running
+
+    def _device_results(self, running: _Running) -> StepResults | None:
+        """What the executor chose, and the rest by the host from those rows' logits; None: it has to be computed otherwise."""
+        started, draws = running.started, running.draws
+        if started is None or draws is None:
+            return None
+        errors: dict[ReqId, str] = {}
+        logprobs: dict[ReqId, TokenLogprob] = {}
+        try:
+            tokens = started.tokens()
+            finite = [token >= 0 for token in tokens]
+            if draws.on_host:
+                logits = started.logits(draws.on_host)
+                requests = running.output.sampling_requests
+                asking = [requests[row] for row in draws.on_host]
+                theirs: list[bool] = logits.finite.tolist()
+                chosen = self._sample(logits, asking, theirs, errors)
+                logprobs = score_tokens(asking, logits, chosen, theirs, errors)
+                for row, token in zip(draws.on_host, chosen, strict=True):
+                    tokens[row] = token
+        except Exception:
+            self._forget_ahead()
+            return None
+        return StepResults([max(token, 0) for token in tokens], errors, finite, logprobs)
+
+    def _forget_ahead(self) -> None:
+        """The step started ahead counts for nothing; it is over when this returns."""
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            ahead.wait()
+            if self.scheduler.in_flight is ahead.output:
+                self.scheduler.discard(ahead.output)
+            else:
+                self.scheduler.forget_ahead()
+
+    def _end_ahead_of_nobody(self) -> None:
+        """No request of the step started ahead is live any more."""
+        if self._ahead is not None and all(request.is_finished for request in self._ahead.output.requests):
+            self._forget_ahead()
 
     def _forward(self, batch: Batch, errors: dict[ReqId, str]) -> Logits:
         """Logits of the sample rows; what a request raises alone goes into `errors`, and its rows are not finite."""
@@ -268,6 +381,7 @@ class ContinuousBatcher:
             "num_refused": stats.refused,
             "preemptions": stats.preemptions,
             "num_held_back": stats.held_back,
+            "steps_ahead": self._steps_ahead,
             "cache_hits": radix.cache_hits,
             "cache_misses": radix.cache_misses,
             "cache_hit_rate": radix.cache_hit_rate,
@@ -281,6 +395,7 @@ class ContinuousBatcher:
         """Counters back to zero; queues, cache and requests stay."""
         self.scheduler.stats.reset()
         self.radix_mgr.clear_stats()
+        self._steps_ahead = 0
         self._scheduler_s = self._forward_s = self._sampler_s = 0.0
 
 

@@ -12,6 +12,7 @@ zero times NaN is NaN, so a page must be finite throughout, whoever gets it next
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from operator import attrgetter
 
 from nanoserve.cache.kv_pool import KVCachePool, PageTable
@@ -56,6 +57,7 @@ class Residents:
         self.may_admit = True  # False after the head found too few pages, until somebody gives some back
         self._page_size: int = kv_pool.page_size
         self._dirty: set[ReqId] = set()  # a forward that was discarded may have written their pages
+        self.written_ahead: Collection[ReqId] = ()  # a step that was started ahead writes their pages
 
     # ---- in
 
@@ -66,6 +68,10 @@ class Residents:
     def outgrew_its_angles(self, request: Request) -> bool:
         """Its next token needs other angles than the KV it has: all of it is computed anew."""
         return request.total_len > self._switch_len and not request.long_context
+
+    def will_outgrow_its_angles(self, request: Request) -> bool:
+        """The token after its next one needs other angles than the KV it has."""
+        return request.total_len + 1 > self._switch_len and not request.long_context
 
     def start(self, request: Request, budget: int) -> tuple[ChunkedRequest, int] | None:
         """Admits a waiting request with its first piece under `budget`; None if it has to wait."""
@@ -97,7 +103,7 @@ class Residents:
             )
         return chunks, count
 
-    def grow(self, request: Request, num_tokens: int) -> bool:
+    def grow(self, request: Request, num_tokens: int, may_preempt: bool = True) -> bool:
         """Pages for the request's first `num_tokens` tokens, however they have to be found; False if it must sit out."""
         while True:
             missing = missing_pages(
@@ -107,6 +113,8 @@ class Residents:
                 return True
             if self.radix_mgr.reserve(missing):
                 break
+            if not may_preempt:
+                return False
             youngest = max(self.pool.running.values(), key=by_arrival)
             if youngest.arrival <= request.arrival:
                 return False
@@ -180,7 +188,11 @@ class Residents:
         table = request.page_table
         if table is not None and len(table):
             if trusted_len is None:
-                unsure = request.cached_len > request.validated_len or request.req_id in self._dirty
+                unsure = (
+                    request.cached_len > request.validated_len
+                    or request.req_id in self._dirty
+                    or request.req_id in self.written_ahead
+                )
                 trusted_len = request.validated_len if unsure else table.capacity
             suspect = table.pages[trusted_len // self._page_size :]
             # What others hold too was trusted when it was shared, and is theirs.

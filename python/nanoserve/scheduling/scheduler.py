@@ -106,6 +106,7 @@ class Scheduler:
             kv_pool, self.radix_mgr, self.prefill_mgr, self.decode_mgr, self.pool, self.events, switch_len
         )
         self.in_flight: SchedulerOutput | None = None
+        self.ahead: SchedulerOutput | None = None  # the step after it, if that was asked for
         # Aborted between step and update: the forward may still write their pages.
         self.gone_in_flight: list[Request] = []
         self._committer = Committer(self.residents, self.eos_token_ids, max_model_len, vocab_size)
@@ -192,6 +193,33 @@ class Scheduler:
         batch = Batch.mixed(rows, chunks)
         self.in_flight = SchedulerOutput(residents.steps, batch, len(rows), tuple(residents.preempted))
         return self.in_flight
+
+    def look_ahead(self) -> SchedulerOutput | None:
+        """The step after the one in flight, while that is computed: a token more for everybody who decodes.
+
+        None where more is to be decided than that: a prompt is to be computed, somebody can be admitted, a page is missing.
+        Who ends in the step in flight, as the host finds out when the tokens come, is in it for nothing. `update` takes the
+        outputs one after the other.
+        """
+        output, residents, pool = self.in_flight, self.residents, self.pool
+        if output is None or self.ahead is not None or not output.batch.is_decode:
+            return None
+        live = [row for row, request in enumerate(output.requests) if not request.is_finished]
+        can_admit = residents.may_admit and pool.num_running < self.decode_mgr.max_batch_size
+        if len(live) != pool.num_running or (pool.num_waiting and can_admit):
+            return None
+        rows = [row for row in live if not self._committer.ends_by_length(output.requests[row])]
+        if not rows or (len(rows) < len(live) and pool.num_waiting):
+            return None
+        for row in rows:
+            request = output.requests[row]
+            if residents.will_outgrow_its_angles(request) or not residents.grow(
+                request, request.cached_len + 2, may_preempt=False
+            ):
+                return None
+        self.ahead = SchedulerOutput(output.step + 1, Batch.ahead(output.batch, rows), len(rows), ())
+        residents.written_ahead = self.ahead.num_scheduled_tokens
+        return self.ahead
 
     def _decode_rows(self) -> Sequence[Request]:
         """A row for every decoding request that has, or gets, the page its next token is written to."""
@@ -316,6 +344,8 @@ class Scheduler:
             raise
         self.stats.output_tokens += len(output.new_tokens)
         output.preempted = tuple(self.residents.preempted)  # the commit may have added to them
+        if self.in_flight is not None:
+            self.residents.steps, self.residents.preempted = self.in_flight.step, []
         return self.take_finished()
 
     def take_finished(self) -> list[Request]:
@@ -328,6 +358,12 @@ class Scheduler:
         self._land(output)
         self._mark_dirty(output)
 
+    def forget_ahead(self) -> None:
+        """Forgets the step after the one in flight."""
+        if self.ahead is not None:
+            ahead, self.ahead = self.ahead, None
+            self._mark_dirty(ahead)
+
     def _mark_dirty(self, output: SchedulerOutput) -> None:
         for request in output.requests:
             if not request.is_finished:
@@ -337,7 +373,9 @@ class Scheduler:
         """The step is over, one way or the other: nothing of it is being computed any more."""
         if output is not self.in_flight:
             raise RuntimeError(f"step {output.step} is not the one in flight")
-        self.in_flight = None
+        self.in_flight, self.ahead = self.ahead, None
+        if self.in_flight is None:
+            self.residents.written_ahead = ()
         for request in self.gone_in_flight:
             self.residents.release(request, trusted_len=request.validated_len)
         self.gone_in_flight.clear()
