@@ -256,7 +256,7 @@ def test_blocks_that_cannot_matter_are_not_read() -> None:
     rng = np.random.default_rng(11)
     values = peaked(rng, 5, 60_000)
     draws = [
-        Draw(0), Draw(2.0, 20, uniform=0.7), Draw(2.0, 20, 0.9, uniform=0.1), Draw(2.0, min_p=0.05, uniform=0.7),
+        Draw(0), Draw(2.0, 20, uniform=0.7), Draw(2.0, 20, 0.9, uniform=0.1), Draw(2.0, min_p=0.2, uniform=0.95),
         Draw(0.05),
     ]  # fmt: skip
     expected = device(values, draws)
@@ -266,7 +266,7 @@ def test_blocks_that_cannot_matter_are_not_read() -> None:
     num_read = []
     for row in range(5):
         largest = np.sort(block_max[row])[::-1]
-        bar = (largest[0], largest[19], largest[19], largest[0] + 2 * np.log(0.05), largest[0] - 31 * 0.05)[
+        bar = (largest[0], largest[19], largest[19], largest[0] + 2 * np.log(0.2), largest[0] - 31 * 0.05)[
             row
         ]
         unread = np.flatnonzero(block_max[row] < bar - 1e-5)

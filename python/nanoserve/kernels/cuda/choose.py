@@ -3,7 +3,7 @@
 The meaning is sampler.py's: temperature, top_k, top_p, min_p, then the first token, in vocabulary order, at which the running
 weight exceeds uniform * total. The sampler on the CPU computes in float64. Here a weight is float32, rounded down to a multiple
 of 2^-44 of the largest one, and sums are of integers: they have no order, so a row's token is the same bits in any batch.
-A token below exp(-31) of the largest weighs nothing. Tokens differ from the CPU's where a draw, or a cut, is within some 1e-7
+A token below exp(-31) of the largest weighs nothing. Tokens may differ from the CPU's only where a draw, or a cut, is within 1e-6
 of a border.
 
 Every way to choose ends in the same draw, among the logits from a bar on: greedy puts the bar at the largest logit, and the
