@@ -184,6 +184,11 @@ class PoolRules:
     def longest(self) -> int:
         return self.config.max_seq_len if self.max_model_len is None else self.max_model_len
 
+    @property
+    def page_bytes(self) -> int:
+        """Of one page, keys and values of all layers."""
+        return self.config.kv_values_per_token * ELEMENT_BYTES[self.precision.kv_element] * self.page_size
+
     def plan(
         self, weights: int, activations: int, stored_bytes: int | None, budget: Budget | None
     ) -> MemoryPlan:
@@ -194,8 +199,8 @@ class PoolRules:
         """
         parameters = num_parameters(self.config)
         item = ELEMENT_BYTES[self.precision.kv_element]
-        per_token = self.config.kv_values_per_token * item
-        page = per_token * self.page_size
+        page = self.page_bytes
+        per_token = page // self.page_size
         per_sequence = -(-self.longest // self.page_size)
         most_pages = MAX_SLOTS // self.page_size
         given = self.kv_cache_bytes

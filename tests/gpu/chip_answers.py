@@ -1,6 +1,6 @@
 """Prints what an engine answers on the device that NANOSERVE_FAKE_CUDA_CAPABILITY names: a process knows one device only.
 
-`python -m tests.gpu.chip_answers llama bfloat16 wgmma`: a model of test_cuda_engine, a precision, options that are true.
+`python -m tests.gpu.chip_answers llama bfloat16 wgmma`: a model of test_cuda_engine, a precision, what multiplies.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from nanoserve.cuda.executor import CudaExecutor
 from nanoserve.models.weights import random_weights
 
 
-def main(name: str, precision: str, *switches: str) -> None:
+def main(name: str, precision: str, gemm: str = "mma") -> None:
     make = backend.CudaBackend.make_executor
 
     def make_executor(self: Any, *args: Any, **options: Any) -> CudaExecutor:
-        return make(self, *args, image=image_of, **options, **dict.fromkeys(switches, True))
+        return make(self, *args, image=image_of, gemm=gemm, **options)
 
     backend.CudaBackend.make_executor = make_executor  # type: ignore[method-assign]
     config = configs()[name]

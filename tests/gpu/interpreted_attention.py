@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.gpu.test_paged_attention import FORMS, Problem, form_of, numbers
+from tests.gpu.attention_problem import FORMS, AttentionProblem, form_of, numbers
 from triton.runtime import interpreter
 
 from nanoserve.kernels.cuda import paged_attention_triton as kernels
@@ -39,7 +39,7 @@ def mend_index() -> None:
     interpreter._patch_lang_tensor = patched
 
 
-def distances(problem: Problem) -> dict[str, float]:
+def distances(problem: AttentionProblem) -> dict[str, float]:
     form = problem.form
 
     def pages(cache: np.ndarray) -> torch.Tensor:
@@ -74,4 +74,6 @@ def distances(problem: Problem) -> dict[str, float]:
 
 if __name__ == "__main__":
     mend_index()
-    print(json.dumps({name: distances(Problem(form, LENGTHS)) for name, form in INTERPRETED.items()}))
+    print(
+        json.dumps({name: distances(AttentionProblem(form, LENGTHS)) for name, form in INTERPRETED.items()})
+    )

@@ -11,9 +11,8 @@ from nanoserve.kernels.cuda.choose import choose_spec
 from nanoserve.kernels.cuda.embedding import embedding_spec
 from nanoserve.kernels.cuda.gemm import gemm_plan
 from nanoserve.kernels.cuda.kv_write import kv_write_spec
-from nanoserve.kernels.cuda.logits import argmax_spec, block_max_spec
+from nanoserve.kernels.cuda.logits import block_max_spec
 from nanoserve.kernels.cuda.norm import norm_spec
-from nanoserve.kernels.cuda.pages import copy_pages_spec
 
 # Three blocks of 128 threads, or two of 256, use up 64 Ki registers at this many each.
 LARGE_F32, LARGE_MMA = 168, 128
@@ -52,12 +51,10 @@ def examples(chip: Chip) -> dict[str, Example]:
             kv_write_spec(12, 12, 80, 16, 36 * 80, 34, qk_norm="row", norm_eps=1e-6), 56, ("SHFL.BFLY", "BAR")
         ),
         "block_max": Example(block_max_spec(151936, 151936), 40, ("LDG.E", "SHFL.BFLY")),
-        "argmax": Example(argmax_spec(50257, 50264), 40, ("SHFL.BFLY", "BAR")),
         # A block of 1024 threads has 64 registers for each.
         "choose": Example(choose_spec(151936, 151936), 64, ("LDG.E.128", "SHFL.UP", "SHFL.BFLY", "BAR", "F2I.S64.TRUNC")),
         "choose of any size": Example(choose_spec(50257, 50264), 64, ("LDG.E.128", "SHFL.UP", "SHFL.BFLY", "BAR")),
         "choose of the largest": Example(choose_spec(262144, 262144), 64, ("LDG.E.128", "SHFL.UP", "BAR")),
-        "pages": Example(copy_pages_spec(16 * 8 * 128 * 2), 40, ("LDG.E.128", "STG.E.128")),
     }  # fmt: skip
     f32 = ("FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "DEPBAR", "BAR")
     mma = ("HMMA.16816.F32.BF16", "LDSM.16.M88", "LDGSTS.E.BYPASS.128", "DEPBAR", "BAR")

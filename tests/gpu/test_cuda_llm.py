@@ -100,12 +100,13 @@ def test_the_plan_is_what_an_executor_allocates(
     empty = used_bytes(gpu.device)
     pool = gpu.make_pool(config, precision, plan.num_pages, plan.page_size)
     pooled = used_bytes(gpu.device) - empty
-    assert 0 <= pooled - plan.kv_cache_bytes < GRANULARITY
+    zeros = plan.page_bytes  # which pages are cleared from
+    assert 0 <= pooled - plan.kv_cache_bytes - zeros < 2 * GRANULARITY
     executor = gpu.make_executor(config, weights, pool, precision=precision, **sizes)
     assert executor.weight_bytes == plan.weight_bytes
     taken = used_bytes(gpu.device) - empty - pooled
     blocks = len(bound) + 30  # rotary tables, buffers, inputs and logits beside the weights
-    assert 0 <= taken - plan.weight_bytes - plan.activation_bytes < blocks * GRANULARITY
+    assert 0 <= taken + zeros - plan.weight_bytes - plan.activation_bytes < blocks * GRANULARITY
 
 
 def test_a_fraction_of_the_device_is_kept(opened: Callable[..., LLM]) -> None:
@@ -152,7 +153,7 @@ def test_what_does_not_fit_says_so_with_the_numbers(opened: Callable[..., LLM]) 
 def half_taken() -> Iterator[None]:
     """Something else holds half of the device."""
     device = CudaDevice()
-    held = cuda_pool(CudaStream(device), device.total_bytes // 2 // (2 * 16 * 16 * 4))
+    held = cuda_pool(CudaStream(device), device.total_bytes // 2 // (2 * 16 * 16 * 4) - 8)
     yield
     del held
 

@@ -13,11 +13,11 @@ from nanoserve.compiler.gpu.chip import parse_chip
 from nanoserve.compiler.gpu.llvm_text import UnknownText, readable
 from nanoserve.compiler.gpu.spec import Extent
 from nanoserve.kernels.cuda import library
+from nanoserve.kernels.cuda.activation import convert_spec
 from nanoserve.kernels.cuda.gemm_tile import Tile
-from nanoserve.kernels.cuda.pages import copy_pages_spec
 
 CHIP = parse_chip("sm_90")
-SPEC = copy_pages_spec(64)
+SPEC = convert_spec(64, 64, 64)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_machine_without_compilers_uses_what_is_there(
     assert library.toolchain() is None
     assert load(store) == first
     with pytest.raises(library.KernelMissing, match=r"is not in .*cuda, and compiling it needs torch-mlir"):
-        library.load_artifacts([copy_pages_spec(128)], CHIP, store)
+        library.load_artifacts([convert_spec(128, 128, 128)], CHIP, store)
     assert len(compiled) == 1
 
 
@@ -118,7 +118,7 @@ def test_the_key_covers_spec_sources_and_chip(monkeypatch: pytest.MonkeyPatch) -
     keys = {
         library.key_of(SPEC, CHIP),
         library.key_of(SPEC, parse_chip("sm_80")),
-        library.key_of(copy_pages_spec(128), CHIP),
+        library.key_of(convert_spec(128, 128, 128), CHIP),
     }
     monkeypatch.setattr(library, "_source_digest", lambda kind: "other")
     keys.add(library.key_of(SPEC, CHIP))

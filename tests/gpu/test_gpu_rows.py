@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from compiler.packed_call import call
-from gpu.run_kernel import launch, same_in_every_order
+from gpu.run_kernel import same_in_every_order
 from nanoserve.kernels import logits as cpu_logits
 from nanoserve.kernels.cuda.activation import activation_spec, convert_spec
 from nanoserve.kernels.cuda.embedding import embedding_spec
 from nanoserve.kernels.cuda.layout import row_stride, weight_stride
-from nanoserve.kernels.cuda.logits import argmax_spec, block_max_spec
-from nanoserve.kernels.cuda.pages import copy_pages_spec
+from nanoserve.kernels.cuda.logits import block_max_spec
 from nanoserve.native import LOGITS_BLOCK
 from support.bfloat16 import from_bf16, to_bf16
 
@@ -128,35 +127,6 @@ def test_block_max_is_the_cpus(vocab: int, may_forbid: bool) -> None:
     assert np.isnan(gpu[1]).any()
 
 
-@pytest.mark.parametrize("vocab", [1, LOGITS_BLOCK - 1, 3 * LOGITS_BLOCK + 70, 140 * LOGITS_BLOCK + 1])
-def test_argmax_is_the_first_of_the_largest(vocab: int) -> None:
-    ld, blocks = row_stride(vocab), cpu_logits.num_blocks(vocab)
-    x = random(5, ld)
-    x[1, vocab - 1] = 100
-    x[2, [vocab // 3, vocab // 2, vocab - 1]] = 50  # a tie
-    x[3, vocab // 2] = np.nan
-    x[4, :] = -3  # nothing but ties
-    x[:, vocab:] = 1e9
-    largest = same_in_every_order(
-        block_max_spec(vocab, ld), x, np.zeros((5, blocks), np.float32), 5, out=1, orders=[0]
-    )
-    found = same_in_every_order(argmax_spec(vocab, ld), x, largest, np.zeros(5, np.int32), 5, out=2)
-    expected = x[:, :vocab].argmax(axis=1)
-    expected[3] = -1
-    np.testing.assert_array_equal(found, expected)
-
-
-def test_copied_pages_are_the_same_in_every_layer() -> None:
-    layers, num_pages, page_bytes = 3, 7, 4112
-    pool = rng.integers(0, 255, (layers, num_pages, page_bytes)).astype(np.uint8)
-    sources, targets = np.array([5, 0], np.int32), np.array([1, 6], np.int32)
-    copied = pool.copy()
-    lines = num_pages * page_bytes // 16
-    launch(copy_pages_spec(page_bytes), copied, sources, targets, 2, layers, lines, order=2)
-    pool[:, [1, 6]] = pool[:, [5, 0]]
-    assert copied.tobytes() == pool.tobytes()
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -170,8 +140,7 @@ def test_copied_pages_are_the_same_in_every_layer() -> None:
         (lambda: activation_spec(8, 8, 8, activation="relu"), "'relu' must be one of"),
         (lambda: activation_spec(8, 8, 8, softcap=-1.0), "softcap=-1.0 must be finite and at least 0"),
         (lambda: block_max_spec(0, 8), "vocab=0 must be positive"),
-        (lambda: argmax_spec(9, 8), "ld=8 must be a multiple of 8, at least cols=9"),
-        (lambda: copy_pages_spec(24), "page_bytes=24 must be a positive multiple of 16"),
+        (lambda: block_max_spec(9, 8), "ld=8 must be a multiple of 8, at least cols=9"),
     ],
 )
 def test_what_does_not_fit_is_refused(make, message: str) -> None:

@@ -20,13 +20,13 @@ from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
 from nanoserve.kernels.cuda import library
 from nanoserve.kernels.cuda.activation import activation_spec, convert_spec
+from nanoserve.kernels.cuda.choose import choose_spec
 from nanoserve.kernels.cuda.embedding import embedding_spec
 from nanoserve.kernels.cuda.gemm import GemmPlan, gemm_plan
 from nanoserve.kernels.cuda.kv_write import kv_write_spec
 from nanoserve.kernels.cuda.layout import row_stride, weight_stride
-from nanoserve.kernels.cuda.logits import argmax_spec, block_max_spec
+from nanoserve.kernels.cuda.logits import block_max_spec
 from nanoserve.kernels.cuda.norm import norm_spec
-from nanoserve.kernels.cuda.pages import copy_pages_spec
 from nanoserve.kernels.logits import num_blocks
 from nanoserve.models.rope import Rope
 from nanoserve.native import LOGITS_BLOCK
@@ -246,21 +246,50 @@ def _logits(chip: Chip) -> Iterable[Case]:
     ld, blocks = row_stride(vocab), num_blocks(vocab)
     x = _random(1, MOST_ROWS, ld)
     x[:, vocab:] = 1e9
-    x[2, [5, 300]] = 50  # a tie: the first of them
-    specs = block_max_spec(vocab, ld), argmax_spec(vocab, ld)
+    spec = block_max_spec(vocab, ld)
 
     def run(launch: Launch, m: int) -> list[Array]:
-        largest, token = _poison(m, blocks), np.full(m, -7, np.int32)
-        launch(specs[0], x, largest, m)
-        launch(specs[1], x, largest, token, m)
-        return [largest, token]
+        largest = _poison(m, blocks)
+        launch(spec, x, largest, m)
+        return [largest]
+
+    yield Case("block_max", (spec,), run, lambda m: [_block_max(x[:m, :vocab])], 0)
+
+
+def _block_max(x: Array) -> Array:
+    m, vocab = x.shape
+    padded = np.full((m, num_blocks(vocab) * LOGITS_BLOCK), -np.inf, np.float32)
+    padded[:, :vocab] = x
+    return padded.reshape(m, -1, LOGITS_BLOCK).max(-1)
+
+
+def _choose(chip: Chip) -> Iterable[Case]:
+    """Greedy rows, and others whose uniform numbers lie in the middle of a token's share: no rounding decides."""
+    vocab = 3 * LOGITS_BLOCK + 70
+    ld = row_stride(vocab)
+    x = _random(1, MOST_ROWS, ld)
+    x[:, vocab:] = 1e9
+    x[2, [5, 300]] = 50  # a tie: the first of them
+    weights = np.exp(x[:, :vocab].astype(np.float64))
+    drawn = np.random.default_rng(2).integers(0, vocab, MOST_ROWS)
+    ends = np.cumsum(weights, axis=1)
+    rows = np.arange(MOST_ROWS)
+    middle = (ends[rows, drawn] - weights[rows, drawn] / 2) / ends[:, -1]
+    draws, draw_ints = np.zeros((MOST_ROWS, 4), np.float32), np.zeros((MOST_ROWS, 4), np.int32)
+    draws[3:, :3] = 1, 1, 0
+    draw_ints[:, 1] = (middle * 2.0**32).astype(np.uint32).view(np.int32)
+    largest = _block_max(x[:, :vocab])
+    spec = choose_spec(vocab, ld)
+
+    def run(launch: Launch, m: int) -> list[Array]:
+        tokens = np.full(m, -7, np.int32)
+        launch(spec, x, largest, draws, draw_ints, tokens, m)
+        return [tokens]
 
     def expected(m: int) -> list[Array]:
-        padded = np.full((m, blocks * LOGITS_BLOCK), -np.inf, np.float32)
-        padded[:, :vocab] = x[:m, :vocab]
-        return [padded.reshape(m, blocks, -1).max(-1), x[:m, :vocab].argmax(1).astype(np.int32)]
+        return [np.where(rows < 3, x[:, :vocab].argmax(1), drawn)[:m].astype(np.int32)]
 
-    yield Case("block_max and argmax", specs, run, expected, 0)
+    yield Case("choose", (spec,), run, expected, 0)
 
 
 def _kv_write(chip: Chip) -> Iterable[Case]:
@@ -306,25 +335,6 @@ def _kv_write(chip: Chip) -> Iterable[Case]:
         yield Case(f"kv_write {dtype}", (spec,), run, expected, 8e-3 if dtype == "bf16" else 5e-6)
 
 
-def _pages(chip: Chip) -> Iterable[Case]:
-    layers, num_pages, page_bytes = 3, 7, 4112
-    pool = np.random.default_rng(0).integers(0, 255, (layers, num_pages, page_bytes)).astype(np.uint8)
-    spec = copy_pages_spec(page_bytes)
-
-    def run(launch: Launch, m: int) -> list[Array]:
-        copied = pool.copy()
-        sources, targets = np.array([5, 0], np.int32), np.array([1, 6], np.int32)
-        launch(spec, copied, sources, targets, 2, layers, num_pages * page_bytes // 16)
-        return [copied]
-
-    def expected(m: int) -> list[Array]:
-        copied = pool.copy()
-        copied[:, [1, 6]] = pool[:, [5, 0]]
-        return [copied]
-
-    yield Case("copies of pages", (spec,), run, expected, 0, row_by_row=False)
-
-
 # ---- attention
 
 _LENGTHS = (1, 37, 300, 1100)
@@ -358,11 +368,11 @@ def _attention(chip: Chip) -> Iterable[Case]:
 
 CASES: dict[str, Callable[[Chip], Iterable[Case]]] = {
     "activation": _activation,
+    "choose": _choose,
     "embedding": _embedding,
     **{kind: _gemm(kind) for kind in GEMMS},
     "kv_write": _kv_write,
     "logits": _logits,
     "norm": _norm,
     "paged_attention": _attention,
-    "pages": _pages,
 }

@@ -85,16 +85,10 @@ def _block_max(chip: Chip) -> GpuKernelSpec:
     return block_max_spec(512, 512)
 
 
-def _argmax(chip: Chip) -> GpuKernelSpec:
-    from nanoserve.kernels.cuda.logits import argmax_spec
+def _choose(chip: Chip) -> GpuKernelSpec:
+    from nanoserve.kernels.cuda.choose import choose_spec
 
-    return argmax_spec(512, 512)
-
-
-def _pages(chip: Chip) -> GpuKernelSpec:
-    from nanoserve.kernels.cuda.pages import copy_pages_spec
-
-    return copy_pages_spec(4096)
+    return choose_spec(512, 512)
 
 
 GPU_KERNELS: dict[str, tuple[Callable[[Chip], GpuKernelSpec], str]] = {
@@ -110,6 +104,5 @@ GPU_KERNELS: dict[str, tuple[Callable[[Chip], GpuKernelSpec], str]] = {
     "activation": (_activation, "SiLU of a gate, times the other half"),
     "convert": (_convert, "rows of 64 columns rounded to bfloat16"),
     "block_max": (_block_max, "the largest of each block of logits, NaN where one is not finite"),
-    "argmax": (_argmax, "the largest logit of each row"),
-    "pages": (_pages, "pages of the KV pool copied"),
+    "choose": (_choose, "a token of each row, by its sampling parameters and its uniform number"),
 }

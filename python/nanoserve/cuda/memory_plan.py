@@ -64,6 +64,7 @@ def plan_cuda_memory(
     weights, activations = device_bytes(
         config, precision, dtypes, chip, page_size, sizes, choose_gemms(gemm, config)
     )
+    activations += pool.page_bytes  # of zeros, which pages are cleared from
     if kv_cache_bytes is not None:
         room = total_bytes if free_bytes is None else free_bytes
         limit = (
