@@ -53,10 +53,10 @@ def test_the_manifest_says_how_to_launch(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path / "cuda")
     launch = load(store).launch
     assert launch == launch_of(SPEC)
-    assert launch.arguments[:2] == (("pool", True), ("sources", True))
-    assert launch.grid[0] == Extent("count")
+    assert launch.arguments[:2] == (("x", True), ("out", True))
+    assert launch.grid[0] == Extent("m")
     manifest = json.loads((store.directory / f"{library.key_of(SPEC, CHIP)}.json").read_text())
-    assert manifest["launch"]["grid"] == [["count", 1, 1], ["layers", 1, 1], [None, 1, 1]]
+    assert manifest["launch"]["grid"] == [["m", 1, 1], [None, 1, 1], [None, 1, 1]]
     assert manifest["usage"]["registers"] > 0
 
 

@@ -36,6 +36,7 @@ RANKS = [
         "logprobs",
         "request",
         "batch",
+        "draws",
         "compiler",
     },
     {"cache", "emulator", "kernels", "precision", "text"},

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
 from nanoserve.batch import Batch
 from nanoserve.cache.radix_manager import RadixCacheManager
 from nanoserve.checks import whole_number
-from nanoserve.draws import AheadExecutor, Draws, StartedStep, can_choose
 from nanoserve.logits import Logits
 from nanoserve.logprobs import TokenLogprob
 from nanoserve.observe.events import EventLog, ReqId
@@ -33,9 +31,12 @@ from nanoserve.scheduling.decode_manager import DecodeManager
 from nanoserve.scheduling.interrupts import InterruptGate
 from nanoserve.scheduling.policies import Policy
 from nanoserve.scheduling.prefill_manager import PrefillManager
+from nanoserve.scheduling.run_ahead import RunAhead, RunningStep
 from nanoserve.scheduling.scheduler import Scheduler
-from nanoserve.scheduling.scheduler_output import SchedulerOutput
 from nanoserve.scheduling.scoring import score_prompts, score_tokens
+
+if TYPE_CHECKING:
+    from nanoserve.draws import AheadExecutor
 
 
 class Executor(Protocol):
@@ -59,29 +60,6 @@ class StepOutput:
     def scheduled(self) -> dict[ReqId, int]:
         """Tokens computed, by request."""
         return {} if self.batch is None else self.batch.tokens_by_request
-
-
-@dataclass(frozen=True, slots=True)
-class _Running:
-    """A step that is decided; and if the executor computes it by itself, that."""
-
-    output: SchedulerOutput
-    started: StartedStep | None = None
-    draws: Draws | None = None
-
-    @property
-    def can_be_overtaken(self) -> bool:
-        """Nothing of it is needed on the host to go on."""
-        return (
-            self.started is not None
-            and self.output.batch.is_decode
-            and all(can_choose(request, ahead=1) for request in self.output.requests)
-        )
-
-    def wait(self) -> None:
-        if self.started is not None:
-            with suppress(Exception):  # nobody wants its tokens
-                self.started.tokens()
 
 
 class ContinuousBatcher:
@@ -138,11 +116,9 @@ class ContinuousBatcher:
         self._clock = clock
         self._gate = InterruptGate()
         self._scheduler_s = self._forward_s = self._sampler_s = 0.0
-        # Who chooses tokens by a sampler of their own get the logits.
+        # Whoever brings a sampler of their own gets logits.
         can_start = getattr(executor, "chooses_tokens", False) and type(self.sampler) is Sampler
-        self._ahead_executor = cast("AheadExecutor", executor) if can_start else None
-        self._ahead: _Running | None = None
-        self._steps_ahead = 0
+        self._run_ahead = RunAhead(self.scheduler, cast("AheadExecutor", executor) if can_start else None)
 
     # ---- requests
 
@@ -159,7 +135,7 @@ class ContinuousBatcher:
     def abort(self, req_id: ReqId) -> bool:
         """Drops a live request, whatever its state; False if there is none by that id."""
         is_dropped = self.scheduler.abort(req_id)
-        self._end_ahead_of_nobody()
+        self._run_ahead.forget_if_nobodys()
         return is_dropped
 
     @property
@@ -189,24 +165,21 @@ class ContinuousBatcher:
     def step(self) -> StepOutput:
         """Computes one mixed batch and commits what it produced."""
         clock = self._clock
-        running: _Running | None = None
+        running: RunningStep | None = None
         times = [clock()]
         with self._gate as gate:
             try:
                 gate.close()
-                running, self._ahead = self._ahead, None
+                running = self._run_ahead.take()
                 if running is None:
                     output = self.scheduler.step()
                     if output is None:
                         gate.open()
                         return StepOutput(finished=self.scheduler.take_finished())
-                    running = self._start(output)
-                gate.open()
+                    running = self._run_ahead.start(output)
                 output = running.output
-                if running.can_be_overtaken:
-                    gate.close()
-                    self._ahead = self._start_ahead()
-                    gate.open()
+                self._run_ahead.look(running)
+                gate.open()
                 times.append(clock())
                 results = self._device_results(running)
                 if results is not None:  # tokens came with it
@@ -219,13 +192,13 @@ class ContinuousBatcher:
                     times.append(clock())
                 gate.close()
                 finished = self.scheduler.update(output, results)
-                self._end_ahead_of_nobody()
+                self._run_ahead.forget_if_nobodys()
                 gate.open()
             except BaseException:
                 gate.close()
                 if running is not None:
                     running.wait()
-                self._forget_ahead()
+                self._run_ahead.forget()
                 self.scheduler.forget_ahead()
                 if self.scheduler.in_flight is not None:
                     self.scheduler.discard(self.scheduler.in_flight)
@@ -237,32 +210,7 @@ class ContinuousBatcher:
         self._sampler_s += sampled - computed
         return StepOutput(output.batch, output.new_tokens, finished, output.preempted)
 
-    # ---- steps that the executor computes while others are decided
-
-    def _start(self, output: SchedulerOutput, ahead: int = 0) -> _Running:
-        """Hands a step to an executor that chooses tokens itself; else `_forward` computes it later."""
-        batch = output.batch
-        if self._ahead_executor is None or batch.token_rows is not None:
-            return _Running(output)
-        try:
-            draws = Draws.of(batch.sampling_requests, ahead)
-            return _Running(output, self._ahead_executor.start(batch, draws), draws)
-        except Exception:  # _forward finds out whose fault it is
-            return _Running(output)
-
-    def _start_ahead(self) -> _Running | None:
-        """The step after the one that is being computed, if nothing needs that one's tokens on the host."""
-        output = self.scheduler.look_ahead()
-        if output is None:
-            return None
-        running = self._start(output, ahead=1)
-        if running.started is None:
-            self.scheduler.forget_ahead()
-            return None
-        self._steps_ahead += 1
-        return running
-
-    def _device_results(self, running: _Running) -> StepResults | None:
+    def _device_results(self, running: RunningStep) -> StepResults | None:
         """What the executor chose, and the rest by the host from those rows' logits; None: it has to be computed otherwise."""
         started, draws = running.started, running.draws
         if started is None or draws is None:
@@ -282,24 +230,9 @@ class ContinuousBatcher:
                 for row, token in zip(draws.on_host, chosen, strict=True):
                     tokens[row] = token
         except Exception:
-            self._forget_ahead()
+            self._run_ahead.forget()
             return None
         return StepResults([max(token, 0) for token in tokens], errors, finite, logprobs)
-
-    def _forget_ahead(self) -> None:
-        """The step started ahead counts for nothing; it is over when this returns."""
-        if self._ahead is not None:
-            ahead, self._ahead = self._ahead, None
-            ahead.wait()
-            if self.scheduler.in_flight is ahead.output:
-                self.scheduler.discard(ahead.output)
-            else:
-                self.scheduler.forget_ahead()
-
-    def _end_ahead_of_nobody(self) -> None:
-        """No request of the step started ahead is live any more."""
-        if self._ahead is not None and all(request.is_finished for request in self._ahead.output.requests):
-            self._forget_ahead()
 
     def _forward(self, batch: Batch, errors: dict[ReqId, str]) -> Logits:
         """Logits of the sample rows; what a request raises alone goes into `errors`, and its rows are not finite."""
@@ -381,7 +314,7 @@ class ContinuousBatcher:
             "num_refused": stats.refused,
             "preemptions": stats.preemptions,
             "num_held_back": stats.held_back,
-            "steps_ahead": self._steps_ahead,
+            "steps_ahead": self._run_ahead.num_ahead,
             "cache_hits": radix.cache_hits,
             "cache_misses": radix.cache_misses,
             "cache_hit_rate": radix.cache_hit_rate,
@@ -395,7 +328,7 @@ class ContinuousBatcher:
         """Counters back to zero; queues, cache and requests stay."""
         self.scheduler.stats.reset()
         self.radix_mgr.clear_stats()
-        self._steps_ahead = 0
+        self._run_ahead.num_ahead = 0
         self._scheduler_s = self._forward_s = self._sampler_s = 0.0
 
 
