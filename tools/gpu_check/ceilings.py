@@ -18,7 +18,7 @@ from tools.gpu_check.record import Record
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
 from nanoserve.kernels.cuda.activation import convert_spec
-from nanoserve.native import CudaMemory
+from nanoserve.native import CudaMemory, cuda_launch
 
 _EMPTY = convert_spec(8, 8, 8)  # a kernel with next to nothing to do
 
@@ -75,9 +75,10 @@ def _launches(gpu: Gpu, record: Record) -> None:
     count = 4 if gpu.tiny else 1000
     gpu.put(_EMPTY, args)
     gpu.stream.synchronize()
+    kernel, addresses = gpu.kernel(_EMPTY), [x.address, out.address, 1]
     begin = time.perf_counter()
     for _ in range(count):
-        gpu.put(_EMPTY, args)
+        cuda_launch(gpu.stream, kernel, (1,), addresses)
     gpu.stream.synchronize()
     record.fact("launch_s", (time.perf_counter() - begin) / count)
     record.fact("launch_in_graph_s", gpu.seconds(lambda i: gpu.put(_EMPTY, args), count))

@@ -112,10 +112,15 @@ def measure(
 
 
 class NativeClock:
-    """Stands before the native step and adds up the time that calls of it take."""
+    """Stands before the native step and adds up the time that calls of it take.
+
+    Attributes:
+        seconds: by the call's name. `finish` waits for the device.
+    """
 
     def __init__(self, native: Any) -> None:
-        self._native, self.seconds = native, 0.0
+        self._native = native
+        self.seconds: dict[str, float] = {}
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._native, name)
@@ -127,13 +132,13 @@ class NativeClock:
             try:
                 return found(*args, **options)
             finally:
-                self.seconds += time.perf_counter() - begin
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
         return timed
 
 
-def decode(engine: NanoServingEngine, batch: int, context: int, steps: int) -> dict[str, float]:
-    """Of a step of `batch` sequences: milliseconds, and the share in which no native call runs."""
+def decode(engine: NanoServingEngine, batch: int, context: int, steps: int) -> dict[str, Any]:
+    """Of a step of `batch` sequences: milliseconds, those of each native call, and the share outside of them."""
     prompts = [random_tokens(engine.config, context, number) for number in range(batch)]
     executor: Any = engine.executor
     # More than are looked at: the first decode while the last are still at their prompts.
@@ -155,7 +160,11 @@ def decode(engine: NanoServingEngine, batch: int, context: int, steps: int) -> d
         engine.abort(request.req_id)
     while engine.has_unfinished:
         engine.step()
-    return {"step_ms": statistics.median(times) * 1e3, "outside_native": 1 - clock.seconds / total}
+    return {
+        "step_ms": statistics.median(times) * 1e3,
+        "native_ms": {name: seconds * 1e3 / steps for name, seconds in clock.seconds.items()},
+        "outside_native": 1 - sum(clock.seconds.values()) / total,
+    }
 
 
 def prefill(engine: NanoServingEngine, tokens: int) -> float:

@@ -130,23 +130,25 @@ class Gpu:
         """The same for PyTorch's work."""
         torch = self.torch
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        times = []
         with torch.cuda.stream(side):
             for i in range(min(launches, 3)):
                 work(i)
-        side.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+            side.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin()  # torch.cuda.graph would collect garbage each time
             for i in range(launches):
                 work(i)
-        times = []
-        for number in range(rounds + 2):
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
-            graph.replay()
-            after.record()
-            after.synchronize()
-            if number >= 2:
-                times.append(before.elapsed_time(after) * 1e-3 / launches)
+            graph.capture_end()
+            for number in range(rounds + 2):
+                before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                before.record()
+                graph.replay()
+                after.record()
+                after.synchronize()
+                if number >= 2:
+                    times.append(before.elapsed_time(after) * 1e-3 / launches)
         return statistics.median(times)
 
 

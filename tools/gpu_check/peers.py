@@ -68,9 +68,11 @@ def _transformers(gpu: Gpu, config: ModelConfig, package: str, limit: float) -> 
         ).eval()  # fmt: skip
     prompts, counts = workload(config.vocab_size, False)
     how = GenerationConfig(
-        do_sample=True, temperature=0.6, max_new_tokens=max(counts), eos_token_id=-1, pad_token_id=0, use_cuda_graph=True
+        do_sample=True, temperature=0.6, max_new_tokens=max(counts), eos_token_id=-1, pad_token_id=0
     )  # fmt: skip
     manager = model.init_continuous_batching(generation_config=how)
+    if hasattr(manager, "warmup"):
+        manager.warmup()
     manager.start()
     try:
         manager.add_request(prompts[0], request_id="first", max_new_tokens=4)

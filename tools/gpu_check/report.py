@@ -59,7 +59,6 @@ def targets(results: Results) -> list[Reached]:
     few = [row for row in decodes if row["sequences"] <= 32]
     prompts = [row for row in rows(results, "engine_speed", "prefill") if row["model"] == MODEL]
     attention = rows(results, "kernel_speed", "decode attention")
-    outside = max((row["outside_native"] for row in decodes), default=None)
     made = [
         _at_least(f"a decode step of {MODEL}, 1 to 32 sequences, against reading its weights and keys", 0.7, few, "of_roofline"),
         _at_least(f"a prompt of 2,048 tokens of {MODEL}, of the measured rate of products", 0.6, prompts, "of_products"),
@@ -67,13 +66,20 @@ def targets(results: Results) -> list[Reached]:
     ]  # fmt: skip
     for peer, least in (("transformers", 2.0), ("vLLM", 1.0), ("nano-vllm", 1.0)):
         made.append(_against(results, peer, least))
-    made.append(
-        Reached(
-            f"a decode step of {MODEL}: time outside of native calls", "less than 5%", outside,
-            outside is not None and outside < 0.05, "" if outside is None else f"{outside:.1%} at most", "not measured",
-        )
-    )  # fmt: skip
+    made.append(_hidden(decodes))
     return made
+
+
+def _hidden(decodes: Sequence[dict[str, Any]]) -> Reached:
+    """Python is hidden where the host, in all steps, ends up waiting for the device."""
+    what = f"a decode step of {MODEL}: Python's time, outside of the native step"
+    if not decodes:
+        return Reached(what, "hidden, or less than 5%", None, False, "", "not measured")
+    outside = max(row["outside_native"] for row in decodes)
+    waits = min(row["native_ms"].get("finish", 0.0) / row["step_ms"] for row in decodes)
+    shown = f"{outside:.1%} at most, waiting for the device {waits:.0%} at least"
+    # A step that is started and finished in one go waits without anything being hidden: then the rest must be small.
+    return Reached(what, "hidden, or less than 5%", outside, outside < 0.05, shown)
 
 
 def _at_least(what: str, least: float, found: Sequence[dict[str, Any]], key: str) -> Reached:

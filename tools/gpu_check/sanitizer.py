@@ -11,8 +11,8 @@ from tools.gpu_check.places import ROOT
 from tools.gpu_check.record import Record
 from tools.gpu_check.run import environment
 
-TOOLS = ("memcheck", "racecheck", "synccheck")
-PARTS = ("numerics", "end_to_end")
+# (tool, part), the most telling first.
+RUNS = (("memcheck", "numerics"), ("racecheck", "numerics"), ("memcheck", "end_to_end"), ("synccheck", "numerics"))
 _FOUND = 99  # its exit code where it has found something
 _CANNOT = ("Device not supported", "Unable to", "not supported on this", "failed to initialize", "error 999")
 
@@ -24,11 +24,10 @@ def run(gpu: Gpu, record: Record) -> None:
             "compute-sanitizer", "the emulator checks by itself" if gpu.fake else "it is not installed"
         )
         return
-    for part in PARTS:
-        for tool in TOOLS:
-            name = f"{tool} of {part}"
-            if record.has_time(name, 10):
-                _check(gpu, record, program, tool, part, name)
+    for tool, part in RUNS:
+        name = f"{tool} of {part}"
+        if record.has_time(name, 10):
+            _check(gpu, record, program, tool, part, name)
 
 
 def _check(gpu: Gpu, record: Record, program: str, tool: str, part: str, name: str) -> None:
