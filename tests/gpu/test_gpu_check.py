@@ -105,7 +105,7 @@ def test_a_kind_without_a_case_is_a_named_skip(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(library, "toolchain", library.toolchain)
-    only = {"pages": kernel_cases.CASES["pages"]}
+    only = {"logits": kernel_cases.CASES["logits"]}
     monkeypatch.setattr(numerics, "CASES", only)
     record = Record(tmp_path / "record.json", 0.9)  # no time for what comes after the kinds
     numerics.run(Gpu(prepared, fake=True), record)
@@ -113,7 +113,7 @@ def test_a_kind_without_a_case_is_a_named_skip(
         "name": "numerics of norm",
         "reason": "it has no case in tools/gpu_check/kernel_cases.py",
     } in record.data["skips"]
-    assert "numerics of pages" not in [skip["name"] for skip in record.data["skips"]]
+    assert "numerics of logits" not in [skip["name"] for skip in record.data["skips"]]
 
 
 def test_what_is_left_out_of_a_folder_that_travels_is_not_needed(tmp_path: Path) -> None:
@@ -365,6 +365,8 @@ def invented() -> dict[str, Any]:
             "sequences": count,
             "step_ms": 1.5,
             "outside_native": 0.04,
+            "native_ms": {"start": 0.1, "finish": 1.2},
+            "ahead": 1.0,
             "of_roofline": share,
         }
         for count, share in ((1, 0.71), (8, 0.75), (32, 0.7), (256, 0.4))
@@ -436,8 +438,8 @@ def test_a_report_says_what_was_reached_and_what_was_not() -> None:
         "no",
     ]
     assert reached["256 requests of Qwen3-0.6B against nano-vllm"][1:] == ["not measured", "no"]
-    assert reached["a decode step of Llama-3.2-1B: time outside of native calls"][1:] == [
-        "4.0% at most",
+    assert reached["a decode step of Llama-3.2-1B: Python's time, outside of the native step"][1:] == [
+        "4.0% at most, waiting for the device 80% at least, 100% of the steps started ahead",
         "yes",
     ]
     assert "| Llama-3.2-1B | 1.50 (71%) | 1.50 (75%) | 1.50 (70%) | 1.50 (40%) | 12.25 (55%) |" in text

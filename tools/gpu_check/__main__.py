@@ -76,6 +76,7 @@ def prepare(given: argparse.Namespace) -> int:
 
 def run(given: argparse.Namespace) -> int:
     begin = time.monotonic()
+    parts = names_of(given.only)
     about = {"command": "python -m tools.gpu_check " + " ".join(sys.argv[1:])}
     if not given.fake and not os.environ.get("NANOSERVE_NATIVE"):
         from tools.gpu_check.build import build_native
@@ -95,7 +96,7 @@ def run(given: argparse.Namespace) -> int:
         about["commit"] = json.loads(prepared.read_text(encoding="utf-8"))["commit"]
     seconds = given.minutes * 60 - (time.monotonic() - begin)
     runner = Runner(given.folder, given.out, seconds, fake=given.fake, tiny=given.tiny, about=about)
-    passed = runner.run(names_of(given.only))
+    passed = runner.run(parts)
     print(shown(runner.results))
     return 0 if passed else 1
 

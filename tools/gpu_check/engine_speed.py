@@ -138,7 +138,8 @@ class NativeClock:
 
 
 def decode(engine: NanoServingEngine, batch: int, context: int, steps: int) -> dict[str, Any]:
-    """Of a step of `batch` sequences: milliseconds, those of each native call, and the share outside of them."""
+    """Of a step of `batch` sequences: milliseconds, those of each native call, the share outside of them, and of the
+    steps that were started ahead."""
     prompts = [random_tokens(engine.config, context, number) for number in range(batch)]
     executor: Any = engine.executor
     # More than are looked at: the first decode while the last are still at their prompts.
@@ -149,6 +150,7 @@ def decode(engine: NanoServingEngine, batch: int, context: int, steps: int) -> d
     clock = NativeClock(executor._native)
     executor._native = clock
     times = []
+    ahead_before = engine.get_stats()["steps_ahead"]
     begin = time.perf_counter()
     for _ in range(steps):
         before = time.perf_counter()
@@ -156,6 +158,7 @@ def decode(engine: NanoServingEngine, batch: int, context: int, steps: int) -> d
         times.append(time.perf_counter() - before)
     total = time.perf_counter() - begin
     executor._native = clock._native
+    ahead = (engine.get_stats()["steps_ahead"] - ahead_before) / steps
     for request in requests:
         engine.abort(request.req_id)
     while engine.has_unfinished:
@@ -164,6 +167,7 @@ def decode(engine: NanoServingEngine, batch: int, context: int, steps: int) -> d
         "step_ms": statistics.median(times) * 1e3,
         "native_ms": {name: seconds * 1e3 / steps for name, seconds in clock.seconds.items()},
         "outside_native": 1 - sum(clock.seconds.values()) / total,
+        "ahead": ahead,
     }
 
 

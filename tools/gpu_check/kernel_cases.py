@@ -220,10 +220,11 @@ def _activation(chip: Chip) -> Iterable[Case]:
     ldx, ldo = row_stride(2 * cols), row_stride(cols)
     x = _random(1, MOST_ROWS, ldx) * 3
     for name, gated, dtype in (("silu", True, "bf16"), ("gelu_erf", False, "f32"), (None, False, "bf16")):
+        scale, cap = (1.0, 0.0) if gated else (1.5, 2.5)  # a gate excludes them
         spec = (
             convert_spec(cols, ldx, ldo)
             if name is None
-            else activation_spec(cols, ldx, ldo, activation=name, gated=gated, scale=1.5, softcap=2.5, dtype=dtype)
+            else activation_spec(cols, ldx, ldo, activation=name, gated=gated, scale=scale, softcap=cap, dtype=dtype)
         )  # fmt: skip
 
         def run(launch: Launch, m: int, spec: GpuKernelSpec = spec, dtype: str = dtype) -> list[Array]:
@@ -234,8 +235,8 @@ def _activation(chip: Chip) -> Iterable[Case]:
         def expected(m: int, name: str | None = name, gated: bool = gated) -> list[Array]:
             if name is None:
                 return [from_bf16(to_bf16(x[:m, :cols]))]
-            value = _act(name, x[:m, :cols]) * (x[:m, cols : 2 * cols] if gated else 1)
-            return [np.tanh(value * 1.5 / 2.5) * 2.5]
+            value = _act(name, x[:m, :cols])
+            return [value * x[:m, cols : 2 * cols] if gated else np.tanh(value * 1.5 / 2.5) * 2.5]
 
         tolerance = 0 if name is None else 8e-3 if dtype == "bf16" else 3e-6
         yield Case(name or "convert", (spec,), run, expected, tolerance)

@@ -12,7 +12,12 @@ from tools.gpu_check.record import Record
 from tools.gpu_check.run import environment
 
 # (tool, part), the most telling first.
-RUNS = (("memcheck", "numerics"), ("racecheck", "numerics"), ("memcheck", "end_to_end"), ("synccheck", "numerics"))
+RUNS = (
+    ("memcheck", "numerics"),
+    ("racecheck", "numerics"),
+    ("memcheck", "end_to_end"),
+    ("synccheck", "numerics"),
+)
 _FOUND = 99  # its exit code where it has found something
 _CANNOT = ("Device not supported", "Unable to", "not supported on this", "failed to initialize", "error 999")
 
