@@ -7,11 +7,12 @@ import pytest
 from support.fakes import System, prompt
 
 
+@pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("length", [3, 19, 20, 21, 40])
-def test_a_sequence_crosses_the_switch_once(length: int, cache: bool) -> None:
+def test_a_sequence_crosses_the_switch_once(length: int, cache: bool, device: bool) -> None:
     """It starts over exactly where it outgrows its angles; the step that did it says so; the answer is the lone one's."""
-    system = System(switch_len=20, chunk_size=4, cache=cache)
+    system = System(switch_len=20, chunk_size=4, cache=cache, device=device)
     request = system.add("a", prompt(length), 30)
     other = system.add("b", prompt(7, 1), 10)
     outputs = system.drain()
