@@ -52,12 +52,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., NanoServingEngine]:
         """Without a gemm, on the CPU."""
 
         def make_executor(self: Any, *args: Any, **options: Any) -> CudaExecutor:
-            return make(self, *args, **{**options, "image": image_of, "gemm": gemm, **changes})
+            return make(self, *args, **{**options, "image": image_of, **changes})
 
         monkeypatch.setattr(backend.CudaBackend, "make_executor", make_executor)
         return NanoServingEngine(
             config, random_weights(config, 1), precision=precision, kv_cache_pages=64, max_num_batched_tokens=128,
-            max_chunk_size=48, max_batch_size=4, device="cpu" if gemm is None else "cuda",
+            max_chunk_size=48, max_batch_size=4, device="cpu" if gemm is None else "cuda", gemm=gemm,
         )  # fmt: skip
 
     return made
