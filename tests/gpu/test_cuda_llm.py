@@ -83,7 +83,9 @@ def test_products_by_cublas(opened: Callable[..., LLM]) -> None:
     assert more == CudaStep.blas_workspace_bytes
     texts = [[one.text for one in llm.generate(PROMPTS, GREEDY)] for llm in (ours, theirs)]
     assert texts[0] == texts[1]
-    with pytest.raises(ValueError, match=r"^gemm: product 'up' must be one of qkv, out, gate_up, down, head, \*$"):
+    with pytest.raises(
+        ValueError, match=r"^gemm: product 'up' must be one of qkv, out, gate_up, down, head, \*$"
+    ):
         opened(device="cuda", gemm={"up": "cublas"})
 
 
