@@ -15,7 +15,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoserve.checks import shown
 from nanoserve.device_name import device_ordinal, refuse_options
 from nanoserve.errors import CheckpointError, RequestRefused
 from nanoserve.memory_plan import plan_memory

@@ -62,7 +62,9 @@ def plan(
     memory_bytes = None if memory is None else parse_size("--memory", memory)
     device = engine.pop("device", "cpu")
     on_gpu = device_ordinal(device) is not None
-    gpu_only = {name: engine.pop(name) for name in ("gpu_memory_utilization", "gemm") if name in engine}
+    gpu_only: dict[str, Any] = {
+        name: engine.pop(name) for name in ("gpu_memory_utilization", "gemm") if name in engine
+    }
     refuse_options(device, {"num_threads": engine.get("num_threads")}, gpu_only)
     choice = {**{name: engine.pop(name, default) for name, default in _CHOICE.items()}, "gpu": on_gpu}
     config, files = _look_at(model, engine.pop("revision", None), choice)
