@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nanoserve.request import Request
+from nanoserve.request import Request, RequestState
 from nanoserve.sampling import SamplingParams
 from support.fakes import System, prefix_hashes
 
@@ -25,6 +25,7 @@ def test_all_steps_of_a_decode_are_started_ahead_and_none_is_for_nothing() -> No
     assert system.executor.num_forwards == 30
     assert system.executor.num_ahead == 28  # not the prompt's, nor the first after it
     assert system.batcher.get_stats()["steps_ahead"] == 28
+    assert [event.step for event in system.scheduler.events if event.kind == "finished"] == [30]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,19 @@ def stopped(system: System, prompt: list[int], at: int, **params: Any) -> Reques
     """A request that ends after `at` tokens by one that nobody can foresee."""
     alone = SamplingParams(temperature=0.0, max_tokens=at, ignore_eos=True)
     full = system.expected(Request("rehearsal", prompt, params=alone))
-    return system.add("stopped", prompt, max_tokens=40, stop_token_ids=(full[-1],), **params)
+    return system.add("stopped", prompt, **{"max_tokens": 40, "stop_token_ids": (full[-1],), **params})
+
+
+def for_nothing(request: Request) -> tuple[float, ...]:
+    """The key of its last token, which nothing needs."""
+    return tuple(prefix_hashes(request.token_ids)[-1].tolist())
+
+
+def free_keys(system: System, other: Request) -> set[tuple[float, ...]]:
+    """All that the pages hold which are not another request's: pages of one token, and no prefix cache."""
+    held = set(other.page_table.pages)
+    keys, _ = system.pool.get_layer_cache(0)
+    return {tuple(keys[page, 0, 0].tolist()) for page in range(system.pool.num_pages) if page not in held}
 
 
 def test_pages_of_who_ended_are_empty_after_the_step_that_wrote_them_for_nothing() -> None:
@@ -97,16 +110,45 @@ def test_pages_of_who_ended_are_empty_after_the_step_that_wrote_them_for_nothing
     assert request.finish_reason == "stop"
     assert forwards(system)[-1] == ["other", "stopped"]  # the step ahead
     system.step()
-    held = set(other.page_table.pages)
-    keys, _ = system.pool.get_layer_cache(0)
-    free = {tuple(keys[page, 0, 0]) for page in range(system.pool.num_pages) if page not in held}
-    *known, for_nothing = map(tuple, prefix_hashes(request.token_ids).astype(keys.dtype))
-    assert (
-        len(free & set(known)) >= len(known) - 1
-    )  # what is known to be right may stay; somebody has got a page of it
-    assert for_nothing not in free
+    assert for_nothing(request) not in free_keys(system, other)
     system.drain()
     system.check_nothing_is_held()
+
+
+def test_who_sits_out_for_want_of_pages_is_not_forgotten() -> None:
+    """When pages come back, the step after the next has everybody."""
+    system = System(num_pages=5, page_size=8, cache=False, device=True)
+    first = stopped(system, list(range(8)), at=8, max_tokens=30)
+    second, third = system.add("b", list(range(9)), max_tokens=12), system.add("c", [1, 2, 3], max_tokens=10)
+    while not first.is_finished:
+        last = system.step()
+    assert "c" not in last.scheduled
+    assert third.state is RequestState.DECODE
+    assert "c" in {**system.step().scheduled, **system.step().scheduled}
+    assert not second.is_finished
+    system.drain()
+    assert system.executor.num_ahead > 0
+    assert third.output_tokens == system.expected(third)
+
+
+def test_a_step_whose_tokens_are_lost_is_computed_again() -> None:
+    """And so is the one ahead of it; what it left in the pages of who ends meanwhile goes with them."""
+    system = System(page_size=1, cache=False, device=True)
+
+    def lose() -> None:
+        if system.executor.num_waiting:  # another one was started
+            raise MemoryError("lost")
+
+    system.executor.telling = lose
+    other = system.add("other", [9, 9], max_tokens=40)
+    request = stopped(system, [5, 6, 7], at=9)
+    while not request.is_finished:
+        system.step()
+    assert system.executor.num_ahead > 5
+    assert request.output_tokens == system.expected(request)
+    assert for_nothing(request) not in free_keys(system, other)
+    system.drain()
+    assert other.output_tokens == system.expected(other)
 
 
 def test_a_step_ahead_of_nobody_is_forgotten() -> None:
@@ -135,19 +177,21 @@ def test_aborts_between_steps_find_their_pages_later() -> None:
     system.check_nothing_is_held()
 
 
-def test_an_interrupt_while_a_step_is_ahead_loses_no_token() -> None:
+@pytest.mark.parametrize("at", ["after", "telling"])
+def test_an_interrupt_while_a_step_is_ahead_loses_no_token(at: str) -> None:
+    """While it is started, and while the tokens of the one before it are waited for."""
     system = System(device=True)
     request = system.add("a", [1, 2, 3], max_tokens=20)
 
     def interrupt() -> None:
-        system.executor.after = None
+        setattr(system.executor, at, None)
         raise KeyboardInterrupt
 
     while not system.executor.num_ahead:
         system.step()
     for _ in range(3):
         system.step()
-        system.executor.after = interrupt
+        setattr(system.executor, at, interrupt)
         with pytest.raises(KeyboardInterrupt):
             system.step()
         system.check()

@@ -113,6 +113,7 @@ class FakeExecutor:
         self.transient = 0
         self.before: Callable[[], None] | None = None
         self.after: Callable[[], None] | None = None
+        self.telling: Callable[[], None] | None = None  # before a device's tokens are told
         self.mismatches: list[
             str
         ] = []  # all that was wrong: the batcher turns exceptions into failed requests
@@ -230,6 +231,8 @@ class Started:
         if not self._is_told:
             self._is_told = True
             self._executor.num_waiting -= 1
+            if self._executor.telling is not None:
+                self._executor.telling()
         return list(self.chosen)
 
     def logits(self, rows: Sequence[int]) -> Logits:
