@@ -118,6 +118,8 @@ class Simulation:
         executor.transient = 0
 
     def interrupt(self) -> None:
+        """Once: the batcher lets no second one through before it has put things in order."""
+        self.system.executor.after = self.system.executor.telling = None
         raise KeyboardInterrupt
 
     def lose(self) -> None:
