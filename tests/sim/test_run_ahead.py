@@ -119,7 +119,7 @@ def test_who_sits_out_for_want_of_pages_is_not_forgotten() -> None:
     """When pages come back, the step after the next has everybody."""
     system = System(num_pages=5, page_size=8, cache=False, device=True)
     first = stopped(system, list(range(8)), at=8, max_tokens=30)
-    second, third = system.add("b", list(range(9)), max_tokens=12), system.add("c", [1, 2, 3], max_tokens=10)
+    second, third = system.add("b", list(range(7)), max_tokens=12), system.add("c", [1, 2, 3], max_tokens=10)
     while not first.is_finished:
         last = system.step()
     assert "c" not in last.scheduled
