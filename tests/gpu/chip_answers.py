@@ -22,12 +22,12 @@ def main(name: str, precision: str, gemm: str = "mma") -> None:
     make = backend.CudaBackend.make_executor
 
     def make_executor(self: Any, *args: Any, **options: Any) -> CudaExecutor:
-        return make(self, *args, image=image_of, gemm=gemm, **options)
+        return make(self, *args, image=image_of, **options)
 
     backend.CudaBackend.make_executor = make_executor  # type: ignore[method-assign]
     config = configs()[name]
     engine = NanoServingEngine(
-        config, random_weights(config, 1), precision=BF16 if precision == "bfloat16" else F32, device="cuda",
+        config, random_weights(config, 1), precision=BF16 if precision == "bfloat16" else F32, device="cuda", gemm=gemm,
         kv_cache_pages=64, max_num_batched_tokens=128, max_chunk_size=48, max_batch_size=4,
     )  # fmt: skip
     rng = np.random.default_rng(0)
