@@ -62,9 +62,13 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    """Short; "unknown" of a copy of the tree without its history, or where git is not installed."""
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return "unknown"
     return result.stdout.strip() or "unknown"
 
 

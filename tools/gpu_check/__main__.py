@@ -23,7 +23,9 @@ def main() -> int:
     add.add_argument("--jobs", type=int, default=os.cpu_count())
     add.add_argument("--folder", type=Path, default=FOLDER)
     add = commands.add_parser("run", help="run the check")
-    add.add_argument("--out", type=Path, required=True, help="the results, JSON")
+    add.add_argument(
+        "--out", type=Path, required=True, help="the results, JSON; added to, if they are of the same kernels"
+    )
     add.add_argument("--minutes", type=float, default=9.0)
     add.add_argument("--only", default="", help="parts, with commas between")
     add.add_argument("--fake", action="store_true", help="on the emulator, tiny")
@@ -75,8 +77,11 @@ def prepare(given: argparse.Namespace) -> int:
 
 
 def run(given: argparse.Namespace) -> int:
+    from tools.gpu_check import manifest
+
     begin = time.monotonic()
     parts = names_of(given.only)
+    prepared = manifest.read(given.folder)
     about = {"command": "python -m tools.gpu_check " + " ".join(sys.argv[1:])}
     if not given.fake and not os.environ.get("NANOSERVE_NATIVE"):
         from tools.gpu_check.build import build_native
@@ -87,13 +92,9 @@ def run(given: argparse.Namespace) -> int:
     from tools.gpu_check.run import Runner
     from tools.gpu_check.show import shown
 
-    prepared = given.folder / "prepared.json"
-    about |= {"commit": commit(), "machine": machine()}
-    if not prepared.exists():
-        print(f"{prepared} is missing: run `python -m tools.gpu_check prepare` first")
-        return 1
+    about |= {"commit": commit(), "machine": machine(), "kernels": manifest.kernels_digest(prepared)}
     if about["commit"] == "unknown":  # a copy of the tree without its history
-        about["commit"] = json.loads(prepared.read_text(encoding="utf-8"))["commit"]
+        about["commit"] = prepared["commit"]
     seconds = given.minutes * 60 - (time.monotonic() - begin)
     runner = Runner(given.folder, given.out, seconds, fake=given.fake, tiny=given.tiny, about=about)
     passed = runner.run(parts)

@@ -27,21 +27,21 @@ class Arithmetic:
     """A way of multiplying bfloat16.
 
     Attributes:
-        executor: options of an executor that takes it.
+        gemm: as the engine's option.
         plan: options of a plan of our kernels (gemm_plan); None: a library's.
         needs_wgmma: runs on chips with warpgroup instructions only.
     """
 
-    executor: dict[str, Any]
+    gemm: str
     plan: dict[str, Any] | None
     needs_wgmma: bool = False
 
 
-# The first is the default.
+# The first is the default. What is the likeliest to fault comes last, here and so in every part: a fault ends its part.
 ARITHMETICS = {
-    "mma": Arithmetic({}, {}),
-    "wgmma": Arithmetic({"gemm": "wgmma"}, {"wgmma": True}, needs_wgmma=True),
-    "cublas": Arithmetic({"gemm": "cublas"}, None),
+    "mma": Arithmetic("mma", {}),
+    "cublas": Arithmetic("cublas", None),
+    "wgmma": Arithmetic("wgmma", {"wgmma": True}, needs_wgmma=True),
 }
 
 
@@ -59,14 +59,21 @@ def make_engine(
     config: ModelConfig,
     weights: Mapping[str, Any],
     precision: Precision,
-    executor_options: Mapping[str, Any] | None = None,
+    buckets: list[int] | None = None,
+    overlaps: bool = True,
     **options: Any,
 ) -> NanoServingEngine:
-    """As NanoServingEngine on the GPU, with the folder's kernels."""
+    """As NanoServingEngine on the GPU, with the folder's kernels.
+
+    Args:
+        buckets: the executor's. overlaps: the device chooses tokens and steps are started ahead, as ever; else neither.
+    """
     make = backend.CudaBackend.make_executor
 
     def make_executor(self: Any, *args: Any, **given: Any) -> Any:
-        return make(self, *args, store=gpu.store, image=gpu.image, **given, **(executor_options or {}))
+        made = make(self, *args, store=gpu.store, image=gpu.image, buckets=buckets, **given)
+        made.chooses_tokens = made.chooses_tokens and overlaps
+        return made
 
     with patch.object(backend.CudaBackend, "make_executor", make_executor):
         return NanoServingEngine(config, weights, precision=precision, **{"device": "cuda", **options})

@@ -106,6 +106,7 @@ class Gpu:
         """Of one call of work(i), i < launches, which puts something into the stream: the median over rounds, from a graph.
 
         A graph of several launches shrinks the gaps between them; i lets them take turns among buffers that no cache holds.
+        As _timed says, no host's time is in it.
         """
 
         def all_of_it() -> None:
@@ -115,23 +116,25 @@ class Gpu:
         all_of_it()  # loads kernels
         self.stream.synchronize()
         graph = CudaGraph(self.stream, all_of_it)
-        times = []
-        for number in range(rounds + 2):
+
+        def timed(repeats: int) -> float:
             before, after = CudaTimeMark(self.device), CudaTimeMark(self.device)
-            before.record(self.stream)
             graph.launch(self.stream)
+            before.record(self.stream)
+            for _ in range(repeats):
+                graph.launch(self.stream)
             after.record(self.stream)
-            if number >= 2:
-                times.append(before.until(after) * 1e-3 / launches)
+            return before.until(after) * 1e-3 / repeats
+
+        seconds = _timed(timed, rounds)
         self.stream.synchronize()
-        return statistics.median(times)
+        return seconds / launches
 
     def torch_seconds(self, work: Callable[[int], object], launches: int, rounds: int = 7) -> float:
         """The same for PyTorch's work."""
         torch = self.torch
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        times = []
         with torch.cuda.stream(side):
             for i in range(min(launches, 3)):
                 work(i)
@@ -141,15 +144,32 @@ class Gpu:
             for i in range(launches):
                 work(i)
             graph.capture_end()
-            for number in range(rounds + 2):
+
+            def timed(repeats: int) -> float:
                 before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                before.record()
                 graph.replay()
+                before.record()
+                for _ in range(repeats):
+                    graph.replay()
                 after.record()
                 after.synchronize()
-                if number >= 2:
-                    times.append(before.elapsed_time(after) * 1e-3 / launches)
-        return statistics.median(times)
+                return float(before.elapsed_time(after)) * 1e-3 / repeats
+
+            return _timed(timed, rounds) / launches
+
+
+_LEAST_S, _MOST_REPEATS = 1e-3, 50
+
+
+def _timed(timed: Callable[[int], float], rounds: int) -> float:
+    """Seconds of one graph, the median over rounds; timed(n) launches one, then a mark, n more, and another mark.
+
+    On an idle stream a launch takes longer to arrive than a mark: the first graph keeps the device busy while the others are
+    put behind it, and as many of them are measured as take a millisecond, beside which what is between two of them is little.
+    """
+    repeats = min(_MOST_REPEATS, max(1, round(_LEAST_S / max(timed(1), 1e-7))))
+    timed(1)
+    return statistics.median(timed(repeats) for _ in range(rounds))
 
 
 def _torch() -> Any:

@@ -1,5 +1,7 @@
 """The parts of the check, in order of importance, with the seconds each may take of a run of nine minutes.
 
+Together they are more than that: most need less, and what there is no time for is left out by name.
+
 A part is a module beside this file with
 
     run(gpu, record)               checks and measures
@@ -33,8 +35,8 @@ PARTS = (
     Part("ceilings", 30, "what the device can do: memory, products, launches"),
     Part("engine_speed", 150, "decode and prefill of real shapes, a mixed workload"),
     Part("kernel_speed", 100, "products and attention against the ceilings and PyTorch"),
+    Part("peers", 80, "the mixed workload by other engines"),
     Part("switches", 45, "one arithmetic of the products against another"),
     Part("sanitizer", 60, "memory, races and barriers under compute-sanitizer"),
-    Part("peers", 90, "the mixed workload by other engines"),
 )
 BY_NAME = {part.name: part for part in PARTS}

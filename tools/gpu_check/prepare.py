@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from bench.run import commit
+from tools.gpu_check import manifest
 from tools.gpu_check.parts import BY_NAME, PARTS
 from tools.gpu_check.places import EXPECTED, KERNELS, MANIFEST, MODELS
 
@@ -49,8 +49,7 @@ def prepare(
             prepared[chip.name][artifact.launch.entry + _digest(spec, artifact)] = key_of(spec, chip)
     if any(part.name == "numerics" for part in chosen):
         _write_expected(folder / EXPECTED, parse_chip(chips[0]))
-    manifest = {"commit": commit(), "tiny": tiny, "kernels": prepared}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    manifest.write(folder, commit=commit(), tiny=tiny, kernels=prepared)
     return {chip: len(kernels) for chip, kernels in prepared.items()}
 
 

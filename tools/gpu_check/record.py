@@ -29,7 +29,7 @@ class Record:
         self._end = time.monotonic() + seconds
         self._saved = 0.0
         self.data: dict[str, Any] = {
-            "finished": False, "checks": [], "skips": [], "left_out": [], "facts": {}, "tables": {},
+            "finished": False, "at": "", "checks": [], "skips": [], "left_out": [], "facts": {}, "tables": {},
         }  # fmt: skip
         self.save()
 
@@ -42,15 +42,22 @@ class Record:
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """What raises in here fails as `name`, and others go on: but not after CUDA's errors, which spoil the context."""
+        """What raises in here fails as `name`, and others go on: but not after CUDA's errors, which spoil the context.
+
+        The file says that it is being done before it is: a process that dies in it cannot say so afterwards.
+        """
         from nanoserve.native import CudaError
 
+        before, self.data["at"] = self.data["at"], name
+        self.save()
         try:
             yield
+            self.data["at"] = before
         except Exception as error:
             self.check(name, False, f"{type(error).__name__}: {error}")
             if isinstance(error, CudaError):
                 raise
+            self.data["at"] = before
 
     def fact(self, name: str, value: Any) -> None:
         self.data["facts"][name] = value
@@ -68,9 +75,12 @@ class Record:
         """Whether so many seconds are left; if not, `name` is listed as left out."""
         if self.seconds_left > seconds:
             return True
+        self.leave_out(name)
+        return False
+
+    def leave_out(self, name: str) -> None:
         self.data["left_out"].append(name)
         self._grown(now=True)
-        return False
 
     @property
     def seconds_left(self) -> float:

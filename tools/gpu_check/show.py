@@ -61,6 +61,8 @@ def _told(name: str, part: dict[str, Any], most: int = 6) -> list[str]:
     lines += [f"    skipped: {skip['name']}: {skip['reason']}" for skip in part.get("skips", [])]
     if part.get("left_out"):
         lines.append(f"    no time for: {', '.join(part['left_out'])}")
+    if part["status"] in ("died", "took too long") and part.get("at"):
+        lines.append(f"    it was at: {part['at']}")
     if part.get("printed", "").strip():
         lines.append(f"    its last words: {part['printed'].strip().splitlines()[-1]}")
     return lines

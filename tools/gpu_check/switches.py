@@ -9,8 +9,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tools.gpu_check.ceilings import Ceilings
+from tools.gpu_check.engine_answers import check_near, last_logits, prompts_of
 from tools.gpu_check.engine_speed import engine_of, measure
 from tools.gpu_check.engines import arithmetics, engine_specs
 from tools.gpu_check.gpu import Gpu
@@ -28,18 +31,24 @@ def specs(chip: Chip, tiny: bool, folder: Path) -> Iterable[GpuKernelSpec]:
     config = next(iter(models(tiny).values()))
     for one in arithmetics(chip).values():
         yield from engine_specs(
-            config, chip, BF16, "bf16", max_model_len=256 if tiny else 4096, **one.executor
+            config, chip, BF16, "bf16", max_model_len=256 if tiny else 4096, gemm=one.gemm
         )
 
 
 def run(gpu: Gpu, record: Record) -> None:
     ceilings = Ceilings.of(gpu.results.get("ceilings"))
     name, config = next(iter(models(gpu.tiny).items()))
+    default: np.ndarray[Any, Any] | None = None
     for arithmetic, one in arithmetics(gpu.chip).items():
         if record.has_time(arithmetic, 5):
             with record.attempt(arithmetic):
-                engine = engine_of(gpu, config, one.executor)
-                batches = (1, 4) if gpu.tiny else BATCHES
+                engine = engine_of(gpu, config, gemm=one.gemm)
+                _, logits = last_logits(engine, prompts_of(config, gpu.tiny))
+                if default is None:
+                    default = logits
+                else:
+                    check_near(record, f"{arithmetic}: the default's logits, nearly", logits, default)
+                batches = (1,) if gpu.tiny else BATCHES
                 measure(gpu, record, name, engine, ceilings, batches, products=arithmetic)
                 del engine
             gc.collect()  # of a device's memory, too
@@ -51,8 +60,8 @@ def run(gpu: Gpu, record: Record) -> None:
                 row["products"]: row[time] for row in rows if row.get("sequences", row.get("tokens")) == key
             }
             fastest = min(times, key=times.__getitem__)
-            default = next(iter(times))
+            usual = next(iter(times))
             record.fact(
                 f"{table} {key}",
-                {"fastest": fastest, "default_over_fastest": times[default] / times[fastest]},
+                {"fastest": fastest, "default_over_fastest": times[usual] / times[fastest]},
             )

@@ -70,8 +70,16 @@ def random_prompts(sizes: tuple[int, ...] = (1, 5, 70, 130, 64)) -> list[list[in
 
 def answers(done: list[Any]) -> Answers:
     """Tokens, and every log-probability to the bit."""
-    assert [request.error for request in done] == [None] * len(done)
-    return [(request.output_tokens, [each.logprob for each in request.logprobs]) for request in done]
+    logprobs = [[each.logprob for each in request.logprobs] for request in done]
+    return list(zip(tokens_of(done), logprobs, strict=True))
+
+
+def tokens_of(done: list[Any]) -> list[list[int]]:
+    """Raises RuntimeError where a request has failed: the engine keeps errors, a device's among them, in its requests."""
+    for request in done:
+        if request.error is not None:
+            raise RuntimeError(f"request {request.req_id}: {request.error}")
+    return [request.output_tokens for request in done]
 
 
 def ways_to_answer(
