@@ -35,10 +35,10 @@ emulator: $(VENV)/.test
 	cmake --preset x64-release
 	cmake --build build/x64-release --target nvemu fakecuda fakecublas
 
-# For a machine with a GPU of NVIDIA's and all that compiles kernels; elsewhere, see tools/gpu_check.
+# Kernels for a machine with a GPU of NVIDIA's, into build/gpu_check. There, offline and without any of this:
+# python3 -m tools.gpu_check run --out build/gpu_check.json
 gpu-check: $(VENV)/.test
 	$(BIN)/python -m tools.gpu_check prepare $(foreach chip,$(CHIPS),--chip $(chip))
-	$(BIN)/python -m tools.gpu_check run --out build/gpu_check/results.json $(ARGS)
 
 sanitize:
 	cmake --preset x64-asan

@@ -13,9 +13,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tools.gpu_check import build, kernel_cases, kernel_speed, numerics, parts, report, show
+from tools.gpu_check import (
+    attention_speed,
+    attention_work,
+    build,
+    kernel_cases,
+    kernel_speed,
+    numerics,
+    parts,
+    product_speed,
+    report,
+    show,
+)
 from tools.gpu_check import run as run_module
+from tools.gpu_check.case import Case
+from tools.gpu_check.device_rows import Rows
 from tools.gpu_check.gpu import Gpu
+from tools.gpu_check.manifest import sources_digest
 from tools.gpu_check.places import FOLDER, KERNELS, MANIFEST, ROOT
 from tools.gpu_check.record import Record
 
@@ -82,12 +96,26 @@ def test_it_runs_whole_on_the_emulator(prepared: Path, tmp_path: Path) -> None:
         "gemm_f32 f32 x f32, gated: the CPU's bits",
         "gpt2: the tokens of ours on the CPU",
         "bfloat16, mma: after a preemption, the same bits",
+        "bfloat16, wgmma: alone, launched kernel by kernel, the same bits",
+        "bfloat16, mma: temperature, running ahead, the host's tokens",
+        "tiny: alone and among 4, the same bits",
+        "tiny: the tokens that the device chooses are the host's",
+        "tiny: greedy tokens are those of the largest logits",
+        "cublas: the default's logits, nearly",
+        "wgmma: the default's logits, nearly",
+        "attention of tiny, decoding: PyTorch's, nearly",
+        "gate_up of tiny by wgmma: PyTorch's, nearly",
     ):
         assert told in checks
     loaded = results["parts"]["environment"]["facts"]["kernels"]["count"]
     assert loaded == len(results_of(prepared / MANIFEST)["kernels"]["sm_90a"]) > 150
     tables = {name for part in results["parts"].values() for name in part["tables"]}
-    assert tables == {"decode", "prefill", "mixed", "products", "decode attention", "prefill attention"}
+    assert tables == {
+        "decode", "prefill", "prefill in chunks", "mixed", "products", "decode attention", "decode attention, mixed",
+        "chunk attention", "prefill attention",
+    }  # fmt: skip
+    switched = results["parts"]["switches"]["tables"]["decode"]
+    assert [row["products"] for row in switched] == ["mma", "cublas", "wgmma"]
     lines = done.stdout.strip().splitlines()
     assert lines[-1] == "every part ran and passed"
     assert len(show.shown(results).splitlines()) <= 60
@@ -150,8 +178,8 @@ def test_full_sizes_launch_nothing_that_is_not_prepared(
             self.tiny, self.fake, self.torch, self.chip = False, False, None, CHIP
             self.results = {"ceilings": {"facts": {"copy_bytes_per_s": 3e12, "bf16_flops": 7e14}}}
 
-        def memory(self, array: np.ndarray) -> kernel_speed.Rows:
-            return kernel_speed.Rows(1 << 20, array)
+        def memory(self, array: np.ndarray) -> Rows:
+            return Rows(1 << 20, array.nbytes, array)
 
         def put(self, spec: GpuKernelSpec, args: list[Any]) -> None:
             assert spec in specs
@@ -170,19 +198,24 @@ def test_full_sizes_launch_nothing_that_is_not_prepared(
                 work(i)
             return 1e-3
 
-    monkeypatch.setattr(
-        kernel_speed, "random_rows", lambda *args, **options: kernel_speed.Rows(1 << 21, None)
-    )
+    for module in (product_speed, attention_work):
+        monkeypatch.setattr(module, "random_rows", lambda *args, **options: Rows(1 << 21, 1 << 21, None))
+    monkeypatch.setattr(product_speed.ProductOperands, "error", lambda self, one, m: self.put(one, m) or 0.0)
+    monkeypatch.setattr(attention_speed, "_check", lambda *args: None)
     record = Record(tmp_path / "record.json", 300)
     kernel_speed.run(Dry(), record)  # type: ignore[arg-type]
     assert record.data["left_out"] == []
     assert [check for check in record.data["checks"] if not check["passed"]] == []
     tables = record.data["tables"]
     assert len(tables["decode attention"]) == 3 * 12
+    assert {row["lengths"] for row in tables["decode attention, mixed"]} == {"1 x 32768 + 63 x 512"}
+    assert {(row["rows"], row["start"]) for row in tables["chunk attention"]} == {(50, 32768)}
+    by = [row["by"] for row in tables["products"]]
+    assert by == sorted(by, key=["mma", "wgmma"].index)  # the risky one after all of the others
     assert {(row["product"], row["m"]) for row in tables["products"] if row["model"] == "Llama-3.1-8B"} == {
         (name, m)
         for name in ("qkv", "out", "gate_up", "down", "head")
-        for m in kernel_speed.ROWS
+        for m in product_speed.ROWS
         if name != "head" or m <= 256
     }
     gate = next(row for row in tables["products"] if row["product"] == "gate_up" and row["m"] == 2048)
@@ -246,7 +279,7 @@ def test_bits_that_depend_on_the_number_of_rows_are_noticed(
     def run(launch: Any, m: int) -> list[np.ndarray]:
         return [np.full((m, 2), 1 + (m == 17) * 2**-23, np.float32)]
 
-    case = kernel_cases.Case("invented", (), run, lambda m: [np.ones((m, 2))], 1e-5)
+    case = Case("invented", (), run, lambda m: [np.ones((m, 2))], 1e-5)
     record = Record(tmp_path / "record.json", 60)
     numerics._check(Gpu(prepared, fake=True), record, case)
     assert [(check["name"], check["passed"]) for check in record.data["checks"]] == [
@@ -256,7 +289,7 @@ def test_bits_that_depend_on_the_number_of_rows_are_noticed(
 
 
 def test_a_part_that_dies_costs_no_other(damaged: Path, tmp_path: Path) -> None:
-    (damaged / MANIFEST).write_text('{"commit": "abc"}')
+    (damaged / MANIFEST).write_text(json.dumps({"commit": "abc", "sources": sources_digest()}))
     out = tmp_path / "results.json"
     done = command("run", "--fake", "--folder", damaged, "--out", out, "--only", "environment,ceilings")
     found = results_of(out)["parts"]
@@ -307,7 +340,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert "--only: speed must be of environment, numerics" in done.stderr
     done = command("run", "--fake", "--folder", tmp_path, "--out", tmp_path / "out.json")
     assert done.returncode == 1
-    assert "prepared.json is missing: run `python -m tools.gpu_check prepare` first" in done.stdout
+    assert "prepared.json is missing: run `python -m tools.gpu_check prepare` first" in done.stderr
 
 
 # ---- the native module

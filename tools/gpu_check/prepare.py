@@ -96,6 +96,6 @@ def _write_models(folder: Path, tiny: bool) -> None:
 
 def _write_expected(path: Path, chip: Chip) -> None:
     """The CPU's results of the float32 products: a machine with a GPU may have no compiler for the CPU's kernels."""
-    from tools.gpu_check.kernel_cases import gemm_cases
+    from tools.gpu_check.product_cases import gemm_cases
 
     np.savez(path, **{case.name: case.problem.cpu() for case in gemm_cases("gemm_f32", chip)})

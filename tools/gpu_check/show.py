@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tools.gpu_check.report import Results, mixed_rows, product_limits, rows, targets
+from tools.gpu_check.report import Results, attention_cell, how, mixed_rows, product_limits, rows, targets
 
 _MOST_LINES = 59
 _WIDTH = 170
@@ -126,6 +126,10 @@ def _decode(results: Results) -> list[str]:
         lines.append(
             f"prefill {row['model']}: {row['tokens']}: {row['ms']:.2f} ms{_share(row, 'of_products')}"
         )
+    for row in rows(results, "engine_speed", "prefill in chunks"):
+        lines.append(
+            f"prefill {row['model']}: {row['tokens']} in chunks of {row['chunk']}: {row['ms']:.2f} ms"
+        )
     return lines
 
 
@@ -135,7 +139,7 @@ def _share(row: dict[str, Any], key: str) -> str:
 
 def _mixed(results: Results) -> list[str]:
     return [
-        f"mixed {row['model']} by {row['by']}: {row['tokens_per_s']:,.0f} tokens/s{'' if row['whole'] else ', not to its end'}"
+        f"mixed {row['model']} by {row['by']}{how(row)}: {row['tokens_per_s']:,.0f} tokens/s{'' if row['whole'] else ', not to its end'}"
         for row in mixed_rows(results)
     ]
 
@@ -152,9 +156,17 @@ def _attention(results: Results) -> list[str]:
     lines = []
     found = rows(results, "kernel_speed", "decode attention")
     for model in dict.fromkeys(row["model"] for row in found):
-        cells = [f"{row['batch']}x{row['context']}: {row['us']:.0f} us{_share(row, 'of_bandwidth')}" for row in found if row["model"] == model]  # fmt: skip
+        cells = [f"{row['batch']}x{row['context']}: {attention_cell(row)}" for row in found if row["model"] == model]  # fmt: skip
         lines += [
             f"decode attention {model} {', '.join(cells[at : at + 6])}" for at in range(0, len(cells), 6)
+        ]
+    for table, cell in (
+        ("decode attention, mixed", "{lengths}"),
+        ("chunk attention", "{rows} rows after {start}"),
+    ):
+        lines += [
+            f"{table} {row['model']} {cell.format(**row)}: {row['us']:.0f} us{_share(row, 'of_bandwidth')}"
+            for row in rows(results, "kernel_speed", table)
         ]
     found = rows(results, "kernel_speed", "prefill attention")
     for model in dict.fromkeys(row["model"] for row in found):

@@ -1,0 +1,78 @@
+"""Cases of the matrix products: ragged in every direction, and of as many outputs as a real model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tools.gpu_check.case import MOST_ROWS, WIDE_ROWS, Array, Case, Launch, wide
+from tools.gpu_check.engines import ARITHMETICS, arithmetics
+
+from gpu.matrix_problem import MatrixProblem
+from nanoserve.compiler.gpu.chip import Chip
+from nanoserve.kernels.cuda.gemm import GemmPlan, gemm_plan
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "bias, gelu and residual": {"bias": True, "activation": "gelu_erf", "residual": True},
+    "gated": {"gated": True, "activation": "silu"},
+    "cap": {"scale": 0.7, "softcap": 3.0},
+}
+# Plans have other kernels for few rows where there are many outputs.
+_WIDE_OPTIONS: dict[str, dict[str, Any]] = {
+    "wide, plain": {},
+    "wide, residual": {"residual": True},
+    "wide, gated": {"gated": True, "activation": "silu"},
+}
+_WIDE_OUTPUTS, _WIDE_INPUTS = 4120, 520
+# By kind: types of x and of the weight, and what asks for it in a plan.
+GEMMS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
+    "gemm_f32": (("f32", "f32", {}), ("f32", "bf16", {}), ("f32", "f16", {})),
+    **{
+        f"gemm_{name}": (("bf16", "bf16", one.plan),)
+        for name, one in ARITHMETICS.items()
+        if one.plan is not None
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GemmCase:
+    """A product's problem, its plan, and a name."""
+
+    name: str
+    problem: MatrixProblem
+    plan: GemmPlan
+
+    def outputs(self, launch: Launch, m: int) -> list[Array]:
+        return [wide(self.problem.run(self.plan.spec_for(m), m=m, launch=launch))]
+
+
+def gemm_cases(kind: str, chip: Chip, *, is_wide: bool = False) -> list[GemmCase]:
+    """None where the chip has no such instructions."""
+    name = kind.removeprefix("gemm_")
+    if name in ARITHMETICS and name not in arithmetics(chip):
+        return []
+    made = []
+    for x, dtype, asked in GEMMS[kind]:
+        for name, options in (_WIDE_OPTIONS if is_wide else _OPTIONS).items():
+            # bfloat16 results of a gated one, as layers have it.
+            y = "bf16" if x == "bf16" and options.get("gated") else "f32"
+            m, k, n = (WIDE_ROWS, _WIDE_INPUTS, _WIDE_OUTPUTS) if is_wide else (MOST_ROWS, 328, 157)
+            p = MatrixProblem(m, k, n, x=x, dtype=dtype, y=y, **options)
+            plan = gemm_plan(p.k, p.n, p.ldx, p.ldy, chip, x=x, dtype=dtype, y=p.y_type, **options, **asked)
+            made.append(GemmCase(f"{kind} {x} x {dtype}, {name}", p, plan))
+    return made
+
+
+def product_cases(kind: str) -> Callable[[Chip], Iterable[Case]]:
+    def cases(chip: Chip) -> Iterable[Case]:
+        for is_wide in (False, True):
+            for one in gemm_cases(kind, chip, is_wide=is_wide):
+                tolerance = 1e-2 if one.problem.y_type == "bf16" else 2e-5
+                yield Case(
+                    one.name, one.plan.specs, one.outputs, lambda m, one=one: [one.problem.expected()[:m]], tolerance,
+                    wide=is_wide,
+                )  # fmt: skip
+
+    return cases
