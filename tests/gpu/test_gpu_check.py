@@ -16,7 +16,6 @@ import pytest
 from tools.gpu_check import (
     attention_speed,
     attention_work,
-    build,
     kernel_cases,
     kernel_speed,
     numerics,
@@ -28,10 +27,14 @@ from tools.gpu_check import (
 from tools.gpu_check import run as run_module
 from tools.gpu_check.case import Case
 from tools.gpu_check.device_rows import Rows
+from tools.gpu_check.engine_answers import check_answers
+from tools.gpu_check.engine_speed import engine_of
+from tools.gpu_check.engines import ARITHMETICS
 from tools.gpu_check.gpu import Gpu
 from tools.gpu_check.manifest import sources_digest
 from tools.gpu_check.places import FOLDER, KERNELS, MANIFEST, ROOT
 from tools.gpu_check.record import Record
+from tools.gpu_check.shapes import attention_form, models, products
 
 from nanoserve.compiler.gpu.artifact import ArtifactStore
 from nanoserve.compiler.gpu.chip import parse_chip
@@ -331,7 +334,7 @@ def test_a_part_that_cannot_run_is_a_named_skip_and_no_pass(prepared: Path, tmp_
     assert done.returncode == 1
     assert "skipped: compute-sanitizer: the emulator checks by itself" in done.stdout
     assert "skipped: other engines: PyTorch has no CUDA device here" in done.stdout
-    assert "NOT every part ran and passed: sanitizer skipped, peers skipped" in done.stdout
+    assert "NOT every part ran and passed: peers skipped, sanitizer skipped" in done.stdout
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -343,171 +346,63 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert "prepared.json is missing: run `python -m tools.gpu_check prepare` first" in done.stderr
 
 
-# ---- the native module
-
-
-def test_the_native_module_is_built_by_a_compiler_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_product_of_a_real_model_that_is_wrong_fails_and_is_named(
+    damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a module of one function in the place of ours, which takes a minute."""
-    source = tmp_path / "module.cpp"
-    source.write_text(
-        '#include <pybind11/pybind11.h>\nPYBIND11_MODULE(_ch16, m) { m.def("answer", [] { return 42; }); }\n'
+    """By what PyTorch has for it, before its time is taken."""
+    monkeypatch.setattr(library, "toolchain", library.toolchain)
+    made, _ = products(models(True)["tiny"])["out"]
+    record = Record(tmp_path / "record.json", 60)
+    product_speed.measure(Gpu(damaged, fake=True), record, "tiny", made, "mma", None)
+    spec = product_speed.plan_of(made, CHIP, ARITHMETICS["mma"]).spec_for(17)
+    right = load_artifacts([spec], CHIP)[spec]
+    assert "fadd" in right.llvm_ir  # of what is there
+    ArtifactStore(damaged / KERNELS).store(
+        key_of(spec, CHIP), replace(right, llvm_ir=right.llvm_ir.replace("fadd", "fsub"))
     )
-    monkeypatch.setattr(build, "sources", lambda: [source])
-    made = build.build_native(tmp_path / "native", with_cmake=False)
-    code = f"import sys; sys.path.insert(0, {str(made.parent)!r}); import _ch16; print(_ch16.answer())"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "42\n"
-    )
-    written = made.stat().st_mtime_ns
-    monkeypatch.setattr(build, "is_current", lambda module: module.exists())
-    assert build.build_native(tmp_path / "native", with_cmake=False).stat().st_mtime_ns == written
-    source.write_text("this is no C++")
-    made.unlink()
-    with pytest.raises(build.BuildFailed, match=r"module\.cpp"):
-        build.build_native(tmp_path / "native", with_cmake=False)
-    monkeypatch.setenv("CXX", "/nowhere/c++")
-    with pytest.raises(build.BuildFailed, match=r"no C\+\+ compiler: .*/nowhere/c"):
-        build.build_native(tmp_path / "native", with_cmake=False)
-
-
-def test_all_sources_are_built() -> None:
-    """Those that CMake's target is made of."""
-    text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
-    core = text[
-        text.index("add_library(nanoserve_core") : text.index("target_include_directories(nanoserve_core")
-    ]
-    module = text[text.index("pybind11_add_module") : text.index("set_target_properties(ch16")]
-    listed = {
-        line.strip().rstrip(")") for line in (core + module).splitlines() if line.strip().startswith("src/")
-    }
-    assert {str(path.relative_to(ROOT)) for path in build.sources()} == listed
-    assert (build.pybind11_headers() / "pybind11" / "numpy.h").is_file()
-
-
-# ---- the report
-
-
-def invented() -> dict[str, Any]:
-    """Results of a GPU, as if."""
-    decode = [
-        {
-            "model": "Llama-3.2-1B",
-            "sequences": count,
-            "step_ms": 1.5,
-            "outside_native": 0.04,
-            "native_ms": {"start": 0.1, "finish": 1.2},
-            "ahead": 1.0,
-            "of_roofline": share,
-        }
-        for count, share in ((1, 0.71), (8, 0.75), (32, 0.7), (256, 0.4))
-    ]
-    prefill = [{"model": "Llama-3.2-1B", "tokens": 2048, "ms": 12.25, "of_products": 0.55}]
-    mixed = {"model": "Qwen3-0.6B", "seconds": 20.0, "whole": True}
-    attention = [
-        {"model": "Llama-3.2-1B", "batch": batch, "context": 4096, "us": 20.0, "of_bandwidth": share}
-        for batch, share in ((1, 0.5), (16, 0.85), (64, 0.9))
-    ]
-    products = [
-        {"model": "Llama-3.2-1B", "product": name, "m": 1, "by": "mma", "us": 9.0, "of_bandwidth": share, "of_products": 0.01}
-        for name, share in (("qkv", 0.6), ("out", 0.7), ("down", 0.9))
+    product_speed.measure(Gpu(damaged, fake=True), record, "tiny", made, "mma", None)
+    assert [(check["name"], check["passed"]) for check in record.data["checks"]] == [
+        ("out of tiny by mma: PyTorch's, nearly", True), ("out of tiny by mma: PyTorch's, nearly", False),
     ]  # fmt: skip
 
-    def part(status: str = "passed", **found: Any) -> dict[str, Any]:
-        return {
-            "status": status,
-            "seconds": 3.0,
-            "checks": [],
-            "skips": [],
-            "left_out": [],
-            "facts": {},
-            "tables": {},
-            **found,
-        }
 
-    passing = {"name": "a", "passed": True, "detail": ""}
-    return {
-        "command": "python -m tools.gpu_check run", "commit": "abc", "machine": {}, "fake": False, "tiny": False, "passed": False,
-        "parts": {
-            "environment": part(
-                checks=[passing],
-                facts={"device": "A GPU", "versions": {"torch": "2.11"}, "multiprocessors": 132, "driver": "1",
-                       "kernels": {"count": 3, "most_registers": 128, "with_local_bytes": 0}},
-            ),
-            "numerics": part("failed", checks=[passing, {"name": "norm", "passed": False, "detail": "error 1"}]),
-            "ceilings": part(facts={"copy_bytes_per_s": 3e12, "bf16_flops": 7e14, "launch_s": 2e-6}),
-            "engine_speed": part(tables={"decode": decode, "prefill": prefill,
-                                         "mixed": [{**mixed, "by": "nanoserve", "tokens_per_s": 9000.0}]}),
-            "kernel_speed": part(tables={"decode attention": attention, "products": products}),
-            "peers": part(tables={"mixed": [{**mixed, "by": "transformers", "tokens_per_s": 3000.0, "whole": False}]},
-                          skips=[{"name": "vLLM", "reason": "it is not installed"}]),
-        },
-    }  # fmt: skip
-
-
-def test_a_report_says_what_was_reached_and_what_was_not() -> None:
-    text = report.table(invented())
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")
-    ]
-    reached = {row[0]: row[1:] for row in rows if len(row) == 4}
-    assert reached["a decode step of Llama-3.2-1B, 1 to 32 sequences, against reading its weights and keys"] == [
-        "at least 70%", "70% at least, median 71%", "yes",
+def test_attention_that_is_wrong_fails_and_is_named(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here because it looks at one key less."""
+    monkeypatch.setattr(library, "toolchain", library.toolchain)
+    record, device = Record(tmp_path / "record.json", 60), Gpu(prepared, fake=True)
+    form = attention_form(models(True)["tiny"], CHIP)
+    attention_speed._check(device, record, "right", form)
+    expected = attention_work.PagedKeys.expected
+    monkeypatch.setattr(
+        attention_work.PagedKeys, "expected", lambda self, row, q, start: expected(self, row, q, start - 1)
+    )
+    attention_speed._check(device, record, "wrong", form)
+    assert [(check["name"], check["passed"]) for check in record.data["checks"]] == [
+        (f"attention of {name}, {what}: PyTorch's, nearly", name == "right")
+        for name in ("right", "wrong") for what in ("decoding", "a chunk")
     ]  # fmt: skip
-    assert reached["a prompt of 2,048 tokens of Llama-3.2-1B, of the measured rate of products"] == [
-        "at least 60%",
-        "55%",
-        "no",
+
+
+def test_answers_that_are_wrong_fail_and_are_named(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "toolchain", library.toolchain)
+    record, device = Record(tmp_path / "record.json", 60), Gpu(prepared, fake=True)
+    engine = engine_of(device, models(True)["tiny"])
+    native = engine.executor._native
+
+    class Off:
+        """By one, each token that the device has chosen."""
+
+        def __getattr__(self, name: str) -> Any:
+            found = getattr(native, name)
+            return (lambda number: (found(number) + 1) % 300) if name == "finish" else found
+
+    monkeypatch.setattr(engine.executor, "_native", Off())
+    check_answers(device, record, "off", engine)
+    assert [check["name"] for check in record.data["checks"] if not check["passed"]] == [
+        "off: the tokens that the device chooses are the host's",
+        "off: greedy tokens are those of the largest logits",
     ]
-    assert reached["attention of decoding, 4k to 32k of context, of the measured bandwidth"][1:] == [
-        "50% at least, median 85%",
-        "no",
-    ]
-    assert reached["256 requests of Qwen3-0.6B against transformers"] == ["at least 2x", "3.00x", "yes"]
-    assert reached["256 requests of Qwen3-0.6B against vLLM"][1:] == [
-        "not measured: it is not installed",
-        "no",
-    ]
-    assert reached["256 requests of Qwen3-0.6B against nano-vllm"][1:] == ["not measured", "no"]
-    assert reached["a decode step of Llama-3.2-1B: Python's time, outside of the native step"][1:] == [
-        "4.0% at most, waiting for the device 80% at least, 100% of the steps started ahead",
-        "yes",
-    ]
-    assert "| Llama-3.2-1B | 1.50 (71%) | 1.50 (75%) | 1.50 (70%) | 1.50 (40%) | 12.25 (55%) |" in text
-    assert "| Qwen3-0.6B, transformers | 3,000 | its first 20 s |" in text
-    assert "| Llama-3.2-1B, mma | 70% |" in text
-    assert "A GPU; torch 2.11; 2 of 3 checks passed; parts that did not pass: numerics failed" in text
-
-
-def test_a_report_of_nothing_says_so() -> None:
-    assert report.table(None) == report.NOTHING
-    bare = {**invented(), "parts": {}}
-    assert "not measured" in report.table(bare)
-    assert show.shown(bare).splitlines() == ["NOT every part ran and passed: it was stopped"]
-
-
-def test_the_end_of_the_output_tells_the_story() -> None:
-    lines = show.shown(invented()).splitlines()
-    assert "    FAILED norm: error 1" in lines
-    assert "    skipped: vLLM: it is not installed" in lines
-    assert any(line.startswith("target missed a prompt of 2,048 tokens") for line in lines)
-    assert lines[-1] == "NOT every part ran and passed: numerics failed"
-    crowded = invented()
-    crowded["parts"]["numerics"]["skips"] = [{"name": str(i), "reason": "?"} for i in range(100)]
-    lines = show.shown(crowded).splitlines()
-    assert len(lines) == 59
-    assert lines[-1] == "NOT every part ran and passed: numerics failed"
-
-
-def test_the_readme_gets_it_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench import report as bench_report
-
-    document = tmp_path / "README.md"
-    document.write_text("before\n<!-- gpu -->\nold\n<!-- /gpu -->\nafter\n")
-    monkeypatch.setattr(bench_report, "RESULTS", tmp_path)
-    monkeypatch.setattr(bench_report, "DOCUMENTS", {document: {"gpu": bench_report.BLOCKS["gpu"]}})
-    assert bench_report.updated(document) == f"before\n<!-- gpu -->\n{report.NOTHING}<!-- /gpu -->\nafter\n"
-    (tmp_path / "gpu.json").write_text(json.dumps(invented()))
-    assert report.table(invented()) in bench_report.updated(document)

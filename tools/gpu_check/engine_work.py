@@ -71,25 +71,27 @@ def decode(
     were started ahead, and the tokens of context in the middle.
 
     Args:
-        steps, least_s: steps, and seconds, that are measured at least.
-        warm_s: seconds of steps before: an idle device's clock is low.
+        steps, least_s: steps, and seconds, that are measured at least, as long as there is room for more tokens.
+        warm_s: seconds of steps before, in at most half of that room: an idle device's clock is low.
     """  # fmt: skip
     prompts = [random_tokens(engine.config, context, number) for number in range(batch)]
     executor: Any = engine.executor
     # More than are looked at: the first decode while the last are still at their prompts.
-    params = SamplingParams(temperature=0.0, max_tokens=executor.max_model_len - context, ignore_eos=True)
+    room = executor.max_model_len - context
+    params = SamplingParams(temperature=0.0, max_tokens=room, ignore_eos=True)
     requests = [engine.add_request(prompt, params) for prompt in prompts]
     while any(len(request.output_tokens) < 3 for request in requests):
         advance(engine, requests)
-    warm = 0.0
-    while warm < warm_s:
-        warm += advance(engine, requests)
+    room -= max(len(request.output_tokens) for request in requests) + 1  # steps after which all go on
+    warm: list[float] = []
+    while sum(warm) < warm_s and len(warm) < room // 2:
+        warm.append(advance(engine, requests))
     known = statistics.mean(request.total_len for request in requests)
     clock = NativeClock(executor._native)
     executor._native = clock
     times: list[float] = []
     ahead_before = engine.get_stats()["steps_ahead"]
-    while len(times) < steps or sum(times) < least_s:
+    while len(times) < room - len(warm) and (len(times) < steps or sum(times) < least_s):
         times.append(advance(engine, requests))
     executor._native = clock._native
     ahead = engine.get_stats()["steps_ahead"] - ahead_before

@@ -96,9 +96,10 @@ def measure(gpu: Gpu, record: Record, model: str, made: Product, by: str, ceilin
     """By one of `arithmetics`, or by TORCH."""
     operands, one = ProductOperands(gpu, made), arithmetics(gpu.chip).get(by)
     if one is not None:
-        # A number of rows for each kernel of the plan: the most it is for, or one more than the one before.
+        # For each kernel of the plan the most rows it is for; of the last one, as many as there are.
         most = [rows for rows, _ in plan_of(made, gpu.chip, one).steps if rows is not None]
-        counts = [m for m in dict.fromkeys((1, *most, (most or [0])[-1] + 1)) if m <= operands.rows[-1]]
+        last = operands.rows[-1]
+        counts = [m for m in dict.fromkeys((1, *most, last)) if m <= last]
         errors = {m: operands.error(one, m) for m in counts}
         worst = max(errors, key=errors.__getitem__)
         record.check(

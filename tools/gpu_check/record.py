@@ -48,16 +48,19 @@ class Record:
         """
         from nanoserve.native import CudaError
 
-        before, self.data["at"] = self.data["at"], name
-        self.save()
+        before = self.data["at"]
+        self._at(name)
         try:
             yield
-            self.data["at"] = before
         except Exception as error:
             self.check(name, False, f"{type(error).__name__}: {error}")
             if isinstance(error, CudaError):
                 raise
-            self.data["at"] = before
+        self._at(before)
+
+    def _at(self, name: str) -> None:
+        self.data["at"] = name
+        self.save()
 
     def fact(self, name: str, value: Any) -> None:
         self.data["facts"][name] = value
