@@ -40,11 +40,17 @@ def random_rows(gpu: Gpu, *shape: int, dtype: str = "bf16", scale: float = 1.0) 
     return Rows(held.address, narrow.nbytes, held, shape, dtype)
 
 
-def tensor_of(gpu: Gpu, rows: Rows) -> Any:
-    """A tensor of them as they are now, on the device or, where PyTorch has none, on the host."""
+def synchronize(gpu: Gpu) -> None:
+    """Our stream and PyTorch's, which know nothing of each other."""
     gpu.stream.synchronize()
     if gpu.torch is not None:
         gpu.torch.cuda.synchronize()
+
+
+def tensor_of(gpu: Gpu, rows: Rows) -> Any:
+    """A tensor of them as they are now, on the device or, where PyTorch has none, on the host."""
+    synchronize(gpu)
+    if gpu.torch is not None:
         return rows.held
     import torch
 

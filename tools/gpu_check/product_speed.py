@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tools.gpu_check.ceilings import Ceilings
-from tools.gpu_check.device_rows import Rows, apart, copies, random_rows, tensor_of
+from tools.gpu_check.device_rows import Rows, apart, copies, random_rows, synchronize, tensor_of
 from tools.gpu_check.engines import Arithmetic, arithmetics
 from tools.gpu_check.gpu import Gpu
 from tools.gpu_check.record import Record
@@ -56,6 +56,7 @@ class ProductOperands:
     def error(self, one: Arithmetic, m: int) -> float:
         """Of what is launched, against PyTorch's."""
         before = tensor_of(self.gpu, self.y)[:m, : self.made.op.n_out].float().clone()
+        synchronize(self.gpu)
         self.put(one, m)
         found = tensor_of(self.gpu, self.y)[:m, : self.made.op.n_out]
         return apart(found, self._expected(m, before))
