@@ -14,8 +14,8 @@ from nanoserve.kernels.cuda.kv_write import kv_write_spec
 from nanoserve.kernels.cuda.logits import block_max_spec
 from nanoserve.kernels.cuda.norm import norm_spec
 
-# Three blocks of 128 threads, or two of 256, use up 64 Ki registers at this many each.
-LARGE_F32, LARGE_MMA = 168, 128
+# Three blocks of 128 threads, two of 128, two of 256 use up 64 Ki registers at this many each.
+LARGE_F32, LARGE_MMA, LARGE_WGMMA = 168, 255, 128
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def examples(chip: Chip) -> dict[str, Example]:
             ),
         }
     for name, (instructions, plan) in plans.items():
-        large = LARGE_F32 if instructions is f32 else LARGE_MMA
+        large = LARGE_F32 if instructions is f32 else LARGE_MMA if instructions is mma else LARGE_WGMMA
         for most, spec in plan.steps:
             found[f"{name}, {most or 'any'} rows"] = Example(
                 spec, large if most is None else 128, instructions
