@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.gpu.check_folder import damaged, prepared
+
+__all__ = ["damaged", "prepared"]  # fixtures
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "x64-release"

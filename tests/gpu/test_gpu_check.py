@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.gpu.check_folder import WITHOUT_GPU, command
 from tools.gpu_check import (
     attention_speed,
     attention_work,
@@ -25,52 +21,18 @@ from tools.gpu_check import (
     show,
 )
 from tools.gpu_check import run as run_module
-from tools.gpu_check.case import Case
 from tools.gpu_check.device_rows import Rows
-from tools.gpu_check.engine_answers import check_answers
-from tools.gpu_check.engine_speed import engine_of
-from tools.gpu_check.engines import ARITHMETICS
 from tools.gpu_check.gpu import Gpu
 from tools.gpu_check.manifest import sources_digest
-from tools.gpu_check.places import FOLDER, KERNELS, MANIFEST, ROOT
+from tools.gpu_check.places import KERNELS, MANIFEST
 from tools.gpu_check.record import Record
-from tools.gpu_check.shapes import attention_form, models, products
 
 from nanoserve.compiler.gpu.artifact import ArtifactStore
 from nanoserve.compiler.gpu.chip import parse_chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
 from nanoserve.kernels.cuda import library
-from nanoserve.kernels.cuda.library import key_of, load_artifacts
 
 CHIP = parse_chip("sm_90a")
-WITHOUT_GPU = "environment,numerics,end_to_end,ceilings,engine_speed,kernel_speed,switches"
-
-
-def command(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tools.gpu_check", *map(str, args)],
-        cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def prepared() -> Path:
-    """A folder with all that the parts need at tiny sizes."""
-    folder = FOLDER.with_name(f"gpu_check_{os.environ.get('PYTEST_XDIST_WORKER', 'test')}")
-    done = command("prepare", "--tiny", "--folder", folder, "--only", WITHOUT_GPU, "--jobs", "1")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "kernels for sm_90a" in done.stdout
-    return folder
-
-
-@pytest.fixture
-def damaged(prepared: Path, tmp_path: Path) -> Path:
-    """A copy of it, to do harm to."""
-    folder = tmp_path / "folder"
-    folder.mkdir(mode=0o700)
-    shutil.copytree(prepared / KERNELS, folder / KERNELS)
-    shutil.copy(prepared / MANIFEST, folder)
-    return folder
 
 
 def results_of(path: Path) -> dict[str, Any]:
@@ -241,56 +203,6 @@ def test_a_damaged_kernel_fails_and_is_named(damaged: Path, tmp_path: Path) -> N
     assert results_of(out)["parts"]["ceilings"]["status"] == "passed"  # others run all the same
 
 
-@pytest.mark.parametrize(
-    ("kind", "right", "wrong", "told"),
-    [
-        ("norm", "fmul", "fadd", "error"),
-        ("embedding", "fadd", "fsub", "elements differ"),
-    ],
-)
-def test_a_kernel_that_computes_something_else_fails_and_is_named(
-    damaged: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    kind: str,
-    right: str,
-    wrong: str,
-    told: str,
-) -> None:
-    monkeypatch.setattr(library, "toolchain", library.toolchain)
-    case = next(iter(kernel_cases.CASES[kind](CHIP)))
-    (spec,) = case.specs
-    made = load_artifacts([spec], CHIP)[spec]
-    assert right in made.llvm_ir
-    changed = replace(made, llvm_ir=made.llvm_ir.replace(right, wrong))
-    ArtifactStore(damaged / KERNELS).store(key_of(spec, CHIP), changed)
-    record = Record(tmp_path / "record.json", 60)
-    monkeypatch.setattr(numerics, "CASES", {kind: lambda chip: [case]})
-    monkeypatch.setattr(numerics, "kinds", lambda: [kind])
-    monkeypatch.setattr(record, "has_time", lambda name, seconds=0.0: name == case.name)
-    numerics.run(Gpu(damaged, fake=True), record)
-    (bad,) = [check for check in record.data["checks"] if not check["passed"]]
-    assert bad["name"] == case.name
-    assert told in bad["detail"]
-
-
-def test_bits_that_depend_on_the_number_of_rows_are_noticed(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(library, "toolchain", library.toolchain)
-
-    def run(launch: Any, m: int) -> list[np.ndarray]:
-        return [np.full((m, 2), 1 + (m == 17) * 2**-23, np.float32)]
-
-    case = Case("invented", (), run, lambda m: [np.ones((m, 2))], 1e-5)
-    record = Record(tmp_path / "record.json", 60)
-    numerics._check(Gpu(prepared, fake=True), record, case)
-    assert [(check["name"], check["passed"]) for check in record.data["checks"]] == [
-        ("invented", True), ("invented: a row's bits", False),
-    ]  # fmt: skip
-    assert "other bits with [17] rows" in record.data["checks"][1]["detail"]
-
-
 def test_a_part_that_dies_costs_no_other(damaged: Path, tmp_path: Path) -> None:
     (damaged / MANIFEST).write_text(json.dumps({"commit": "abc", "sources": sources_digest()}))
     out = tmp_path / "results.json"
@@ -344,65 +256,3 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     done = command("run", "--fake", "--folder", tmp_path, "--out", tmp_path / "out.json")
     assert done.returncode == 1
     assert "prepared.json is missing: run `python -m tools.gpu_check prepare` first" in done.stderr
-
-
-def test_a_product_of_a_real_model_that_is_wrong_fails_and_is_named(
-    damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By what PyTorch has for it, before its time is taken."""
-    monkeypatch.setattr(library, "toolchain", library.toolchain)
-    made, _ = products(models(True)["tiny"])["out"]
-    record = Record(tmp_path / "record.json", 60)
-    product_speed.measure(Gpu(damaged, fake=True), record, "tiny", made, "mma", None)
-    spec = product_speed.plan_of(made, CHIP, ARITHMETICS["mma"]).spec_for(17)
-    right = load_artifacts([spec], CHIP)[spec]
-    assert "fadd" in right.llvm_ir  # of what is there
-    ArtifactStore(damaged / KERNELS).store(
-        key_of(spec, CHIP), replace(right, llvm_ir=right.llvm_ir.replace("fadd", "fsub"))
-    )
-    product_speed.measure(Gpu(damaged, fake=True), record, "tiny", made, "mma", None)
-    assert [(check["name"], check["passed"]) for check in record.data["checks"]] == [
-        ("out of tiny by mma: PyTorch's, nearly", True), ("out of tiny by mma: PyTorch's, nearly", False),
-    ]  # fmt: skip
-
-
-def test_attention_that_is_wrong_fails_and_is_named(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Here because it looks at one key less."""
-    monkeypatch.setattr(library, "toolchain", library.toolchain)
-    record, device = Record(tmp_path / "record.json", 60), Gpu(prepared, fake=True)
-    form = attention_form(models(True)["tiny"], CHIP)
-    attention_speed._check(device, record, "right", form)
-    expected = attention_work.PagedKeys.expected
-    monkeypatch.setattr(
-        attention_work.PagedKeys, "expected", lambda self, row, q, start: expected(self, row, q, start - 1)
-    )
-    attention_speed._check(device, record, "wrong", form)
-    assert [(check["name"], check["passed"]) for check in record.data["checks"]] == [
-        (f"attention of {name}, {what}: PyTorch's, nearly", name == "right")
-        for name in ("right", "wrong") for what in ("decoding", "a chunk")
-    ]  # fmt: skip
-
-
-def test_answers_that_are_wrong_fail_and_are_named(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(library, "toolchain", library.toolchain)
-    record, device = Record(tmp_path / "record.json", 60), Gpu(prepared, fake=True)
-    engine = engine_of(device, models(True)["tiny"])
-    native = engine.executor._native
-
-    class Off:
-        """By one, each token that the device has chosen."""
-
-        def __getattr__(self, name: str) -> Any:
-            found = getattr(native, name)
-            return (lambda number: (found(number) + 1) % 300) if name == "finish" else found
-
-    monkeypatch.setattr(engine.executor, "_native", Off())
-    check_answers(device, record, "off", engine)
-    assert [check["name"] for check in record.data["checks"] if not check["passed"]] == [
-        "off: the tokens that the device chooses are the host's",
-        "off: greedy tokens are those of the largest logits",
-    ]

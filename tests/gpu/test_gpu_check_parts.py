@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -14,30 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 from tools.gpu_check import (
-    attention_cases,
     end_to_end,
     engine_work,
     engines,
-    gpu,
     kernel_cases,
-    kernel_speed,
-    manifest,
     parts,
     peer_transformers,
-    prepare,
-    product_speed,
-    sanitizer,
 )
 from tools.gpu_check import run as run_module
-from tools.gpu_check.ceilings import Ceilings
 from tools.gpu_check.engine_answers import check_near
-from tools.gpu_check.places import MANIFEST, ROOT
+from tools.gpu_check.places import ROOT
 from tools.gpu_check.record import Record
-from tools.gpu_check.shapes import models, products
-from tools.gpu_check.tiny_models import BF16, F32, configs
+from tools.gpu_check.tiny_models import F32, configs
 
-from bench import run as bench_run
-from gpu.run_kernel import launch
 from nanoserve import NanoServingEngine, random_weights
 from nanoserve.compiler.gpu.chip import parse_chip
 
@@ -166,227 +154,6 @@ def test_a_process_that_dies_has_said_at_what(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(path)], cwd=ROOT, env=run_module.environment(False), check=False
     )
     assert json.loads(path.read_text())["at"] == "b"
-
-
-# ---- what was not done is no pass
-
-
-def found(**more: Any) -> dict[str, Any]:
-    check = {"name": "a", "passed": True, "detail": ""}
-    return {"finished": True, "checks": [check], "skips": [], "left_out": [], "facts": {}, "tables": {}, **more}  # fmt: skip
-
-
-def test_a_part_with_something_left_out_is_incomplete() -> None:
-    assert run_module.status_of(found(), 0, False) == "passed"
-    assert run_module.status_of(found(left_out=["norm"]), 0, False) == "incomplete"
-    bad = [{"name": "a", "passed": False, "detail": ""}]
-    assert run_module.status_of(found(left_out=["norm"], checks=bad), 0, False) == "failed"
-
-
-_GOOD = "========= ERROR SUMMARY: 0 errors"
-
-
-@pytest.mark.parametrize(
-    ("code", "printed", "inner", "passed"),
-    [
-        (0, _GOOD, found(), True),
-        (0, "", found(), False),
-        (0, "========= COMPUTE-SANITIZER", found(), False),
-        (99, "========= ERROR SUMMARY: 3 errors", found(), False),
-        (0, _GOOD, {}, False),
-        (0, _GOOD, found(finished=False), False),
-        (0, _GOOD, found(checks=[], facts={"a": 1}), False),
-        (0, _GOOD, found(checks=[{"name": "a", "passed": False, "detail": ""}]), False),
-    ],
-)
-def test_a_sanitizer_passes_only_what_ran(
-    code: int, printed: str, inner: dict[str, Any], passed: bool
-) -> None:
-    assert sanitizer.verdict(code, printed, inner)[0] is passed
-
-
-def sanitizing(tmp_path: Path, code: str) -> str:
-    """A program in the place of compute-sanitizer; `out` is where the part under it writes."""
-    program = tmp_path / "compute-sanitizer"
-    program.write_text(
-        f"#!{sys.executable}\nimport json, os, subprocess, sys, time\nout = sys.argv[sys.argv.index('--out') + 1]\n{code}\n"
-    )
-    program.chmod(0o700)
-    return str(program)
-
-
-def test_a_sanitizer_that_is_done_is_read(tmp_path: Path, record: Record) -> None:
-    written = f"open(out, 'w').write({json.dumps(found())!r}); print({_GOOD!r})"
-    sanitizer.check(record, tmp_path, sanitizing(tmp_path, written), "memcheck", "numerics")
-    assert [check["detail"] for check in record.data["checks"]] == [f"1 checks; {_GOOD}"]
-    assert failed(record) == record.data["left_out"] == []
-    part = f"open(out, 'w').write({json.dumps(found(left_out=['norm']))!r}); print({_GOOD!r})"
-    sanitizer.check(record, tmp_path, sanitizing(tmp_path, part), "memcheck", "numerics")
-    assert record.data["left_out"] == ["memcheck of numerics: norm"]
-    nothing = f"print({_GOOD!r})"
-    sanitizer.check(record, tmp_path, sanitizing(tmp_path, nothing), "memcheck", "numerics")
-    assert failed(record) == ["memcheck of numerics"]
-    sanitizer.check(record, tmp_path, sanitizing(tmp_path, "print('Device not supported'); sys.exit(1)"), "racecheck", "numerics")  # fmt: skip
-    assert [skip["name"] for skip in record.data["skips"]] == ["racecheck of numerics"]
-
-
-def test_a_sanitizer_that_is_late_ends_with_what_it_runs(tmp_path: Path) -> None:
-    child = tmp_path / "child"
-    code = f"p = subprocess.Popen(['sleep', '60']); open({str(child)!r}, 'w').write(str(p.pid)); p.wait()"
-    record = Record(tmp_path / "record.json", 4)
-    begin = time.monotonic()
-    sanitizer.check(record, tmp_path, sanitizing(tmp_path, code), "memcheck", "numerics")
-    assert time.monotonic() - begin < 20
-    assert record.data["left_out"] == ["memcheck of numerics, not done in 2 s"]
-    assert record.data["checks"] == []
-    stat = Path("/proc") / child.read_text() / "stat"
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
-
-
-# ---- calls that go together
-
-
-def test_a_later_call_adds_to_the_same_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    statuses = {"environment": "passed", "numerics": "failed", "ceilings": "passed"}
-
-    def runner(command: str, seconds: float = 60, **changes: str) -> run_module.Runner:
-        about = {"command": command, "commit": "abc", "kernels": "k", **changes}
-        made = run_module.Runner(tmp_path, tmp_path / "out.json", seconds, fake=True, tiny=True, about=about)
-        monkeypatch.setattr(made, "_own_kernels", lambda: None)
-        monkeypatch.setattr(
-            made, "_run", lambda part, seconds: {"status": statuses[part.name], "seconds": 1.0}
-        )
-        return made
-
-    def told() -> dict[str, str]:
-        results = json.loads((tmp_path / "out.json").read_text())
-        return {name: part["status"] for name, part in results["parts"].items()}
-
-    assert not runner("first").run(["numerics", "ceilings"])
-    statuses["numerics"] = "passed"
-    assert runner("second").run(["numerics"])
-    assert told() == {"numerics": "passed", "ceilings": "passed"}
-    assert runner("third").run(["environment"])
-    assert list(told()) == ["environment", "numerics", "ceilings"]
-    assert json.loads((tmp_path / "out.json").read_text())["command"] == "first; second; third"
-    assert runner("late", seconds=1).run(["ceilings"])  # no time: what is known stays
-    assert runner("other kernels", kernels="l").run(["ceilings"])
-    assert told() == {"ceilings": "passed"}
-    assert runner("other commit", commit="def").run(["environment"])
-    assert told() == {"environment": "passed"}
-    (tmp_path / "out.json").write_text("no JSON")
-    assert runner("anew").run(["ceilings"])
-
-
-def test_kernels_of_other_sources_are_refused_before_the_build(tmp_path: Path) -> None:
-    prepare.prepare(tmp_path, ["sm_90a"], parts=["ceilings"], jobs=1)
-    assert manifest.read(tmp_path)["sources"] == manifest.sources_digest()
-    made = json.loads((tmp_path / MANIFEST).read_text())
-    (tmp_path / MANIFEST).write_text(json.dumps({**made, "sources": "0"}))
-    env = {name: value for name, value in os.environ.items() if name != "NANOSERVE_NATIVE"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.gpu_check", "run", "--folder", str(tmp_path), "--out", str(tmp_path / "o.json")],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert f"{MANIFEST} was made from other sources than these: run" in done.stderr
-    assert not (tmp_path / "native").exists()
-
-
-def test_a_machine_without_git_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert bench_run.commit() != "unknown"
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert bench_run.commit() == "unknown"
-
-
-# ---- kernels and time
-
-
-@pytest.mark.parametrize("kind", [kind for kind in kernel_cases.kinds() if not kernel_cases.is_risky(kind)])
-def test_kernels_of_real_widths_are_right(kind: str) -> None:
-    cases = [case for case in kernel_cases.CASES[kind](CHIP) if case.wide]
-    assert cases
-    for case in cases:
-        for out, wanted in zip(case.run(launch, 3), case.expected(3), strict=True):
-            error = np.abs(out - wanted) / (1 + np.abs(wanted))
-            assert np.nan_to_num(error, nan=np.inf).max() <= case.tolerance, case.name
-
-
-def test_wide_attention_is_the_same_by_rows_and_by_segments() -> None:
-    for _, problem in attention_cases.attention_problems(is_wide=True):
-        assert problem.form.head_dim == 128
-        rows = problem.attend((1,) * len(problem.lengths), launch=launch)
-        assert rows[problem.last].tobytes() == problem.split(launch=launch)[problem.last].tobytes()
-
-
-def test_the_kernels_of_decoding_real_models_have_cases() -> None:
-    """Every shape of a tile that a real model's product takes with few rows, and the block of its choice of tokens."""
-
-    def shape(spec: Any) -> tuple[Any, ...]:
-        fields = dict(spec.params)
-        return tuple(fields[name] for name in ("wm", "wn", "i", "j", "stages"))
-
-    cased = {
-        shape(spec)
-        for case in kernel_cases.CASES["gemm_mma"](CHIP)
-        for spec in case.specs
-    }  # fmt: skip
-    mma = engines.arithmetics(CHIP)["mma"]
-    for config in models(False).values():
-        for made, _ in products(config).values():
-            assert {shape(spec) for spec in product_speed.plan_of(made, CHIP, mma).specs} <= cased
-        taken = {
-            spec.block for spec in engines.engine_specs(config, CHIP, BF16, "bf16") if spec.kind == "choose"
-        }
-        assert taken <= {spec.block for case in kernel_cases.CASES["choose"](CHIP) for spec in case.specs}
-
-
-def test_a_graph_is_timed_behind_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From an idle stream the host's launch would count; short graphs are timed many at once."""
-    put: list[str] = []
-
-    class Mark:
-        def __init__(self, device: Any) -> None: ...
-
-        def record(self, stream: Any) -> None:
-            put.append("mark")
-
-        def until(self, other: Mark) -> float:
-            return 0.1 * (put[::-1][1:].index("mark"))  # ms: of the graphs between the last two
-
-    class Graph:
-        def __init__(self, stream: Any, work: Any) -> None:
-            work()
-
-        def launch(self, stream: Any) -> None:
-            put.append("graph")
-
-    monkeypatch.setattr(gpu, "CudaTimeMark", Mark)
-    monkeypatch.setattr(gpu, "CudaGraph", Graph)
-    it = SimpleNamespace(stream=SimpleNamespace(synchronize=lambda: None), device=None)
-    seconds = gpu.Gpu.seconds(it, lambda i: None, 2, rounds=3)  # type: ignore[arg-type]
-    assert seconds == pytest.approx(1e-4 / 2)
-    assert put[:4] == ["graph", "mark", "graph", "mark"]  # how long one takes
-    assert put[-13:] == ["graph", "mark", *["graph"] * 10, "mark"]  # a millisecond of them
-
-
-def test_torchs_products_count_its_own_bytes_and_fail_nothing(
-    record: Record, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made, _ = products(models(False)["Llama-3.2-1B"])["out"]
-    operands = SimpleNamespace(rows=[8], torch_seconds=lambda m: 1e-3)
-    monkeypatch.setattr(product_speed, "ProductOperands", lambda *args: operands)
-    it: Any = SimpleNamespace(chip=CHIP, torch=object(), tiny=False, results={})
-    product_speed.measure(it, record, "it", made, product_speed.TORCH, Ceilings(1e12, 1e14))
-    (row,) = record.data["tables"]["products"]
-    size = 2 * (made.rows * made.op.n_in + 8 * made.op.n_in + 8 * made.rows)  # bfloat16, and no residual
-    assert row["of_bandwidth"] == pytest.approx(size / 1e-3 / 1e12)
-    assert made.op.residual
-    assert made.bytes(8) > size
-    operands.torch_seconds = lambda m: 1 // 0
-    kernel_speed._products(it, record, product_speed.TORCH, None)
-    assert failed(record) == []
-    assert "ZeroDivisionError" in record.data["skips"][0]["reason"]
 
 
 # ---- other engines

@@ -7,7 +7,6 @@ its floor. A prompt must multiply: its floor is at the measured rate of products
 from __future__ import annotations
 
 import gc
-import inspect
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,7 +33,7 @@ STEPS, LEAST_S, WARM_S = 24, 0.2, 0.3
 PAGE = 16
 MIXED_MODELS = ("Qwen3-0.6B", "Llama-3.2-1B", "tiny")  # those with room for it
 MIXED_SECONDS = 30.0  # at most, of one
-DEFAULT_CHUNK: int = inspect.signature(NanoServingEngine).parameters["max_chunk_size"].default
+CHUNK = 256  # tokens of a prompt's pieces, where decoding beside it is to wait little
 
 
 def specs(chip: Chip, tiny: bool, folder: Path) -> Iterable[GpuKernelSpec]:
@@ -58,7 +57,7 @@ def _model(gpu: Gpu, record: Record, name: str, config: ModelConfig, ceilings: C
     with record.attempt(f"answers of {name}"):
         check_answers(gpu, record, name, engine)
     measure(gpu, record, name, engine, ceilings)
-    _default_chunks(gpu, record, name, engine)
+    _chunks(gpu, record, name, engine)
     if name in MIXED_MODELS and record.has_time(f"mixed workload of {name}", 5):
         limit = min(MIXED_SECONDS, record.seconds_left - 2)
         with record.attempt(f"mixed workload of {name}"):
@@ -68,8 +67,13 @@ def _model(gpu: Gpu, record: Record, name: str, config: ModelConfig, ceilings: C
 def engine_of(gpu: Gpu, config: ModelConfig, **options: Any) -> NanoServingEngine:
     """For 256 requests, or 4 tiny ones, with as many pages as they need, or as there is room for."""
     if gpu.tiny:
-        options = {"kv_cache_pages": 64, "max_num_batched_tokens": 128, "max_chunk_size": 128, "max_batch_size": 4,
-                   "max_model_len": 256, **options}  # fmt: skip
+        options = {
+            "kv_cache_pages": 64,
+            "max_num_batched_tokens": 128,
+            "max_batch_size": 4,
+            "max_model_len": 256,
+            **options,
+        }
     else:
         wanted = 256 * PROMPT // PAGE
         room = (
@@ -79,8 +83,7 @@ def engine_of(gpu: Gpu, config: ModelConfig, **options: Any) -> NanoServingEngin
             - (6 << 30)
         )
         options = {"kv_cache_pages": max(1024, min(wanted, int(0.9 * room) // (kv_bytes(config) * PAGE))),
-                   "max_num_batched_tokens": 4096, "max_chunk_size": PROMPT, "max_batch_size": 256, "max_model_len": 4096,
-                   **options}  # fmt: skip
+                   "max_num_batched_tokens": 4096, "max_batch_size": 256, "max_model_len": 4096, **options}  # fmt: skip
     return make_engine(gpu, config, random_bfloat16(config), BF16, page_size=PAGE, eos_token_id=[], **options)
 
 
@@ -114,9 +117,9 @@ def measure(
             record.row("prefill", **row)
 
 
-def _default_chunks(gpu: Gpu, record: Record, name: str, engine: NanoServingEngine) -> None:
-    """The prompt again, in the pieces that an engine makes of it which is not told otherwise."""
-    chunk, tokens = (40, 100) if gpu.tiny else (DEFAULT_CHUNK, PROMPT)
+def _chunks(gpu: Gpu, record: Record, name: str, engine: NanoServingEngine) -> None:
+    """The prompt again, in pieces: the engine's default on a GPU, which `measure` takes, is all that a step may compute."""
+    chunk, tokens = (40, 100) if gpu.tiny else (CHUNK, PROMPT)
     if not record.has_time(f"{name}: a prompt in chunks of {chunk}", 2):
         return
     manager = engine.batcher.scheduler.prefill_mgr
