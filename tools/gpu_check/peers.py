@@ -11,7 +11,8 @@ import importlib.util
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ MODEL = "Qwen3-0.6B"
 _LEAST_S = 15.0  # for a model to be built in, and to answer
 _NAMES = {"transformers": "transformers", "vllm": "vLLM", "nanovllm": "nano-vllm"}  # by package
 
-# (name, what measures it), each way of an engine
-Measured = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
+Way = tuple[str, Callable[[], dict[str, Any]]]  # a name, and what measures it
 
 
 def run(gpu: Gpu, record: Record) -> None:
@@ -39,48 +39,48 @@ def run(gpu: Gpu, record: Record) -> None:
         record.skip("other engines", "PyTorch has no CUDA device here")
         return
     config = models(False)[MODEL]
-    for package, measure in {"transformers": _transformers, "vllm": _vllm, "nanovllm": _vllm}.items():
+    for package, ways in {"transformers": _transformers, "vllm": _vllm, "nanovllm": _vllm}.items():
         if importlib.util.find_spec(package) is None:
             record.skip(_NAMES[package], "it is not installed")
-        elif record.has_time(_NAMES[package], _LEAST_S):
-            _told(record, _NAMES[package], measure(gpu, record, config, package))
-        gc.collect()  # of a device's memory, too
+            continue
+        for name, measure in ways(gpu, record, config, package):
+            if record.has_time(name, _LEAST_S):
+                with record.attempt(name):
+                    _tell(record, name, measure)
+            gc.collect()  # of a device's memory, too
+            gpu.torch.cuda.empty_cache()
 
 
-def _told(record: Record, engine: str, ways: Measured) -> None:
-    """A row for each way; another engine's own trouble is no failure of this one."""
-    name = engine
+def _tell(record: Record, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+    """A row; another engine's own trouble is no failure of this one."""
     try:
-        for name, measure in ways:
-            found = measure()
-            if found["tokens"] == 0:
-                record.skip(name, f"no token in {found['seconds']:.0f} s")
-                continue
-            record.row(
-                "mixed", model=MODEL, by=name, **found, tokens_per_s=found["tokens"] / found["seconds"]
-            )
+        found = measure()
     except Exception as error:
         record.skip(name, f"{type(error).__name__}: {str(error)[:200]}")
+        return
+    if found["tokens"] == 0:
+        record.skip(name, f"no token in {found['seconds']:.0f} s")
+        return
+    record.row("mixed", model=MODEL, by=name, **found, tokens_per_s=found["tokens"] / found["seconds"])
 
 
-def _transformers(gpu: Gpu, record: Record, config: ModelConfig, package: str) -> Measured:
-    model = peer_transformers.make_model(gpu.torch, MODEL)
+def _transformers(gpu: Gpu, record: Record, config: ModelConfig, package: str) -> list[Way]:
     most = max(workload(config.vocab_size, False)[1])
 
-    def left() -> float:
-        return record.seconds_left - 8
+    @cache
+    def model() -> Any:
+        return peer_transformers.make_model(gpu.torch, MODEL)
 
-    for name, options in peer_transformers.WAYS.items():
-        if record.has_time(name, _LEAST_S):
-            yield (
-                name,
-                lambda options=options: peer_transformers.mixed(
-                    model, peer_transformers.make_manager(model, most, options), config.vocab_size, left, MIXED_SECONDS
-                ),
-            )  # fmt: skip
+    def measure(options: dict[str, Any]) -> dict[str, Any]:
+        manager = peer_transformers.make_manager(model(), most, options)
+        return peer_transformers.mixed(
+            model(), manager, config.vocab_size, lambda: record.seconds_left - 8, MIXED_SECONDS
+        )
+
+    return [(name, partial(measure, options)) for name, options in peer_transformers.WAYS.items()]
 
 
-def _vllm(gpu: Gpu, record: Record, config: ModelConfig, package: str) -> Measured:
+def _vllm(gpu: Gpu, record: Record, config: ModelConfig, package: str) -> list[Way]:
     """By the interface that both have: LLM(path).generate(prompts, params)."""
 
     def measure() -> dict[str, Any]:
@@ -102,4 +102,4 @@ def _vllm(gpu: Gpu, record: Record, config: ModelConfig, package: str) -> Measur
             llm.generate(inputs, params)
             return {"tokens": sum(counts), "seconds": time.perf_counter() - begin, "whole": True}
 
-    yield _NAMES[package], measure
+    return [(_NAMES[package], measure)]
