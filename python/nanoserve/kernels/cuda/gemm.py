@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
-from nanoserve.kernels.cuda import gemm_f32, gemm_mma, gemm_wgmma
+from nanoserve.kernels.cuda import gemm_f32, gemm_mma, gemm_wgmma, wgmma_tile
 from nanoserve.kernels.cuda.epilogue import Epilogue
 
 WEIGHTS_OF = {"f32": ("f32", "bf16", "f16"), "bf16": ("bf16",)}  # what x can be multiplied with
@@ -102,9 +102,9 @@ def _mma_shapes(chip: Chip, has_many: bool, gated: bool) -> dict[int | None, gem
     }
 
 
-_WGMMA_SHAPES: dict[int | None, gemm_wgmma.Shape] = {
-    8: gemm_wgmma.Shape(1, 8, 8),
-    32: gemm_wgmma.Shape(1, 32, 6),
-    64: gemm_wgmma.Shape(1, 64, 4),
-    None: gemm_wgmma.Shape(2, 128, 3),
+_WGMMA_SHAPES: dict[int | None, wgmma_tile.Shape] = {
+    8: wgmma_tile.Shape(1, 8, 8),
+    32: wgmma_tile.Shape(1, 32, 6),
+    64: wgmma_tile.Shape(1, 64, 4),
+    None: wgmma_tile.Shape(2, 128, 3),
 }
