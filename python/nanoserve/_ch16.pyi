@@ -255,11 +255,10 @@ class CudaKernel:
     @property
     def local_bytes(self) -> int: ...
 
-class CudaStep:
-    blas_workspace_bytes: ClassVar[int]
+class CudaLimits:
     def __init__(
         self,
-        pool: KVCachePool,
+        *,
         max_tokens: int,
         max_positions: int,
         max_sequences: int,
@@ -269,21 +268,13 @@ class CudaStep:
         vocab: int,
         logits_stride: int,
         num_blocks: int,
-        buckets: Sequence[int] = (),
     ) -> None: ...
+
+class CudaStep:
+    blas_workspace_bytes: ClassVar[int]
+    def __init__(self, pool: KVCachePool, limits: CudaLimits, buckets: Sequence[int] = ()) -> None: ...
     @staticmethod
-    def own_bytes(
-        page_size: int,
-        max_tokens: int,
-        max_positions: int,
-        max_sequences: int,
-        max_samples: int,
-        chunk_rows: int,
-        segment: int,
-        vocab: int,
-        logits_stride: int,
-        num_blocks: int,
-    ) -> int: ...
+    def own_bytes(limits: CudaLimits, page_size: int) -> int: ...
     def buffer(self, num_bytes: int) -> int: ...
     def weight(self, array: NDArray[Any]) -> int: ...
     def reserve_weight(self, num_bytes: int) -> int: ...

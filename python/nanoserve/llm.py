@@ -15,8 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoserve.checks import shown
-from nanoserve.device_name import device_ordinal
+from nanoserve.device_name import device_ordinal, refuse_options
 from nanoserve.errors import CheckpointError, RequestRefused
 from nanoserve.memory_plan import plan_memory
 from nanoserve.models.checkpoint import checkpoint_directory, load_weights
@@ -53,6 +52,9 @@ class LLM:
         device: where the model runs: "cpu", or "cuda" (the first) or "cuda:N" for a GPU of NVIDIA's.
         gpu_memory_utilization: fraction of a GPU's memory that weights, activations and the KV pool together may take; None takes
             0.9, or what kv_cache_bytes says.
+        gemm: on a GPU, what multiplies: "mma", which None is, "wgmma" (bfloat16 on Hopper) or "cublas" (a request's bits may then
+            depend on its batch mates), or a mapping from the model's products (qkv, out, gate_up or up, down, head, "*" for the
+            rest) to those.
         quantization: None, or "int8": weights per output channel, GEMM inputs per token; on the CPU.
         kv_cache_dtype: "float32", "bfloat16", or "auto": float32 where the arithmetic is.
         kv_cache_bytes: memory for the KV pool, taken at once; None takes what plan_memory finds sensible for this machine,
@@ -90,6 +92,7 @@ class LLM:
         *,
         device: str = "cpu",
         gpu_memory_utilization: float | None = None,
+        gemm: str | Mapping[str, str] | None = None,
         quantization: str | None = None,
         kv_cache_dtype: str = "auto",
         revision: str | None = None,
@@ -104,7 +107,9 @@ class LLM:
         if unknown := sorted(set(engine_options) - _ENGINE_OPTIONS):
             known = ", ".join(sorted(_ENGINE_OPTIONS))
             raise TypeError(f"{unknown[0]}: LLM has no such option; of the engine's it takes {known}")
-        gpu = self._open_gpu(device, kv_cache_bytes, gpu_memory_utilization, engine_options)
+        for_cpu = {name: engine_options.get(name) for name in ("num_threads", "weight_cache")}
+        refuse_options(device, for_cpu, {"gpu_memory_utilization": gpu_memory_utilization, "gemm": gemm})
+        gpu = self._open_gpu(device, kv_cache_bytes, gpu_memory_utilization) if on_gpu else None
         self.directory = directory = checkpoint_directory(model, revision=revision)
         self.config = ModelConfig.from_pretrained(directory)
         # Before the weights: a bad tokenizer should not cost a minute's loading.
@@ -124,8 +129,9 @@ class LLM:
             "precision": self.precision,
         }  # fmt: skip
         if gpu is not None:
+            gemm = "mma" if gemm is None else gemm
             self.memory_plan = gpu.plan_memory(
-                self.config, bound, gpu_memory_utilization=gpu_memory_utilization, **sizes
+                self.config, bound, gpu_memory_utilization=gpu_memory_utilization, gemm=gemm, **sizes
             )
         else:
             weight_bytes = loaded_bytes(self.config, bound, self.precision)
@@ -142,6 +148,7 @@ class LLM:
             max_model_len=max_model_len,
             precision=self.precision,
             device=device,
+            gemm=gemm,
             eos_token_id=self._eos_token_ids() if eos_token_id is None else eos_token_id,
             on_load=on_load,
             on_progress=on_progress,
@@ -156,26 +163,12 @@ class LLM:
             self.engine.kv_pool.populate()  # a first touch can cost more than the token that causes it
 
     @staticmethod
-    def _open_gpu(
-        device: str, kv_cache_bytes: int | None, utilization: float | None, engine_options: Mapping[str, Any]
-    ) -> CudaBackend | None:
-        """The GPU of that name, None for the CPU; options that mean nothing there are refused."""
-        if device_ordinal(device) is None:
-            if utilization is not None:
-                raise ValueError(
-                    f"gpu_memory_utilization: {shown(utilization)} is for a GPU, device is {device!r}: "
-                    "kv_cache_bytes says how large the KV pool is"
-                )
-            return None
+    def _open_gpu(device: str, kv_cache_bytes: int | None, utilization: float | None) -> CudaBackend:
+        """The GPU of that name, once it is known that its memory can be divided."""
         from nanoserve.cuda.backend import open_device
         from nanoserve.cuda.memory_plan import utilization as checked
 
         checked(utilization, kv_cache_bytes)
-        for name in ("num_threads", "weight_cache"):
-            if engine_options.get(name) is not None:
-                raise ValueError(
-                    f"{name}: {shown(engine_options[name])} is for the CPU, device is {device!r}: leave it out"
-                )
         return open_device(device)
 
     def _sampling_defaults(self) -> tuple[dict[str, Any], SamplingParams]:

@@ -18,7 +18,7 @@ from nanoserve.cache.radix_manager import RadixCacheManager
 from nanoserve.checks import shown, truth, whole_number
 from nanoserve.compiler.target import host
 from nanoserve.constraint import Constraint
-from nanoserve.device_name import device_ordinal
+from nanoserve.device_name import device_ordinal, refuse_options
 from nanoserve.errors import RequestRefused
 from nanoserve.executor import ModelExecutor
 from nanoserve.models.config import ModelConfig
@@ -53,6 +53,7 @@ class NanoServingEngine:
         enable_prefix_cache: keep finished prefixes in the radix tree for later requests.
         num_threads: threads of a forward pass on the CPU; None takes the machine's cores.
         device: where the forward pass runs and KV memory lies: "cpu", or "cuda" (or "cuda:1") for a GPU of NVIDIA's.
+        gemm: on a GPU, what multiplies: as CudaExecutor's; None: "mma".
         seed: source of the seeds of requests that bring none.
         on_progress: called as (done, total, kernel name) while kernels compile.
         on_load, weight_cache: as ModelExecutor's; a GPU's weights are not cached.
@@ -83,6 +84,7 @@ class NanoServingEngine:
         enable_prefix_cache: bool = True,
         num_threads: int | None = None,
         device: str = "cpu",
+        gemm: str | Mapping[str, str] | None = None,
         seed: int = 0,
         on_progress: Callable[[int, int, str], None] | None = None,
         on_load: Callable[[int, int, str], None] | None = None,
@@ -108,6 +110,7 @@ class NanoServingEngine:
             whole_number("num_threads", num_threads, 1, 4096)
         truth("enable_prefix_cache", enable_prefix_cache)
         truth("weight_cache", weight_cache)
+        refuse_options(device, {"num_threads": num_threads}, {"gemm": gemm})
         self.config = config
         self.eos_token_ids = _eos_ids(config, eos_token_id)
         precision = Precision() if precision is None else precision
@@ -138,10 +141,6 @@ class NanoServingEngine:
         else:
             from nanoserve.cuda.backend import open_device
 
-            if num_threads is not None:
-                raise ValueError(
-                    f"num_threads: {num_threads} is for the CPU, device is {device!r}: leave it out"
-                )
             gpu = open_device(device)
             self.device_name = gpu.name
             self.kv_pool = gpu.make_pool(config, precision, kv_cache_pages, page_size)
@@ -153,6 +152,7 @@ class NanoServingEngine:
                 max_num_batched_tokens=max_num_batched_tokens,
                 max_num_seqs=max_batch_size,
                 max_model_len=max_model_len,
+                gemm="mma" if gemm is None else gemm,
                 on_progress=on_progress,
                 on_load=on_load,
             )

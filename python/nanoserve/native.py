@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         CudaError,
         CudaGraph,
         CudaKernel,
+        CudaLimits,
         CudaMemory,
         CudaStep,
         CudaStream,
@@ -92,6 +93,7 @@ else:
     CudaError = _module.CudaError
     CudaGraph = _module.CudaGraph
     CudaKernel = _module.CudaKernel
+    CudaLimits = _module.CudaLimits
     CudaMemory = _module.CudaMemory
     CudaStep = _module.CudaStep
     CudaStream = _module.CudaStream
@@ -119,6 +121,7 @@ __all__ = [
     "CudaError",
     "CudaGraph",
     "CudaKernel",
+    "CudaLimits",
     "CudaMemory",
     "CudaStep",
     "CudaStream",

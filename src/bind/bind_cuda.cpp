@@ -11,6 +11,7 @@ using cuda::Device;
 using cuda::DevicePages;
 using cuda::Extent;
 using cuda::Kernel;
+using cuda::Limits;
 using cuda::Stream;
 
 // ("buffer", 3), ("ids",) ...
@@ -232,51 +233,31 @@ void populate_cuda(py::module_& m) {
     m.def("cuda_layer_cache", &read_layer, py::arg("pool").none(false), py::arg("layer"), py::arg("values"),
           "A copy of a layer's keys, or values: [num_pages, num_heads, page_size, head_dim].");
 
+    py::class_<Limits>(m, "CudaLimits", "The most there can be of everything in a step.")
+        .def(py::init([](std::int64_t max_tokens, std::int64_t max_positions, std::int64_t max_sequences,
+                         std::int64_t max_samples, std::int64_t chunk_rows, std::int64_t segment,
+                         std::int64_t vocab, std::int64_t logits_stride, std::int64_t num_blocks) {
+                 return Limits{.max_tokens = max_tokens,
+                               .max_positions = max_positions,
+                               .max_sequences = max_sequences,
+                               .max_samples = max_samples,
+                               .chunk_rows = chunk_rows,
+                               .segment = segment,
+                               .vocab = vocab,
+                               .logits_stride = logits_stride,
+                               .num_blocks = num_blocks};
+             }),
+             py::kw_only(), py::arg("max_tokens"), py::arg("max_positions"), py::arg("max_sequences"),
+             py::arg("max_samples"), py::arg("chunk_rows"), py::arg("segment"), py::arg("vocab"),
+             py::arg("logits_stride"), py::arg("num_blocks"));
+
     py::class_<CudaStep>(m, "CudaStep", "Runs a plan of kernels over a ragged batch, on a device.")
         .def_property_readonly_static("blas_workspace_bytes",
                                       [](const py::object&) { return cuda::Blas::kWorkspaceBytes; })
-        .def_static(
-            "own_bytes",
-            [](std::int64_t page_size, std::int64_t max_tokens, std::int64_t max_positions,
-               std::int64_t max_sequences, std::int64_t max_samples, std::int64_t chunk_rows,
-               std::int64_t segment, std::int64_t vocab, std::int64_t logits_stride,
-               std::int64_t num_blocks) {
-                return CudaStep::own_bytes({.max_tokens = max_tokens,
-                                            .max_positions = max_positions,
-                                            .max_sequences = max_sequences,
-                                            .max_samples = max_samples,
-                                            .chunk_rows = chunk_rows,
-                                            .segment = segment,
-                                            .vocab = vocab,
-                                            .logits_stride = logits_stride,
-                                            .num_blocks = num_blocks},
-                                           page_size);
-            },
-            py::arg("page_size"), py::arg("max_tokens"), py::arg("max_positions"), py::arg("max_sequences"),
-            py::arg("max_samples"), py::arg("chunk_rows"), py::arg("segment"), py::arg("vocab"),
-            py::arg("logits_stride"), py::arg("num_blocks"),
-            "Bytes of a device that a step takes beside buffers and weights; needs no device.")
-        .def(py::init([](std::shared_ptr<KVCachePool> pool, std::int64_t max_tokens,
-                         std::int64_t max_positions, std::int64_t max_sequences, std::int64_t max_samples,
-                         std::int64_t chunk_rows, std::int64_t segment, std::int64_t vocab,
-                         std::int64_t logits_stride, std::int64_t num_blocks,
-                         std::vector<std::int64_t> buckets) {
-                 return std::make_unique<CudaStep>(std::move(pool),
-                                                   cuda::Limits{.max_tokens = max_tokens,
-                                                                .max_positions = max_positions,
-                                                                .max_sequences = max_sequences,
-                                                                .max_samples = max_samples,
-                                                                .chunk_rows = chunk_rows,
-                                                                .segment = segment,
-                                                                .vocab = vocab,
-                                                                .logits_stride = logits_stride,
-                                                                .num_blocks = num_blocks},
-                                                   std::move(buckets));
-             }),
-             py::arg("pool").none(false), py::arg("max_tokens"), py::arg("max_positions"),
-             py::arg("max_sequences"), py::arg("max_samples"), py::arg("chunk_rows"), py::arg("segment"),
-             py::arg("vocab"), py::arg("logits_stride"), py::arg("num_blocks"),
-             py::arg("buckets") = std::vector<std::int64_t>{})
+        .def_static("own_bytes", &CudaStep::own_bytes, py::arg("limits"), py::arg("page_size"),
+                    "Bytes of a device that a step takes beside buffers and weights; needs no device.")
+        .def(py::init<std::shared_ptr<KVCachePool>, const Limits&, std::vector<std::int64_t>>(),
+             py::arg("pool").none(false), py::arg("limits"), py::arg("buckets") = std::vector<std::int64_t>{})
         .def("buffer", &CudaStep::buffer, py::arg("num_bytes"), "Activations, zeroed; returns the id.")
         .def(
             "weight", [](CudaStep& step, const py::array& array) { return step.weight(bytes_of(array)); },

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 from collections.abc import Sequence
+from functools import cache
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,11 +23,18 @@ class CudaError(Exception):
         self.code = code
 
 
-class FakeDriver:
-    """The library, a retained primary context that is current, and shorthands."""
+@cache
+def own_library() -> ctypes.CDLL:
+    """The driver's library a second time, from a copy: engines of other tests may hold the context of the first."""
+    with TemporaryDirectory() as folder:
+        return ctypes.CDLL(str(shutil.copy(library_path(FAKE_DRIVER), folder)))
 
-    def __init__(self) -> None:
-        self.lib = ctypes.CDLL(str(library_path(FAKE_DRIVER)))
+
+class FakeDriver:
+    """The library, or another copy of it, a retained primary context that is current, and shorthands."""
+
+    def __init__(self, lib: ctypes.CDLL | None = None) -> None:
+        self.lib = ctypes.CDLL(str(library_path(FAKE_DRIVER))) if lib is None else lib
         self.lib.fake_cuda_message.restype = ctypes.c_char_p
         self.lib.fake_cuda_num_launches.restype = ctypes.c_uint64
 

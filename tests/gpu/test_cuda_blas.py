@@ -28,6 +28,7 @@ from nanoserve.native import (
     CublasError,
     CublasMissing,
     CudaDevice,
+    CudaLimits,
     CudaStep,
     CudaStream,
     PageTable,
@@ -52,12 +53,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., NanoServingEngine]:
         """Without a gemm, on the CPU."""
 
         def make_executor(self: Any, *args: Any, **options: Any) -> CudaExecutor:
-            return make(self, *args, **{**options, "image": image_of, "gemm": gemm, **changes})
+            return make(self, *args, **{**options, "image": image_of, **changes})
 
         monkeypatch.setattr(backend.CudaBackend, "make_executor", make_executor)
         return NanoServingEngine(
             config, random_weights(config, 1), precision=precision, kv_cache_pages=64, max_num_batched_tokens=128,
-            max_chunk_size=48, max_batch_size=4, device="cpu" if gemm is None else "cuda",
+            max_chunk_size=48, max_batch_size=4, device="cpu" if gemm is None else "cuda", gemm=gemm,
         )  # fmt: skip
 
     return made
@@ -209,11 +210,13 @@ def test_wheels_come_before_the_systems_loader(tmp_path: Any) -> None:
     assert cublas_paths() == [str(BUILD / "libfakecublas.so")]
 
 
+LIMITS = CudaLimits(
+    max_tokens=4, max_positions=4, max_sequences=4, max_samples=4, chunk_rows=16, segment=512, vocab=8, logits_stride=8, num_blocks=1
+)  # fmt: skip
+
+
 def test_a_plan_checks_its_products() -> None:
-    step = CudaStep(
-        cuda_pool(CudaStream(CudaDevice()), 4), max_tokens=4, max_positions=4, max_sequences=4, max_samples=4, chunk_rows=16,
-        segment=512, vocab=8, logits_stride=8, num_blocks=1,
-    )  # fmt: skip
+    step = CudaStep(cuda_pool(CudaStream(CudaDevice()), 4), LIMITS)
     buffer = ("buffer", step.buffer(1024))
     sizes = {"n": 8, "k": 8, "ldx": 8, "ldw": 8, "ldy": 8, "element": "bf16", "y_element": "f32"}
 
@@ -239,10 +242,7 @@ def test_a_plan_checks_its_products() -> None:
 def test_a_refusal_of_the_library_names_the_product() -> None:
     """A buffer that is too small, which the fake library sees."""
     pool = cuda_pool(CudaStream(CudaDevice()), 4)
-    step = CudaStep(
-        pool, max_tokens=4, max_positions=4, max_sequences=4, max_samples=4, chunk_rows=16, segment=512, vocab=8, logits_stride=8,
-        num_blocks=1,
-    )  # fmt: skip
+    step = CudaStep(pool, LIMITS)
     step.load_blas(cublas_paths())
     buffer = ("buffer", step.buffer(64))
     step.product(

@@ -21,7 +21,7 @@ from nanoserve.compiler.gpu import cubin
 from nanoserve.compiler.gpu.chip import CHIPS
 from nanoserve.compiler.gpu.lowering import STAGES
 from nanoserve.kernels.cuda import library
-from nanoserve.native import CudaDevice
+from nanoserve.native import CudaDevice, CudaStep
 from support.text_checkpoint import make_text_checkpoint
 
 Run = Callable[..., Any]
@@ -49,6 +49,8 @@ def test_generate_says_what_the_cpu_says(run: Run, checkpoint: Path) -> None:
     words = ["generate", checkpoint, "-p", "Hello", "--temperature", "0", "--max-tokens", "8", "--ignore-eos"]
     gpu, cpu = run(*words, *ON_GPU), run(*words)
     assert (gpu.exit_code, gpu.stdout) == (0, cpu.stdout)
+    blas = run(*words, *ON_GPU, "--gemm", "cublas", "--gemm", "qkv=mma")
+    assert (blas.exit_code, blas.stdout) == (0, cpu.stdout)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,11 @@ def test_generate_says_what_the_cpu_says(run: Run, checkpoint: Path) -> None:
         (["--device", "cuda", "--threads", "2"], 2, "num_threads: 2 is for the CPU, device is 'cuda'"),
         (["--device", "cuda", "--gpu-memory-utilization", "0.5", "--kv-cache", "1MiB"], 2,
          "gpu_memory_utilization: 0.5 and kv_cache_bytes: 1048576 both say"),
+        (["--gemm", "cublas"], 2, "gemm: {'*': 'cublas'} is for a GPU, device is 'cpu'"),
+        (["--device", "cuda", "--gemm", "blas"], 2, "gemm: 'blas' for * must be one of mma, wgmma, cublas"),
+        (["--device", "cuda", "--gemm", "up=mma"], 2, "gemm: product 'up' must be one of qkv, out, gate_up, down, head, *"),
+        (["--device", "cuda", "--gemm", "qkv=mma", "--gemm", "qkv=cublas"], 2,
+         "--gemm: 'qkv=cublas': 'qkv' has mma already"),
         (["--device", "cuda", "--gpu-memory-utilization", "2"], 2, "gpu_memory_utilization: 2.0 must be more than 0"),
     ],
 )  # fmt: skip
@@ -104,6 +111,9 @@ def test_a_gpu_that_is_not_here_is_planned(run: Run, checkpoint: Path) -> None:
     words = ["plan", checkpoint, "--device", "cuda", "--memory", "80GiB"]
     assert "of 72.00 GiB = 0.9 x 80.00 GiB of a GPU" in run(*words).stdout
     assert "of 80.00 GiB = 80.00 GiB of a GPU" in run(*words, "--kv-cache", "1MiB").stdout
+    plans = [json.loads(run(*words, *more, "--json").stdout) for more in ([], ["--gemm", "head=cublas"])]
+    workspace = CudaStep.blas_workspace_bytes
+    assert plans[1]["activation_bytes"] == plans[0]["activation_bytes"] + workspace
     result = run("plan", checkpoint, "--device", "cuda", "--memory", "1MB")
     assert result.exit_code == 2
     assert result.stderr.startswith(

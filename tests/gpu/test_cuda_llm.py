@@ -22,7 +22,7 @@ from nanoserve.cuda.memory_plan import plan_cuda_memory
 from nanoserve.kernels.cuda import library
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.weights import bind_weights, expected_dtypes, random_weights
-from nanoserve.native import CudaDevice, CudaStream, cuda_pool
+from nanoserve.native import CudaDevice, CudaStep, CudaStream, cuda_pool
 from nanoserve.precision import Precision, choose_precision
 from support.text_checkpoint import make_text_checkpoint
 
@@ -70,6 +70,23 @@ def test_texts_are_the_cpus(opened: Callable[..., LLM]) -> None:
     assert streamed == ours[0].text
     messages = [{"role": "user", "content": "Hello"}]
     assert gpu.chat(messages, GREEDY)[0].text == cpu.chat(messages, GREEDY)[0].text
+
+
+def test_products_by_cublas(opened: Callable[..., LLM]) -> None:
+    """What multiplies is chosen for all products or for some, and planned for; the fake library sums in double precision."""
+    ours, theirs = opened(device="cuda", gemm={"head": "cublas"}), opened(device="cuda")
+    executor = ours.engine.executor
+    assert (executor.gemm["head"], executor.gemm["qkv"]) == ("cublas", "mma")
+    assert not executor.batch_invariant
+    assert theirs.engine.executor.batch_invariant
+    more = ours.memory_plan.activation_bytes - theirs.memory_plan.activation_bytes
+    assert more == CudaStep.blas_workspace_bytes
+    texts = [[one.text for one in llm.generate(PROMPTS, GREEDY)] for llm in (ours, theirs)]
+    assert texts[0] == texts[1]
+    with pytest.raises(
+        ValueError, match=r"^gemm: product 'up' must be one of qkv, out, gate_up, down, head, \*$"
+    ):
+        opened(device="cuda", gemm={"up": "cublas"})
 
 
 # ---- memory
@@ -195,7 +212,8 @@ def test_a_device_that_is_not_here_is_planned_the_same() -> None:
         ({"device": "cuda", "gpu_memory_utilization": "all"}, "gpu_memory_utilization: 'all' must be more than 0"),
         ({"device": "cuda", "gpu_memory_utilization": 0.5, "kv_cache_bytes": 7},
          "gpu_memory_utilization: 0.5 and kv_cache_bytes: 7 both say how large the KV pool is"),
-        ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization: 0.5 is for a GPU, device is 'cpu': kv_cache_bytes"),
+        ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization: 0.5 is for a GPU, device is 'cpu': leave it out"),
+        ({"gemm": "cublas"}, "gemm: 'cublas' is for a GPU, device is 'cpu': leave it out"),
     ],
 )  # fmt: skip
 def test_options_that_mean_nothing_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpu.fake_driver import CudaError, FakeDriver
+from gpu.fake_driver import CudaError, FakeDriver, own_library
 from gpu.llvm_kernel import Kernel
 from nanoserve.emulator import FAKE_DRIVER, image, library_path
 
@@ -56,7 +56,7 @@ def add_image() -> bytes:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     monkeypatch.setenv("NANOSERVE_FAKE_CUDA_MEMORY", str(MEMORY))
-    fake = FakeDriver()
+    fake = FakeDriver(own_library())
     fake.open()
     yield fake
     fake.close()

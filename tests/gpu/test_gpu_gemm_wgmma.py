@@ -75,7 +75,7 @@ def test_a_plan_never_mixes_arithmetics() -> None:
 
 
 def test_chips_without_it_refuse() -> None:
-    with pytest.raises(ValueError, match="wgmma=True: sm_90 does not have it"):
+    with pytest.raises(ValueError, match="gemm: wgmma: sm_90 does not have it"):
         gemm_plan(64, 64, 64, 64, parse_chip("sm_90"), x="bf16", dtype="bf16", wgmma=True)
     with pytest.raises(ValueError, match="sm_90 has no wgmma"):
         compile_kernel(gemm_wgmma_spec(64, 64, 64, 64, Shape(1, 8, 2), Epilogue()), parse_chip("sm_90"))

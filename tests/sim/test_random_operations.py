@@ -102,7 +102,9 @@ class Simulation:
         if trouble < 0.03:
             executor.transient = self.random.randint(1, 2)
         elif trouble < 0.06:
-            executor.after = self.interrupt
+            setattr(executor, self.random.choice(["after", "telling"]), self.interrupt)
+        elif trouble < 0.07:
+            executor.telling = self.lose
         elif trouble < 0.12:
             executor.before = self.abort_in_flight
         try:
@@ -112,11 +114,16 @@ class Simulation:
         else:
             ended = [(r.req_id, r.finish_reason, r.error) for r in output.finished]
             self.trace.append((output.scheduled, output.new_tokens, ended, output.preempted))
-        executor.before = executor.after = None
+        executor.before = executor.after = executor.telling = None
         executor.transient = 0
 
     def interrupt(self) -> None:
+        """Once: the batcher lets no second one through before it has put things in order."""
+        self.system.executor.after = self.system.executor.telling = None
         raise KeyboardInterrupt
+
+    def lose(self) -> None:
+        raise MemoryError("the tokens are lost")
 
     def abort_in_flight(self) -> None:
         self.system.executor.before = None

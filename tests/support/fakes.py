@@ -113,7 +113,10 @@ class FakeExecutor:
         self.transient = 0
         self.before: Callable[[], None] | None = None
         self.after: Callable[[], None] | None = None
-        self.mismatches: list[str] = []  # every KVMismatch: the batcher turns exceptions into failed requests
+        self.telling: Callable[[], None] | None = None  # before a device's tokens are told
+        self.mismatches: list[
+            str
+        ] = []  # all that was wrong: the batcher turns exceptions into failed requests
         self.num_forwards = 0
         self.batches: list[
             list[tuple[Any, int, int]]
@@ -135,13 +138,13 @@ class FakeExecutor:
         for request in batch.requests:
             if request.req_id in self.raises:
                 raise ModelFault(f"request {request.req_id!r} breaks the model")
-        assert len({int(slot) for slot in batch.out_loc}) == batch.num_tokens, "two rows write one slot"
+        self.demand(len({int(slot) for slot in batch.out_loc}) == batch.num_tokens, "two rows write one slot")
         rows = []
         pieces = zip(batch.requests, batch.tables, batch.starts, batch.counts, batch.sampled, strict=True)
         for index, (request, table, start, count, sampled) in enumerate(pieces):
             end = start + count
             long = len(tokens[index]) > self.switch_len
-            assert request.long_context is long, "the wrong rotary angles"
+            self.demand(request.long_context is long, f"the wrong rotary angles for {request.req_id!r}")
             expected = prefix_hashes(tokens[index][:end], long)
             poisoned = request.req_id in self.poisoned
             self._check_prefix(request, table, expected[:start])
@@ -172,8 +175,13 @@ class FakeExecutor:
             if len(wrong):
                 at = int(wrong[0])
                 why = f"{name} at position {at} (slot {slots[at]}) is {held[at]}, not {expected[at]}"
-                self.mismatches.append(f"request {request.req_id!r}: {why}")
-                raise KVMismatch(self.mismatches[-1])
+                self.demand(False, f"request {request.req_id!r}: {why}")
+
+    def demand(self, holds: bool, otherwise: str) -> None:
+        """Raises, and does not forget it."""
+        if not holds:
+            self.mismatches.append(otherwise)
+            raise KVMismatch(otherwise)
 
 
 class DeviceExecutor(FakeExecutor):
@@ -188,7 +196,7 @@ class DeviceExecutor(FakeExecutor):
         self.num_ahead = 0
 
     def start(self, batch: Batch, draws: Draws) -> Started:
-        assert self.num_waiting < 2, "more than two steps at once"
+        self.demand(self.num_waiting < 2, "more than two steps at once")
         known = [list(request.token_ids) for request in batch.requests]
         if batch.sources is not None:
             assert self._last is not None
@@ -223,10 +231,12 @@ class Started:
         if not self._is_told:
             self._is_told = True
             self._executor.num_waiting -= 1
+            if self._executor.telling is not None:
+                self._executor.telling()
         return list(self.chosen)
 
     def logits(self, rows: Sequence[int]) -> Logits:
-        assert self._executor._last is self, "another step was started: the logits are gone"
+        self._executor.demand(self._executor._last is self, "another step was started: the logits are gone")
         return self._logits.take(list(rows))
 
 

@@ -119,6 +119,9 @@ ENGINE = (
     Option("device", ("--device",), str, _MEMORY, "NAME", "Where the model runs: cpu, or cuda (the first GPU) or cuda:N.", "cpu"),
     Option("gpu_memory_utilization", ("--gpu-memory-utilization",), float, _MEMORY, "FRACTION",
            "Of a GPU's memory, for weights, activations and KV cache together.", "0.9"),
+    Option("gemm", ("--gemm",), list[str], _MEMORY, "[PRODUCT=]HOW",
+           "On a GPU, what multiplies: mma, wgmma (bfloat16 on Hopper) or cublas, for all products or for one of qkv, out, gate_up "
+           "(or up), down, head. May be given several times.", "mma"),
     Option("kv_cache_bytes", ("--kv-cache",), str, _MEMORY, "SIZE", "Memory of the KV cache, e.g. 512MiB or 2GB.",
            "what nanoserve plan shows"),
     Option("max_model_len", ("--max-model-len",), int, _MEMORY, "TOKENS", "Longest prompt + output.",
@@ -230,4 +233,18 @@ def _bias_entry(text: str) -> tuple[int, float]:
 def _engine_values(given: dict[str, Any]) -> dict[str, Any]:
     if "kv_cache_bytes" in given:
         given["kv_cache_bytes"] = parse_size("--kv-cache", given["kv_cache_bytes"])
+    if "gemm" in given:
+        given["gemm"] = _gemms(given["gemm"])
     return given
+
+
+def _gemms(texts: Sequence[str]) -> dict[str, str]:
+    """LLM's mapping; what the names are is its to check."""
+    chosen: dict[str, str] = {}
+    for text in texts:
+        product, equals, how = text.rpartition("=")
+        name = product if equals else "*"
+        if name in chosen:
+            raise ValueError(f"--gemm: {shown(text)}: {shown(name)} has {chosen[name]} already")
+        chosen[name] = how
+    return chosen

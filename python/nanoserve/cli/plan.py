@@ -53,24 +53,24 @@ def plan(
       nanoserve plan MODEL --kv-cache 2GiB --json
       nanoserve plan MODEL --device cuda --memory 80GiB    on a GPU that is not here
     """
-    from nanoserve.device_name import device_ordinal
+    from nanoserve.device_name import device_ordinal, refuse_options
     from nanoserve.memory_plan import plan_memory
     from nanoserve.models.weights import weights_in_memory
 
     if "weight_cache" in engine:
         raise ValueError("--weight-cache: changes nothing about memory, leave it out")
     memory_bytes = None if memory is None else parse_size("--memory", memory)
-    device, share = engine.pop("device", "cpu"), engine.pop("gpu_memory_utilization", None)
+    device = engine.pop("device", "cpu")
     on_gpu = device_ordinal(device) is not None
-    if share is not None and not on_gpu:
-        raise ValueError(f"gpu_memory_utilization: {share} is for a GPU, see --device")
+    gpu_only: dict[str, Any] = {
+        name: engine.pop(name) for name in ("gpu_memory_utilization", "gemm") if name in engine
+    }
+    refuse_options(device, {"num_threads": engine.get("num_threads")}, gpu_only)
     choice = {**{name: engine.pop(name, default) for name, default in _CHOICE.items()}, "gpu": on_gpu}
     config, files = _look_at(model, engine.pop("revision", None), choice)
     origin = ""
     if on_gpu:
-        made, origin = _plan_gpu(
-            device, memory_bytes, config, files, {**engine, "gpu_memory_utilization": share}
-        )
+        made, origin = _plan_gpu(device, memory_bytes, config, files, {**engine, **gpu_only})
     else:
         made = plan_memory(
             config, memory_bytes=memory_bytes, stored_bytes=files.stored_bytes,
@@ -92,11 +92,9 @@ def _plan_gpu(
     from nanoserve.cuda.backend import open_device
     from nanoserve.cuda.memory_plan import plan_cuda_memory, utilization
 
-    if (threads := options.pop("num_threads", None)) is not None:
-        raise ValueError(f"num_threads: {threads} is for the CPU, device is {device!r}: leave it out")
-    share = utilization(options["gpu_memory_utilization"], options.get("kv_cache_bytes"))
-    if memory_bytes is not None:  # the sizes are the same on every chip
-        name, chip, total, free = "a GPU", CHIPS["sm_80"], memory_bytes, None
+    share = utilization(options.get("gpu_memory_utilization"), options.get("kv_cache_bytes"))
+    if memory_bytes is not None:  # the sizes are the same on every chip; this one has all instructions
+        name, chip, total, free = "a GPU", CHIPS["sm_90a"], memory_bytes, None
     else:
         gpu = open_device(device)
         name, chip, total, free = gpu.name, gpu.chip, gpu.device.total_bytes, gpu.device.free_bytes

@@ -1,8 +1,8 @@
-"""CudaExecutor: ModelExecutor's interface over a GPU.
+"""CudaExecutor: one model's forward pass on a GPU, behind the batcher's interface.
 
 Construction copies the weights to the device, loads (or compiles) the kernels for its chip, and hands the native CudaStep a plan.
-`forward` is one native call: inputs in one copy, launches or a graph, logits back. Tokens are chosen on the host, from the same
-logits and block maxima as the CPU's.
+A step is one native call: inputs in one copy, launches or a graph. Its last kernel chooses the tokens; they, or rows of logits where the
+host is to choose, come back when they are asked for.
 
 Every output row's bits depend on its own tokens only, as on the CPU: an output of a product is one chain along k, attention has
 fixed blocks and segments, and kernels are chosen by number of rows only among those that give the same bits. That ends where
@@ -144,11 +144,9 @@ class CudaExecutor:
         self.batch_invariant = "cublas" not in self.gemm.values()
         sizes = StepSizes.of(config, precision, max_num_batched_tokens, max_num_seqs, max_model_len)
         self.max_model_len, self._switch_len = sizes.max_model_len, sizes.switch_len
-        self._logits_stride = sizes.logits_stride
         ops = list(forward_ops(config, precision.gemm_input))
-        self._native = CudaStep(
-            kv_pool, **sizes.limits, buckets=default_buckets(sizes.max_sequences) if buckets is None else list(buckets)
-        )  # fmt: skip
+        buckets = default_buckets(sizes.max_sequences) if buckets is None else list(buckets)
+        self._native = CudaStep(kv_pool, sizes.limits, buckets)
         self.cublas = None if self.batch_invariant else self._native.load_blas(cublas_paths())
         bound = bind_weights(config, weights)
         held = DeviceWeights(self._native, bound, self.max_model_len, self._switch_len, on_load)
@@ -178,18 +176,6 @@ class CudaExecutor:
         started = self.start(batch)
         started.tokens()
         return started.logits(range(len(batch.sample_rows)))
-
-    def execute_prefill(self, batch: Batch) -> Logits:
-        """`forward` for a batch that computes prompt tokens."""
-        if not batch.is_prefill:
-            raise ValueError("execute_prefill: the batch is decode only")
-        return self.forward(batch)
-
-    def execute_decode(self, batch: Batch) -> Logits:
-        """`forward` for a batch of one output token per request."""
-        if not batch.is_decode:
-            raise ValueError("execute_decode: the batch has prompt tokens to compute")
-        return self.forward(batch)
 
     @property
     def counts(self) -> dict[str, int]:

@@ -110,7 +110,7 @@ def device_bytes(
     binder = CudaOpBinder(config, precision, chip, buffers, page_size, weights, sizes, gemms=gemms)
     for op in forward_ops(config, precision.gemm_input):
         binder.bind(op)
-    own = CudaStep.own_bytes(page_size, **sizes.limits)
+    own = CudaStep.own_bytes(sizes.limits, page_size)
     workspace = CudaStep.blas_workspace_bytes if "cublas" in gemms.values() else 0
     return sum(weights.sizes.values()), sum(buffers.sizes) + own + workspace
 

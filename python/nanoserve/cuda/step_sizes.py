@@ -9,6 +9,7 @@ from nanoserve.kernels.cuda.paged_attention import SEGMENT, AttentionForm
 from nanoserve.kernels.logits import num_blocks
 from nanoserve.logprobs import MAX_PROMPT_LOGPROB_ROWS
 from nanoserve.models.config import ModelConfig
+from nanoserve.native import CudaLimits
 from nanoserve.precision import Precision
 
 
@@ -53,14 +54,14 @@ class StepSizes:
         )  # fmt: skip
 
     @property
-    def limits(self) -> dict[str, int]:
-        """CudaStep's arguments of these names."""
+    def limits(self) -> CudaLimits:
+        """What CudaStep is to know of it."""
         halves = 2 if self.max_model_len > self.switch_len else 1
-        return {
-            "max_tokens": self.max_tokens, "max_positions": halves * self.max_model_len, "max_sequences": self.max_sequences,
-            "max_samples": self.max_samples, "chunk_rows": self.chunk_rows, "segment": SEGMENT, "vocab": self.vocab,
-            "logits_stride": self.logits_stride, "num_blocks": self.num_blocks,
-        }  # fmt: skip
+        return CudaLimits(
+            max_tokens=self.max_tokens, max_positions=halves * self.max_model_len, max_sequences=self.max_sequences,
+            max_samples=self.max_samples, chunk_rows=self.chunk_rows, segment=SEGMENT, vocab=self.vocab,
+            logits_stride=self.logits_stride, num_blocks=self.num_blocks,
+        )  # fmt: skip
 
 
 def _chunk_rows(config: ModelConfig, precision: Precision) -> int:

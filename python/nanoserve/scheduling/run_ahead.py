@@ -34,11 +34,7 @@ class RunningStep:
     @property
     def can_be_overtaken(self) -> bool:
         """Nothing of it is needed on the host to go on."""
-        return (
-            self.started is not None
-            and self.output.batch.is_decode
-            and all(can_choose(request, ahead=1) for request in self.output.requests)
-        )
+        return self.started is not None and all(can_choose(one, ahead=1) for one in self.output.requests)
 
     def wait(self) -> None:
         """Until it is over; nobody wants its tokens."""

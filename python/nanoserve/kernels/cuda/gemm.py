@@ -60,7 +60,7 @@ def gemm_plan(
     if dtype not in WEIGHTS_OF[x]:
         raise ValueError(f"gemm: dtype {dtype!r} with x {x!r} must be one of {', '.join(WEIGHTS_OF[x])}")
     if wgmma and not chip.wgmma:
-        raise ValueError(f"gemm: wgmma=True: {chip.name} does not have it")
+        raise ValueError(f"gemm: wgmma: {chip.name} does not have it")
     epilogue = Epilogue(bias, activation, residual, scale, softcap, gated)
     sizes = (n_in, n_out, ldx, ldy)
     has_many = n_out * (1 + gated) >= _MANY_OUTPUTS
