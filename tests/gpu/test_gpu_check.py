@@ -151,7 +151,7 @@ def test_full_sizes_launch_nothing_that_is_not_prepared(
             self.results = {"ceilings": {"facts": {"copy_bytes_per_s": 3e12, "bf16_flops": 7e14}}}
 
         def memory(self, array: np.ndarray) -> kernel_speed.Rows:
-            return kernel_speed.Rows(1 << 20, array)
+            return kernel_speed.Rows(1 << 20, array.nbytes, array)
 
         def put(self, spec: GpuKernelSpec, args: list[Any]) -> None:
             assert spec in specs
@@ -171,7 +171,7 @@ def test_full_sizes_launch_nothing_that_is_not_prepared(
             return 1e-3
 
     monkeypatch.setattr(
-        kernel_speed, "random_rows", lambda *args, **options: kernel_speed.Rows(1 << 21, None)
+        kernel_speed, "random_rows", lambda *args, **options: kernel_speed.Rows(1 << 21, 1 << 21, None)
     )
     record = Record(tmp_path / "record.json", 300)
     kernel_speed.run(Dry(), record)  # type: ignore[arg-type]

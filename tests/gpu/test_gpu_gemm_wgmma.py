@@ -69,7 +69,7 @@ def test_a_row_has_the_same_bits_for_every_number_of_rows() -> None:
 
 
 def test_a_plan_never_mixes_arithmetics() -> None:
-    for wgmma, kinds in ((False, {"gemm_mma"}), (True, {"gemm_wgmma"})):
+    for wgmma, kinds in ((False, {"gemm_mma"}), (True, {"gemm_wgmma", "gemm_tma"})):
         plan = gemm_plan(64, 64, 64, 64, CHIP, x="bf16", dtype="bf16", wgmma=wgmma)
         assert {spec.kind for spec in plan.specs} == kinds
 

@@ -75,6 +75,7 @@ class Rows:
     """
 
     address: int
+    num_bytes: int
     held: Any
 
 
@@ -85,10 +86,10 @@ def random_rows(gpu: Gpu, *shape: int, dtype: str = "bf16", scale: float = 1.0) 
         kind = torch.bfloat16 if dtype == "bf16" else torch.float32
         made = torch.empty(*shape, device="cuda", dtype=kind).normal_(std=scale)
         torch.cuda.synchronize()
-        return Rows(made.data_ptr(), made)
+        return Rows(made.data_ptr(), made.nbytes, made)
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32) * np.float32(scale)
     held = gpu.memory(values if dtype == "f32" else (values.view(np.uint32) >> 16).astype(np.uint16))
-    return Rows(held.address, held)
+    return Rows(held.address, held.num_bytes, held)
 
 
 def copies(size: int, tiny: bool) -> int:
@@ -108,9 +109,8 @@ def _product(gpu: Gpu, record: Record, model: str, made: Product, ceilings: Ceil
     def ours(one: Arithmetic, m: int) -> float:
         spec = plan_of(made, gpu.chip, one).spec_for(m)
         size = 2 * made.rows * width
-        return gpu.seconds(
-            lambda i: gpu.put(spec, [x, w.address + size * (i % count), *bias, y, m]), launches
-        )
+        each = [Rows(w.address + size * i, size, w.held) for i in range(count)]
+        return gpu.seconds(lambda i: gpu.put(spec, [x, each[i % count], *bias, y, m]), launches)
 
     def torchs(m: int) -> float:
         linear, left = gpu.torch.nn.functional.linear, x.held[:m, : op.n_in]

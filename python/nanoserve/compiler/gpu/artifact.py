@@ -24,6 +24,8 @@ from nanoserve.compiler.gpu.spec import Extent, GpuKernelSpec, Grid, TensorForm
 
 _MAX_MANIFEST_BYTES = 64 * 1024
 _MAX_FILE_BYTES = 64 * 1024 * 1024
+# (number of the argument, element, dims, strides, box, swizzle)
+NativeTensor = tuple[int, str, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 _FILES = ("cubin", "ptx", "ll")
 
 
@@ -44,6 +46,12 @@ class Launch:
     block: int
     shared_bytes: int
     tensors: tuple[tuple[str, TensorForm], ...] = ()
+
+    @property
+    def native_tensors(self) -> list[NativeTensor]:
+        """CudaKernel's argument `tensors`."""
+        names = [name for name, _ in self.arguments]
+        return [(names.index(name), *form) for name, form in self.tensors]
 
 
 @dataclass(frozen=True, slots=True)
