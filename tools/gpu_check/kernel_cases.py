@@ -22,11 +22,15 @@ from nanoserve.kernels.cuda import library
 from nanoserve.kernels.cuda.activation import activation_spec, convert_spec
 from nanoserve.kernels.cuda.choose import choose_spec
 from nanoserve.kernels.cuda.embedding import embedding_spec
+from nanoserve.kernels.cuda.epilogue import Epilogue
 from nanoserve.kernels.cuda.gemm import GemmPlan, gemm_plan
+from nanoserve.kernels.cuda.gemm_tma import gemm_tma_spec
+from nanoserve.kernels.cuda.gemm_wgmma import gemm_wgmma_spec
 from nanoserve.kernels.cuda.kv_write import kv_write_spec
 from nanoserve.kernels.cuda.layout import row_stride, weight_stride
 from nanoserve.kernels.cuda.logits import block_max_spec
 from nanoserve.kernels.cuda.norm import norm_spec
+from nanoserve.kernels.cuda.wgmma_tile import Shape
 from nanoserve.kernels.logits import num_blocks
 from nanoserve.models.rope import Rope
 from nanoserve.native import LOGITS_BLOCK
@@ -156,6 +160,31 @@ def _gemm(kind: str) -> Callable[[Chip], Iterable[Case]]:
             )  # fmt: skip
 
     return cases
+
+
+def _tma(chip: Chip) -> Iterable[Case]:
+    """For every number of rows, though plans have it for many; whether its bits are gemm_wgmma's is an output, too."""
+    if not chip.wgmma:
+        return
+    shape = Shape(2, 128, 3)
+    for name, options in _GEMM_OPTIONS.items():
+        p = gemm_problem("bf16", "bf16", options)
+        spec, other = (
+            make(p.k, p.n, p.ldx, p.ldy, shape, Epilogue(**options), y=p.y_type)
+            for make in (gemm_tma_spec, gemm_wgmma_spec)
+        )
+
+        def run(
+            launch: Launch, m: int, p: MatrixProblem = p, spec: GpuKernelSpec = spec, other: GpuKernelSpec = other
+        ) -> list[Array]:
+            found, same = (p.run(each, m=m, launch=launch) for each in (spec, other))
+            return [_wide(found), np.full(m, float(found.tobytes() == same.tobytes()))]
+
+        def expected(m: int, p: MatrixProblem = p) -> list[Array]:
+            return [p.expected()[:m], np.ones(m)]
+
+        tolerance = 1e-2 if p.y_type == "bf16" else 2e-5
+        yield Case(f"gemm_tma, {name}", (spec, other), run, expected, tolerance)
 
 
 # ---- rows
@@ -372,6 +401,7 @@ CASES: dict[str, Callable[[Chip], Iterable[Case]]] = {
     "choose": _choose,
     "embedding": _embedding,
     **{kind: _gemm(kind) for kind in GEMMS},
+    "gemm_tma": _tma,
     "kv_write": _kv_write,
     "logits": _logits,
     "norm": _norm,
