@@ -159,6 +159,7 @@ def test_a_launch_takes_the_map_by_value_and_a_graph_keeps_it(driver: FakeDriver
     for start in (2000, 5000):  # the map stays what it was, the memory is what it is now
         values = np.arange(1024, dtype=np.uint16) + start
         driver.call("cuMemcpyHtoD_v2", sources[1], values.ctypes.data, values.nbytes)
+        driver.call("cuCtxSynchronize")
         driver.call("cuGraphLaunch", graph, stream)
         driver.call("cuStreamSynchronize", stream)
         assert sorted(driver.download(out, 512, np.uint16)) == list(range(start, start + 512))
