@@ -1,6 +1,7 @@
 #include "cuda_inputs.h"
 
 #include <algorithm>
+#include <functional>
 #include <bit>
 #include <stdexcept>
 
@@ -100,6 +101,8 @@ Staged Inputs::stage(const StepBatch& batch, const Choices& choices, std::size_t
             }
         }
     }
+    // What takes longest begins first.
+    std::ranges::sort(chunks.first(at(sizes.chunks)), std::greater{}, &AttentionSpan::start);
     sizes.segments = static_cast<std::int64_t>(
         std::bit_ceil(static_cast<std::uint64_t>(ceil_div(longest, limits_.segment))));
     const std::int64_t bucket = bucket_of(sizes);

@@ -42,7 +42,7 @@ class NanoServingEngine:
         config: the model's shape and options.
         weights: tensors by checkpoint name, as `load_weights` returns them.
         kv_cache_pages: pages of KV memory, `page_size` tokens each.
-        max_chunk_size: most prompt tokens of one request per step.
+        max_chunk_size: most prompt tokens of one request per step; None: 256, on a GPU all that a step may compute.
         max_batch_size: most requests running at once.
         max_num_batched_tokens: most tokens computed in one step, decode rows and prompt chunks together.
         eos_token_id: token(s) that end a request; None takes the config's.
@@ -72,7 +72,7 @@ class NanoServingEngine:
         config: ModelConfig,
         weights: Tensors,
         kv_cache_pages: int = 256,
-        max_chunk_size: int = 256,
+        max_chunk_size: int | None = None,
         max_batch_size: int = 32,
         max_num_batched_tokens: int = 2048,
         eos_token_id: int | Iterable[int] | None = None,
@@ -90,6 +90,8 @@ class NanoServingEngine:
         on_load: Callable[[int, int, str], None] | None = None,
         weight_cache: bool = True,
     ) -> None:
+        if max_chunk_size is None:  # products of few rows leave a GPU idle, and a CPU busy
+            max_chunk_size = 256 if device_ordinal(device) is None else max_num_batched_tokens
         for name, value in (
             ("kv_cache_pages", kv_cache_pages),
             ("max_chunk_size", max_chunk_size),

@@ -82,7 +82,7 @@ class AttentionProblem:
         form, out = self.form, self.empty()
         spans = self.spans(counts, form.chunk_rows)
         launch(
-            form.attend_spec(), self.q, self.stored(self.k), self.stored(self.v), self.table, spans, out, form.ld_q, form.ld_out,
+            form.attend_spec(), self.q, self.stored(self.k), self.stored(self.v), self.table, spans, out,
             len(spans), *SCRATCH, order=order,
         )  # fmt: skip
         return out
@@ -95,7 +95,7 @@ class AttentionProblem:
         parts = np.full((len(spans), form.heads, segments, form.head_dim), np.nan, np.float32)
         sums = np.full((len(spans), form.heads, segments, 2), np.nan, np.float32)
         launch(
-            form.split_spec(), self.q, self.stored(self.k), self.stored(self.v), self.table, spans, parts, sums, form.ld_q,
+            form.split_spec(), self.q, self.stored(self.k), self.stored(self.v), self.table, spans, parts, sums,
             segments, len(spans), *SCRATCH, order=order,
         )  # fmt: skip
         launch(
@@ -104,7 +104,6 @@ class AttentionProblem:
             sums,
             spans,
             out,
-            form.ld_out,
             segments,
             len(spans),
             *SCRATCH,

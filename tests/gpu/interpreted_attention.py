@@ -53,7 +53,7 @@ def distances(problem: AttentionProblem) -> dict[str, float]:
     counts = (1, 3, form.chunk_rows + 1, 2)
     spans, out = problem.spans(counts, form.chunk_rows), problem.empty()
     kernels.attend[(len(spans), form.kv_heads)](
-        *inputs, tensor(spans), tensor(out), form.ld_q, form.ld_out, len(spans), **form.constants("attend")
+        *inputs, tensor(spans), tensor(out), len(spans), **form.constants("attend")
     )
     found = {
         "attend": np.abs(numbers(form, out[problem.rows(counts)]) - problem.reference(counts)).max()
@@ -63,10 +63,10 @@ def distances(problem: AttentionProblem) -> dict[str, float]:
     parts = np.full((len(spans), form.heads, segments, form.head_dim), np.nan, np.float32)
     sums = np.full((len(spans), form.heads, segments, 2), np.nan, np.float32)
     kernels.split[(len(spans), form.kv_heads, segments)](
-        *inputs, tensor(spans), tensor(parts), tensor(sums), form.ld_q, segments, len(spans), **form.constants("split")
+        *inputs, tensor(spans), tensor(parts), tensor(sums), segments, len(spans), **form.constants("split")
     )  # fmt: skip
     kernels.merge[(len(spans), form.heads)](
-        tensor(parts), tensor(sums), tensor(spans), tensor(merged), form.ld_out, segments, len(spans), **form.constants("merge")
+        tensor(parts), tensor(sums), tensor(spans), tensor(merged), segments, len(spans), **form.constants("merge")
     )  # fmt: skip
     found["split and merge"] = np.abs(numbers(form, merged[problem.last]) - problem.reference(ones)).max()
     return {name: float(value) for name, value in found.items()}

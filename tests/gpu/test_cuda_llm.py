@@ -89,6 +89,16 @@ def test_products_by_cublas(opened: Callable[..., LLM]) -> None:
         opened(device="cuda", gemm={"up": "cublas"})
 
 
+def test_a_prompt_is_computed_in_as_large_pieces_as_a_step_may_have(opened: Callable[..., LLM]) -> None:
+    for device, options, largest in (
+        ("cuda", {}, 64),
+        ("cuda", {"max_chunk_size": 16}, 16),
+        ("cpu", {}, 256),
+    ):
+        llm = opened(device=device, **options)
+        assert llm.engine.batcher.scheduler.prefill_mgr.max_chunk_size == largest
+
+
 # ---- memory
 
 

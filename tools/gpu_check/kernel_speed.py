@@ -189,8 +189,8 @@ def _decode_seconds(gpu: Gpu, form: AttentionForm, keys: PagedKeys, batch: int, 
 
     def work(i: int) -> None:
         mine = spans[i % keys.count]
-        gpu.put(split, [q, keys.k, keys.v, keys.table, mine, parts, sums, form.ld_q, segments, batch, 0, 0])
-        gpu.put(merge, [parts, sums, mine, out, form.ld_out, segments, batch, 0, 0])
+        gpu.put(split, [q, keys.k, keys.v, keys.table, mine, parts, sums, segments, batch, 0, 0])
+        gpu.put(merge, [parts, sums, mine, out, segments, batch, 0, 0])
 
     return gpu.seconds(work, max(keys.count, 2))
 
@@ -225,7 +225,7 @@ def _prefill_seconds(gpu: Gpu, form: AttentionForm, tokens: int) -> float:
     return gpu.seconds(
         lambda i: gpu.put(
             attend,
-            [q, keys.k, keys.v, keys.table, spans[i % keys.count], out, form.ld_q, form.ld_out, count, 0, 0],
+            [q, keys.k, keys.v, keys.table, spans[i % keys.count], out, count, 0, 0],
         ),
         max(keys.count, 2),
     )

@@ -291,18 +291,17 @@ class CudaOpBinder:
         form, name = self.form(op), f"layers.{op.layer}.attention"
         q, out = self._buffers[op.qkv], self._buffers[op.out]
         pages: list[Arg] = [("k", op.layer), ("v", op.layer), ("table",)]
-        ld_q, ld_out = ("number", form.ld_q), ("number", form.ld_out)
         null = [NULL] * len(SCRATCH)
         return [
             _launch(
-                f"{name}.attend", form.attend_spec(), q, *pages, ("chunks",), out, ld_q, ld_out, ("num_chunks",), *null
+                f"{name}.attend", form.attend_spec(), q, *pages, ("chunks",), out, ("num_chunks",), *null
             ),
             _launch(
-                f"{name}.split", form.split_spec(), q, *pages, ("decodes",), self._parts, self._sums, ld_q, ("num_segments",),
+                f"{name}.split", form.split_spec(), q, *pages, ("decodes",), self._parts, self._sums, ("num_segments",),
                 ("num_decodes",), *null,
             ),
             _launch(
-                f"{name}.merge", form.merge_spec(), self._parts, self._sums, ("decodes",), out, ld_out, ("num_segments",),
+                f"{name}.merge", form.merge_spec(), self._parts, self._sums, ("decodes",), out, ("num_segments",),
                 ("num_decodes",), *null,
             ),
         ]  # fmt: skip

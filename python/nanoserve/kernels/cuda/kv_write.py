@@ -21,7 +21,7 @@ from nanoserve.kernels.kv_write import DTYPES, QK_NORMS
 if TYPE_CHECKING:
     from nanoserve.compiler.builder import Value
 
-_THREADS = 128
+_MOST_WARPS = 16
 
 
 def kv_write_spec(
@@ -54,8 +54,9 @@ def kv_write_spec(
         arguments |= {"q_norm": pointer(sizes[0] * head_dim), "k_norm": pointer(sizes[1] * head_dim)}
     arguments |= dict.fromkeys(("k", "v"), pages(kv_heads, page_size, head_dim, dtype))
     arguments |= {"slots": pointer(UNBOUNDED, element="i32"), "m": SCALAR}
+    warps = min(_MOST_WARPS, heads)  # heads take turns, each a round trip to memory
     return GpuKernelSpec.make(
-        "kv_write", arguments, (Extent("m"),), _THREADS, 2 * 4 * _THREADS // WARP if qk_norm == "row" else 0, h=heads,
+        "kv_write", arguments, (Extent("m"),), warps * WARP, 2 * 4 * warps if qk_norm == "row" else 0, h=heads,
         kv=kv_heads, d=head_dim, page_size=page_size, rotary=rotary, qk_norm=qk_norm,
         norm_eps=float(norm_eps) if qk_norm else 0.0,
     )  # fmt: skip
@@ -71,7 +72,7 @@ def build(
     from nanoserve.compiler.gpu.memory import SharedMemory, rounded
     from nanoserve.compiler.gpu.threads import block_id, only_where, over_block, over_warp, thread_id
 
-    warps, half = _THREADS // WARP, rotary // 2
+    warps, half = spec.block // WARP, rotary // 2
 
     @device_kernel(spec)
     def _(*values: Any) -> None:
@@ -105,7 +106,7 @@ def build(
             """1 / RMS of some columns of the row, by all threads."""
             assert shared is not None
 
-            @loop(0, count, _THREADS, carry=[const(0.0, "f32")])
+            @loop(0, count, spec.block, carry=[const(0.0, "f32")])
             def squares(at: Value, total: list[Value]) -> list[Value]:
                 column = at + thread
                 x = qkv[row, imin(column, count - 1) + first]

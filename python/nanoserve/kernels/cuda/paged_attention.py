@@ -78,9 +78,12 @@ class AttentionForm:
 
     def _tile(self, part: str) -> int:
         """Rows of a tile: a row of the step is `group` of them."""
-        is_tall = part == "attend" and self.narrow and self.dim_pad <= 128
-        rows = 4 * _LEAST_ROWS if is_tall else _LEAST_ROWS
-        return max(rows, 1 << (self.group - 1).bit_length())
+        times = 1
+        if part == "attend" and self.narrow:
+            # What registers hold. A tile no wider than high has its warps one below the other, so that none multiplies what
+            # another one does, too.
+            times = 4 if self.dim_pad <= 64 else {128: 8, 256: 2}.get(self.dim_pad, 1)
+        return max(times * _LEAST_ROWS, 1 << (self.group - 1).bit_length())
 
     def _warps(self, part: str) -> int:
         """How many share a tile; wide heads need their registers."""
@@ -88,19 +91,22 @@ class AttentionForm:
             return 1
         if not self.narrow:
             return 8 if self.dim_pad >= 64 else 4
-        return (8 if self.dim_pad > 64 else 4) if part == "attend" else (4 if self.dim_pad > 64 else 2)
+        if part == "attend":
+            return 8 if self._tile(part) > 64 else 4
+        return 4 if self.dim_pad > 64 else 2
 
     def stages(self, part: str) -> int:
-        """Copies of keys and values ahead of the products, by what fits beside the rest."""
-        return 3 if part == "split" and self.narrow else 2
+        """For Triton, of the loop over blocks: page ids take some, keys and values what is left. Of 5, two blocks ahead of the products."""
+        return 5 if self.narrow else 2
 
     def constants(self, part: str) -> dict[str, Any]:
         """Of the Triton function."""
         if part == "merge":
             return {
-                "HEADS": self.heads, "DIM": self.head_dim, "DIM_PAD": self.dim_pad, "WINDOW": self.window, "SEGMENT": SEGMENT,
+                "LD_OUT": self.ld_out, "HEADS": self.heads, "DIM": self.head_dim, "DIM_PAD": self.dim_pad, "WINDOW": self.window, "SEGMENT": SEGMENT,
             }  # fmt: skip
-        return {
+        strides = {"LD_Q": self.ld_q, **({"LD_OUT": self.ld_out} if part == "attend" else {})}
+        return strides | {
             "SCALE": self.scale, "SOFTCAP": self.softcap, "WINDOW": self.window, "KV_HEADS": self.kv_heads, "GROUP": self.group,
             "DIM": self.head_dim, "DIM_PAD": self.dim_pad, "PAGE": self.page_size, "ROWS": self._tile(part), "BLOCK": self.block,
             "SEGMENT": SEGMENT, "NARROW": self.narrow,
@@ -135,30 +141,27 @@ class AttentionForm:
         )
 
     def attend_spec(self) -> GpuKernelSpec:
-        """Args: Q, K, V, table, spans, out, ld_q, ld_out, num_spans, and two null pointers."""
-        arguments = {
-            **self._inputs(), "out": pointer(UNBOUNDED, self.ld_out, element=self.out), "ld_q": SCALAR, "ld_out": SCALAR,
-            "num_spans": SCALAR,
-        }  # fmt: skip
+        """Args: Q, K, V, table, spans, out, num_spans, and two null pointers."""
+        out = pointer(UNBOUNDED, self.ld_out, element=self.out)
+        arguments = {**self._inputs(), "out": out, "num_spans": SCALAR}
         return self._spec("attend", arguments, (Extent("num_spans"), Extent(times=self.kv_heads)))
 
     def split_spec(self) -> GpuKernelSpec:
-        """Args: Q, K, V, table, spans, parts, sums, ld_q, num_segments, num_spans, and two null pointers.
+        """Args: Q, K, V, table, spans, parts, sums, num_segments, num_spans, and two null pointers.
 
         parts: float32 [spans][heads][num_segments][head_dim]; sums: [spans][heads][num_segments][2].
         """
         arguments = {
-            **self._inputs(), "parts": pointer(UNBOUNDED), "sums": pointer(UNBOUNDED), "ld_q": SCALAR, "num_segments": SCALAR,
-            "num_spans": SCALAR,
+            **self._inputs(), "parts": pointer(UNBOUNDED), "sums": pointer(UNBOUNDED), "num_segments": SCALAR, "num_spans": SCALAR,
         }  # fmt: skip
         grid = (Extent("num_spans"), Extent(times=self.kv_heads), Extent("num_segments"))
         return self._spec("split", arguments, grid)
 
     def merge_spec(self) -> GpuKernelSpec:
-        """Args: parts, sums, spans, out, ld_out, num_segments, num_spans, and two null pointers."""
+        """Args: parts, sums, spans, out, num_segments, num_spans, and two null pointers."""
         arguments = {
             "parts": pointer(UNBOUNDED), "sums": pointer(UNBOUNDED), "spans": pointer(UNBOUNDED, element="i32"),
-            "out": pointer(UNBOUNDED, self.ld_out, element=self.out), "ld_out": SCALAR, "num_segments": SCALAR, "num_spans": SCALAR,
+            "out": pointer(UNBOUNDED, self.ld_out, element=self.out), "num_segments": SCALAR, "num_spans": SCALAR,
         }  # fmt: skip
         return self._spec("merge", arguments, (Extent("num_spans"), Extent(times=self.heads)))
 

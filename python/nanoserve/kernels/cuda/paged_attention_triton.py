@@ -89,35 +89,50 @@ def _segment(
 
 
 @triton.jit
-def _queries(
-    Q, spans, span, kv_head, ld_q,
+def _rows(
+    spans, span, kv_head,
     ROWS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """A tile: its queries, their positions (-1: none), rows and heads, which of them count; the span's begin, end and table."""
-    first_row, count = tl.load(spans + 4 * span), tl.load(spans + 4 * span + 1)
+    """A tile: its rows of the step and their heads, which of it count, and how many rows the span has.
+
+    Volatile: asked for again behind the products, all is read and computed again (the minimum, which is 0, is there to make it
+    so). What was kept would take registers from them.
+    """
+    first_row = tl.load(spans + 4 * span, volatile=NARROW)
+    count = tl.load(spans + 4 * span + 1, volatile=NARROW)
+    index = tl.arange(0, ROWS) + tl.minimum(count, 0)
+    valid = (index // GROUP < count)[:, None] & (tl.arange(0, DIM_PAD) < DIM)[None, :]
+    return (first_row + index // GROUP).to(tl.int64), kv_head * GROUP + index % GROUP, valid, count
+
+
+@triton.jit
+def _queries(
+    Q, spans, span, kv_head,
+    LD_Q: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """A tile: its queries, their positions (-1: none); the span's begin, end and table."""
+    row, head, valid, count = _rows(spans, span, kv_head, ROWS, GROUP, DIM, DIM_PAD, NARROW)
     start, table_off = tl.load(spans + 4 * span + 2), tl.load(spans + 4 * span + 3)
-    index = tl.arange(0, ROWS)
-    row, head = index // GROUP, kv_head * GROUP + index % GROUP
-    dims = tl.arange(0, DIM_PAD)
-    valid = (row < count)[:, None] & (dims < DIM)[None, :]
-    at = (first_row + row).to(tl.int64)
-    q = tl.load(Q + (at * ld_q + head * DIM)[:, None] + dims[None, :], mask=valid, other=0.0)
+    index = tl.arange(0, ROWS) // GROUP
+    q = tl.load(
+        Q + (row * LD_Q + head * DIM)[:, None] + tl.arange(0, DIM_PAD)[None, :], mask=valid, other=0.0
+    )
     if NARROW:
         q = q.to(tl.bfloat16)
-    return q, tl.where(row < count, start + row, -1), at, head, valid, start, start + count, table_off
+    return q, tl.where(index < count, start + index, -1), start, start + count, table_off
 
 
 @triton.jit
 def attend(
-    Q, K, V, table, spans, out, ld_q, ld_out, num_spans,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    Q, K, V, table, spans, out, num_spans,
+    LD_Q: tl.constexpr, LD_OUT: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Grid: spans, KV heads. A span has at most ROWS // GROUP rows."""
     kv_head = tl.program_id(1)
-    q, positions, row, head, valid, start, keys, table_off = _queries(
-        Q, spans, tl.program_id(0), kv_head, ld_q, ROWS, GROUP, DIM, DIM_PAD, NARROW
+    q, positions, start, keys, table_off = _queries(
+        Q, spans, tl.program_id(0), kv_head, LD_Q, ROWS, GROUP, DIM, DIM_PAD, NARROW
     )
     m = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -132,10 +147,11 @@ def attend(
             SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, DIM_PAD, PAGE, BLOCK, NARROW,
         )  # fmt: skip
         m, total, acc = _merged(m, total, acc, more[0], more[1], more[2])
+    row, head, valid, _count = _rows(spans, tl.program_id(0), kv_head, ROWS, GROUP, DIM, DIM_PAD, NARROW)
     dims = tl.arange(0, DIM_PAD)
     result = acc / tl.broadcast_to(tl.where(total > 0.0, total, 1.0)[:, None], acc.shape)
     tl.store(
-        out + (row * ld_out + head * DIM)[:, None] + dims[None, :],
+        out + (row * LD_OUT + head * DIM)[:, None] + dims[None, :],
         result.to(out.dtype.element_ty),
         mask=valid,
     )
@@ -143,25 +159,30 @@ def attend(
 
 @triton.jit
 def split(
-    Q, K, V, table, spans, parts, sums, ld_q, num_segments, num_spans,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    Q, K, V, table, spans, parts, sums, num_segments, num_spans,
+    LD_Q: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Grid: spans of one row, KV heads, segments. parts [span][head][segment][DIM], sums the same with (largest, sum)."""
     kv_head, segment = tl.program_id(1), tl.program_id(2)
-    q, positions, _row, head, valid, _start, keys, table_off = _queries(
-        Q, spans, tl.program_id(0), kv_head, ld_q, ROWS, GROUP, DIM, DIM_PAD, NARROW
-    )
-    is_seen = segment * SEGMENT < keys  # never in padding, whose start and count are 0
+    span = spans + 4 * tl.program_id(0)
+    keys = tl.load(span + 1) + tl.load(span + 2)
+    # Before anything else is read: most segments of a short context are not there. None of a padding's are, whose
+    # count and start are 0.
+    is_seen = segment * SEGMENT < keys
     if WINDOW > 0:
         is_seen = is_seen & ((segment + 1) * SEGMENT > keys - WINDOW)
     if is_seen:
+        q, positions, _start, _keys, table_off = _queries(
+            Q, spans, tl.program_id(0), kv_head, LD_Q, ROWS, GROUP, DIM, DIM_PAD, NARROW
+        )
         last = tl.minimum(tl.cdiv(keys, BLOCK), (segment + 1) * (SEGMENT // BLOCK))
         m, total, acc = _segment(
             q, positions, keys, K, V, table + table_off, kv_head, segment * (SEGMENT // BLOCK), last,
             SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, DIM_PAD, PAGE, BLOCK, NARROW,
         )  # fmt: skip
+        _row, head, valid, _count = _rows(spans, tl.program_id(0), kv_head, ROWS, GROUP, DIM, DIM_PAD, NARROW)
         at = (tl.program_id(0).to(tl.int64) * (KV_HEADS * GROUP) + head) * num_segments + segment
         dims = tl.arange(0, DIM_PAD)
         tl.store(parts + at[:, None] * DIM + dims[None, :], acc, mask=valid)
@@ -171,8 +192,8 @@ def split(
 
 @triton.jit
 def merge(
-    parts, sums, spans, out, ld_out, num_segments, num_spans,
-    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
+    parts, sums, spans, out, num_segments, num_spans,
+    LD_OUT: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """Grid: spans of one row, heads."""
     span, head = tl.program_id(0), tl.program_id(1)
@@ -188,10 +209,10 @@ def merge(
         acc = tl.zeros([1, DIM_PAD], tl.float32)
         for segment in range(first, tl.cdiv(keys, SEGMENT)):
             at = (span.to(tl.int64) * HEADS + head) * num_segments + segment
-            more = tl.load(parts + at * DIM + dims, mask=dims < DIM, other=0.0)[None, :]
+            more = tl.load(parts + at * DIM + dims[None, :], mask=(dims < DIM)[None, :], other=0.0)
             m_more = tl.load(sums + 2 * at + tl.zeros([1], tl.int32))
             total_more = tl.load(sums + 2 * at + 1 + tl.zeros([1], tl.int32))
             m, total, acc = _merged(m, total, acc, m_more, total_more, more)
         result = acc / tl.broadcast_to(tl.where(total > 0.0, total, 1.0)[:, None], acc.shape)
-        place = out + first_row.to(tl.int64) * ld_out + head * DIM + dims[None, :]
+        place = out + first_row.to(tl.int64) * LD_OUT + head * DIM + dims[None, :]
         tl.store(place, result.to(out.dtype.element_ty), mask=(dims < DIM)[None, :])
