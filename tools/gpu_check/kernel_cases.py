@@ -175,7 +175,11 @@ def _tma(chip: Chip) -> Iterable[Case]:
         )
 
         def run(
-            launch: Launch, m: int, p: MatrixProblem = p, spec: GpuKernelSpec = spec, other: GpuKernelSpec = other
+            launch: Launch,
+            m: int,
+            p: MatrixProblem = p,
+            spec: GpuKernelSpec = spec,
+            other: GpuKernelSpec = other,
         ) -> list[Array]:
             found, same = (p.run(each, m=m, launch=launch) for each in (spec, other))
             return [_wide(found), np.full(m, float(found.tobytes() == same.tobytes()))]

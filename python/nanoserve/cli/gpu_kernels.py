@@ -100,7 +100,10 @@ GPU_KERNELS: dict[str, tuple[Callable[[Chip], GpuKernelSpec], str]] = {
     "gemm_f32": (_gemm_f32, "matrix product in float32, 256 by 256, a few rows"),
     "gemm_mma": (_gemm_mma, "matrix product in bfloat16 by tensor cores, 256 by 256, a few rows"),
     "gemm_wgmma": (_gemm_wgmma, "the same by Hopper's warpgroup instructions: sm_90a"),
-    "gemm_tma": (_gemm_tma, "the same for many rows: a warp has the copy engine bring tiles, others multiply"),
+    "gemm_tma": (
+        _gemm_tma,
+        "the same for many rows: a warp has the copy engine bring tiles, others multiply",
+    ),
     "attend": (_attend, "paged attention of prompts' rows, 4 query and 2 KV heads of 64 (Triton)"),
     "split": (_split, "paged attention of single rows, a program per segment of keys (Triton)"),
     "merge": (_merge, "what the programs of split found, merged (Triton)"),
