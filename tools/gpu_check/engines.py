@@ -66,7 +66,8 @@ def make_engine(
     make = backend.CudaBackend.make_executor
 
     def make_executor(self: Any, *args: Any, **given: Any) -> Any:
-        return make(self, *args, store=gpu.store, image=gpu.image, **given, **(executor_options or {}))
+        options = {**given, "store": gpu.store, "image": gpu.image, **(executor_options or {})}
+        return make(self, *args, **options)
 
     with patch.object(backend.CudaBackend, "make_executor", make_executor):
         return NanoServingEngine(config, weights, precision=precision, **{"device": "cuda", **options})

@@ -23,14 +23,13 @@ from nanoserve.kernels.cuda.activation import activation_spec, convert_spec
 from nanoserve.kernels.cuda.choose import choose_spec
 from nanoserve.kernels.cuda.embedding import embedding_spec
 from nanoserve.kernels.cuda.epilogue import Epilogue
-from nanoserve.kernels.cuda.gemm import GemmPlan, gemm_plan
+from nanoserve.kernels.cuda.gemm import TMA_SHAPE, GemmPlan, gemm_plan
 from nanoserve.kernels.cuda.gemm_tma import gemm_tma_spec
 from nanoserve.kernels.cuda.gemm_wgmma import gemm_wgmma_spec
 from nanoserve.kernels.cuda.kv_write import kv_write_spec
 from nanoserve.kernels.cuda.layout import row_stride, weight_stride
 from nanoserve.kernels.cuda.logits import block_max_spec
 from nanoserve.kernels.cuda.norm import norm_spec
-from nanoserve.kernels.cuda.wgmma_tile import Shape
 from nanoserve.kernels.logits import num_blocks
 from nanoserve.models.rope import Rope
 from nanoserve.native import LOGITS_BLOCK
@@ -166,11 +165,10 @@ def _tma(chip: Chip) -> Iterable[Case]:
     """For every number of rows, though plans have it for many; whether its bits are gemm_wgmma's is an output, too."""
     if not chip.wgmma:
         return
-    shape = Shape(2, 128, 3)
     for name, options in _GEMM_OPTIONS.items():
         p = gemm_problem("bf16", "bf16", options)
         spec, other = (
-            make(p.k, p.n, p.ldx, p.ldy, shape, Epilogue(**options), y=p.y_type)
+            make(p.k, p.n, p.ldx, p.ldy, TMA_SHAPE, Epilogue(**options), y=p.y_type)
             for make in (gemm_tma_spec, gemm_wgmma_spec)
         )
 

@@ -22,7 +22,9 @@ from tools.gpu_check.shapes import Product, attention_flops, attention_form, mod
 from nanoserve import ModelConfig
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
-from nanoserve.kernels.cuda.gemm import GemmPlan, gemm_plan
+from nanoserve.kernels.cuda.epilogue import Epilogue
+from nanoserve.kernels.cuda.gemm import TMA_SHAPE, GemmPlan, gemm_plan
+from nanoserve.kernels.cuda.gemm_wgmma import gemm_wgmma_spec
 from nanoserve.kernels.cuda.paged_attention import SEGMENT, TABLE_TOKENS, AttentionForm
 
 ROWS = (1, 8, 32, 64, 128, 256, 512, 2048)
@@ -37,6 +39,8 @@ def specs(chip: Chip, tiny: bool, folder: Path) -> Iterable[GpuKernelSpec]:
         for made, _ in products(config).values():
             for one in arithmetics(chip, ours=True).values():
                 yield from plan_of(made, chip, one).specs
+            if chip.wgmma:
+                yield copied_by_threads(made)
         form = attention_form(config, chip)
         yield from (form.attend_spec(), form.split_spec(), form.merge_spec())
 
@@ -48,6 +52,13 @@ def plan_of(made: Product, chip: Chip, one: Arithmetic) -> GemmPlan:
         op.n_in, op.n_out, made.ldx, made.ldy, chip, x="bf16", dtype="bf16", y=made.y, bias=op.bias is not None,
         activation=op.activation, residual=op.residual, scale=op.scale, softcap=op.softcap, gated=op.gated, **(one.plan or {}),
     )  # fmt: skip
+
+
+def copied_by_threads(made: Product) -> GpuKernelSpec:
+    """What Hopper's plan would have for many rows if its tiles came by cp.async: to see whether the copy engine pays."""
+    op = made.op
+    epilogue = Epilogue(op.bias is not None, op.activation, op.residual, op.scale, op.softcap, op.gated)
+    return gemm_wgmma_spec(op.n_in, op.n_out, made.ldx, made.ldy, TMA_SHAPE, epilogue, y=made.y)
 
 
 def run(gpu: Gpu, record: Record) -> None:
@@ -99,15 +110,14 @@ def copies(size: int, tiny: bool) -> int:
 
 def _product(gpu: Gpu, record: Record, model: str, made: Product, ceilings: Ceilings | None) -> None:
     op, count = made.op, copies(made.weight_bytes, gpu.tiny)
-    rows = [m for m in ((1, 17) if gpu.tiny else ROWS) if made.name != "head" or m <= _MOST_HEAD_ROWS]
+    rows = [m for m in ((1, 17, 70) if gpu.tiny else ROWS) if made.name != "head" or m <= _MOST_HEAD_ROWS]
     width = -(-op.n_in // 8) * 8
     w = random_rows(gpu, count, made.rows, width, scale=0.02)
     x, y = random_rows(gpu, rows[-1], made.ldx), random_rows(gpu, rows[-1], made.ldy, dtype=made.y)
     bias = [random_rows(gpu, made.rows, dtype="f32")] if op.bias else []
     launches = max(count, 2 if gpu.tiny else 4)
 
-    def ours(one: Arithmetic, m: int) -> float:
-        spec = plan_of(made, gpu.chip, one).spec_for(m)
+    def ours(spec: GpuKernelSpec, m: int) -> float:
         size = 2 * made.rows * width
         each = [Rows(w.address + size * i, size, w.held) for i in range(count)]
         return gpu.seconds(lambda i: gpu.put(spec, [x, each[i % count], *bias, y, m]), launches)
@@ -119,7 +129,13 @@ def _product(gpu: Gpu, record: Record, model: str, made: Product, ceilings: Ceil
     for m in rows:
         if not record.has_time(f"{made.name} of {model} from {m} rows on", 0.5):
             return
-        times = {name: ours(one, m) for name, one in arithmetics(gpu.chip, ours=True).items()}
+        found = {
+            name: plan_of(made, gpu.chip, one).spec_for(m)
+            for name, one in arithmetics(gpu.chip, ours=True).items()
+        }
+        if any(spec.kind == "gemm_tma" for spec in found.values()):
+            found["wgmma, cp.async"] = copied_by_threads(made)
+        times = {name: ours(spec, m) for name, spec in found.items()}
         if gpu.torch is not None:
             times["torch"] = torchs(m)
         for name, seconds in times.items():

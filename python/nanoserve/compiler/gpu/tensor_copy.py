@@ -38,27 +38,28 @@ class Mbarriers:
         self._count = count
         self._address = address_of(shared.array(count, element="i64", alignment=_BARRIER_BYTES))
 
-    def _at(self, number: Operand) -> Any:
+    def pointer(self, number: Operand) -> Any:
+        """Where one lies."""
         return _shared_pointer(self._address + integer(index(number)) * _BARRIER_BYTES)
 
     def make(self, arrivals: int) -> None:
         """For so many arrivals a phase; by one thread, before publish_barriers() and a barrier of the block."""
         for number in range(self._count):
-            nvvm.mbarrier_init(self._at(number), const(arrivals, "i32").ir)
+            nvvm.mbarrier_init(self.pointer(number), const(arrivals, "i32").ir)
 
     def arrive(self, number: Operand) -> None:
         """What this thread did before is visible to who waits for the phase."""
-        nvvm.mbarrier_arrive(self._at(number), results=[type_of("i64")])
+        nvvm.mbarrier_arrive(self.pointer(number), results=[type_of("i64")])
 
     def arrive_expecting(self, number: Operand, num_bytes: int) -> None:
         """The same, and so many bytes of copies belong to the phase."""
-        nvvm.mbarrier_arrive_expect_tx(self._at(number), const(num_bytes, "i32").ir, results=[])
+        nvvm.mbarrier_arrive_expect_tx(self.pointer(number), const(num_bytes, "i32").ir, results=[])
 
     def wait(self, number: Operand, parity: Value) -> None:
         """Until the phase of this parity (i32) is over. The hardware may give up early: then it is asked again."""
         loop = scf.WhileOp([], [])
         with ir.InsertionPoint(loop.before.blocks.append()):
-            over = nvvm.mbarrier_try_wait(self._at(number), parity.ir)
+            over = nvvm.mbarrier_try_wait(self.pointer(number), parity.ir)
             scf.condition(arith.xori(over, const(1, "i1").ir), [])
         with ir.InsertionPoint(loop.after.blocks.append()):
             scf.yield_([])
@@ -83,7 +84,11 @@ class TensorMap:
         if len(at) != len(self._form.box):
             raise ValueError(f"a box of {len(self._form.box)} dimensions, not of {len(at)}")
         nvvm.cp_async_bulk_tensor_shared_cluster_global(
-            _shared_pointer(target, 7), self._value, [i32(index(i)).ir for i in at], barriers._at(number), []
+            _shared_pointer(target, 7),
+            self._value,
+            [i32(index(i)).ir for i in at],
+            barriers.pointer(number),
+            [],
         )
 
 

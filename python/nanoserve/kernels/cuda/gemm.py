@@ -75,7 +75,7 @@ def gemm_plan(
             most: gemm_wgmma.gemm_wgmma_spec(*sizes, shape, epilogue, y=y)
             for most, shape in _WGMMA_SHAPES.items()
         }
-        steps[None] = gemm_tma.gemm_tma_spec(*sizes, _TMA_SHAPE, epilogue, y=y)
+        steps[None] = gemm_tma.gemm_tma_spec(*sizes, TMA_SHAPE, epilogue, y=y)
     else:
         steps = {
             most: gemm_mma.gemm_mma_spec(*sizes, shape, epilogue, y=y)
@@ -108,4 +108,4 @@ _WGMMA_SHAPES: dict[int | None, wgmma_tile.Shape] = {
     32: wgmma_tile.Shape(1, 32, 6),
     64: wgmma_tile.Shape(1, 64, 4),
 }
-_TMA_SHAPE = wgmma_tile.Shape(2, 128, 3)  # 96 KiB: two blocks fit a multiprocessor
+TMA_SHAPE = wgmma_tile.Shape(2, 128, 3)  # 96 KiB: two blocks fit a multiprocessor

@@ -5,8 +5,8 @@ meet at two mbarriers for each of the ring's `stages` places: `full`, when the t
 when every warp is done with them. Nobody else waits for anybody, so that one warpgroup multiplies while the other
 waits, and the copies run ahead as far as there is room.
 
-What the copies do not need the threads for they do by the tensor maps: zeros beyond k, n and what x has memory for,
-and the swizzle. Rows of x beyond m are whatever lies there: their sums are not stored.
+The tensor maps say the rest: the swizzle that wgmma reads, and zeros beyond k, beyond n, and beyond the rows that x has
+memory for. Rows between m and those are whatever lies there: their sums are not stored.
 """
 
 from __future__ import annotations
