@@ -1,8 +1,8 @@
 #include "cuda_inputs.h"
 
 #include <algorithm>
-#include <functional>
 #include <bit>
+#include <functional>
 #include <stdexcept>
 
 #include "attention_work.h"

@@ -14,9 +14,8 @@ from nanoserve.kernels.cuda.kv_write import kv_write_spec
 from nanoserve.kernels.cuda.logits import block_max_spec
 from nanoserve.kernels.cuda.norm import norm_spec
 
-# Three blocks of 128 threads, or two of 256, use up 64 Ki registers at this many each.
-LARGE_F32, LARGE_MMA = 168, 128
-LARGE_TMA = 112  # two of 288
+# Three blocks of 128 threads, two of 128, two of 288 use up 64 Ki registers at this many each.
+LARGE_F32, LARGE_MMA, LARGE_TMA = 168, 255, 112
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,15 @@ from nanoserve.compiler.gpu.chip import parse_chip
 from nanoserve.kernels.cuda.epilogue import Epilogue
 from nanoserve.kernels.cuda.gemm import gemm_plan
 from nanoserve.kernels.cuda.gemm_mma import Shape, gemm_mma_spec
+from nanoserve.kernels.cuda.layout import row_stride
 from support.bfloat16 import from_bf16
 
 SHAPES = {
     "few rows": Shape(1, 4, 1, 1, 8),
     "few rows, few columns": Shape(1, 1, 1, 1, 8),
-    "some rows": Shape(2, 2, 2, 4, 4),
-    "many rows": Shape(2, 4, 4, 4, 3),
+    "some rows": Shape(2, 2, 2, 2, 8),
+    "more rows": Shape(2, 2, 2, 4, 6),
+    "many rows": Shape(2, 2, 4, 8, 3),
     "two stages": Shape(1, 2, 1, 2, 2),
 }
 CHIP = parse_chip("sm_90")
@@ -72,10 +74,42 @@ def test_epilogues(n: int, options: dict) -> None:
 def test_a_row_has_the_same_bits_for_every_number_of_rows() -> None:
     problem = bf16_problem(200, 136, 45, bias=True)
     plan = gemm_plan(problem.k, problem.n, problem.ldx, problem.ldy, CHIP, x="bf16", dtype="bf16", bias=True)
-    assert len({plan.spec_for(m) for m in (1, 2, 17, 64, 200)}) == 3
-    rows = {m: problem.run(plan.spec_for(m), m=m) for m in (1, 2, 17, 64, 200)}
+    counts = (1, 2, 17, 40, 64, 200)
+    assert len({plan.spec_for(m) for m in counts}) == 4
+    rows = {m: problem.run(plan.spec_for(m), m=m) for m in counts}
+    rows[5000] = problem.run(plan.spec_for(5000), m=200)
+    assert plan.spec_for(5000) not in {plan.spec_for(m) for m in counts}
     for m, found in rows.items():
         assert found.tobytes() == rows[200][:m].tobytes(), f"m={m}"
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(
+    ("n", "gated"),
+    [(1024, False), (3072, False), (4096, False), (3072, True), (14336, True), (128256, False)],
+)
+def test_tiles_keep_a_large_gpu_busy(name: str, n: int, gated: bool) -> None:  # fmt: skip
+    """As many as it has multiprocessors, where a weight of that many rows can give them; and what they share of one fits."""
+    chip, rows = parse_chip(name), n * (1 + gated)
+    plan = gemm_plan(
+        4096,
+        n,
+        4096,
+        row_stride(n),
+        chip,
+        x="bf16",
+        dtype="bf16",
+        gated=gated,
+        activation="silu" if gated else None,
+    )
+    for m in (1, 16, 17, 33, 65, 128, 256, 500, 1000, 2048, 8192):
+        spec = plan.spec_for(m)
+        of = dict(spec.params)
+        shape = Shape(of["wm"], of["wn"], of["i"], of["j"], of["stages"])
+        blocks = -(-m // shape.rows) * -(-rows // shape.columns)
+        narrowest = 8 * (1 + gated) if m <= 16 else 32
+        assert blocks >= min(96, -(-m // shape.rows) * rows // narrowest), m
+        assert spec.shared_bytes <= (chip.shared_bytes if m <= 64 else chip.shared_bytes // 2 + 16 * 1024), m
 
 
 def test_a_row_has_the_same_bits_at_every_position() -> None:

@@ -9,7 +9,9 @@ is what every chip has.
 
 Kernels of one plan differ in the shape of their tiles, which no bit depends on: in all of them, an output is one chain of
 the same instruction along k. The shape follows from the weight and the chip; the rows choose among shapes, never
-among arithmetics.
+among arithmetics. Nothing is split along k, so what keeps a large GPU busy is the number of tiles: they are as large as
+leaves one for each multiprocessor, and have so many stages that reading the weight is not waited for: its bytes on their
+way, over all multiprocessors, are what memory delivers in the time of one access (some 3 MB on an H200).
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from nanoserve.kernels.cuda import gemm_f32, gemm_mma, gemm_tma, gemm_wgmma, wgm
 from nanoserve.kernels.cuda.epilogue import Epilogue
 
 WEIGHTS_OF = {"f32": ("f32", "bf16", "f16"), "bf16": ("bf16",)}  # what x can be multiplied with
-# A weight of fewer outputs than this gives too few tiles of 32 for the multiprocessors of a large GPU.
-_MANY_OUTPUTS = 4096
+_MULTIPROCESSORS = 128  # of a large GPU, about
+_LARGE = 2048  # rows; more are many, whatever the weight
+# A weight of fewer outputs than this gives too few tiles of 32 for them.
+_MANY_OUTPUTS = 32 * _MULTIPROCESSORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +67,12 @@ def gemm_plan(
         raise ValueError(f"gemm: wgmma: {chip.name} does not have it")
     epilogue = Epilogue(bias, activation, residual, scale, softcap, gated)
     sizes = (n_in, n_out, ldx, ldy)
-    has_many = n_out * (1 + gated) >= _MANY_OUTPUTS
+    outputs = n_out * (1 + gated)
     steps: dict[int | None, GpuKernelSpec]
     if x == "f32":
         steps = {
             most: gemm_f32.gemm_f32_spec(*sizes, shape, epilogue, dtype=dtype, y=y)
-            for most, shape in _f32_shapes(has_many, gated).items()
+            for most, shape in _f32_shapes(outputs >= _MANY_OUTPUTS, gated).items()
         }
     elif wgmma:
         steps = {
@@ -79,7 +83,7 @@ def gemm_plan(
     else:
         steps = {
             most: gemm_mma.gemm_mma_spec(*sizes, shape, epilogue, y=y)
-            for most, shape in _mma_shapes(chip, has_many, gated).items()
+            for most, shape in _mma_shapes(chip, outputs, gated).items()
         }
     return GemmPlan(tuple(steps.items()))
 
@@ -93,14 +97,22 @@ def _f32_shapes(has_many: bool, gated: bool) -> dict[int | None, gemm_f32.Shape]
     }
 
 
-def _mma_shapes(chip: Chip, has_many: bool, gated: bool) -> dict[int | None, gemm_mma.Shape]:
-    """By the most rows. A stage of the last is 32 KiB: two blocks of three fit Hopper, one of four fits Ampere."""
-    stages = 3 if chip.capability >= 90 else 4 if chip.shared_bytes > 128 * 1024 else 2
-    return {
+def _mma_shapes(chip: Chip, outputs: int, gated: bool) -> dict[int | None, gemm_mma.Shape]:
+    """By the most rows, of a weight with that many rows."""
+    has_many = outputs >= _MANY_OUTPUTS
+    is_wide = outputs >= 2 * _MANY_OUTPUTS  # enough for tiles of 64
+    shapes: dict[int | None, gemm_mma.Shape] = {
         16: gemm_mma.Shape(1, 4 if has_many else 1, 1, 1 + gated, 6 if gated else 8),
-        64: gemm_mma.Shape(2, 2, 2, 4, 4),
-        None: gemm_mma.Shape(2, 4, 4, 4, stages),
+        32: gemm_mma.Shape(2, 2, 1, 4 if is_wide else 2, 8),
+        64: gemm_mma.Shape(2, 2, 2, 4, 6) if is_wide else gemm_mma.Shape(2, 2, 2, 2, 8),
     }
+    # From how many rows on there is a tile of 128 x 128 for everybody.
+    enough = 128 * (_MULTIPROCESSORS // -(-outputs // 128))
+    if enough > 128:
+        shapes[min(enough, _LARGE) - 1] = gemm_mma.Shape(2, 2, 2, 4 if has_many else 2, 6)
+    # A warp's 64 x 64 outputs: with fewer, reading them from shared memory takes longer than multiplying. Two blocks fit.
+    shapes[None] = gemm_mma.Shape(2, 2, 4, 8, 3 if chip.capability >= 90 else 2)
+    return shapes
 
 
 _WGMMA_SHAPES: dict[int | None, wgmma_tile.Shape] = {
