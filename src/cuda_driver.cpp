@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdlib>
 
 #include "errors.h"
@@ -48,6 +50,13 @@ Driver load() {
     return found;
 }
 
+// Errors of which the manual says that the process must end to use the device again: an uncorrectable error
+// of the memory, and whatever a kernel did wrong.
+bool is_final(int result) {
+    constexpr std::array kFinal = {214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721};
+    return std::ranges::find(kFinal, result) != kFinal.end();
+}
+
 }  // namespace
 
 const Driver& driver() {
@@ -72,6 +81,9 @@ void check(int result, const std::string& what) {
     const std::string message = what + ": " + error_text(result);
     if (result == kOutOfMemory) {
         throw OutOfMemory(message);
+    }
+    if (is_final(result)) {
+        throw DeviceLost(result, message);
     }
     throw CudaError(result, message);
 }

@@ -31,6 +31,12 @@ class CudaError : public std::runtime_error {
     int code_;
 };
 
+// After this one nothing can be done with the device any more: it says so to every call.
+class DeviceLost : public CudaError {
+  public:
+    using CudaError::CudaError;
+};
+
 // CUDA_MEMCPY3D: a box of rows. A row begins at device + (z * height + y) * pitch + x.
 struct BoxSide {
     std::size_t x, y, z, level;

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         CublasError,
         CublasMissing,
         CudaDevice,
+        CudaDeviceLost,
         CudaDriverMissing,
         CudaError,
         CudaGraph,
@@ -89,6 +90,7 @@ else:
     CublasError = _module.CublasError
     CublasMissing = _module.CublasMissing
     CudaDevice = _module.CudaDevice
+    CudaDeviceLost = _module.CudaDeviceLost
     CudaDriverMissing = _module.CudaDriverMissing
     CudaError = _module.CudaError
     CudaGraph = _module.CudaGraph
@@ -117,6 +119,7 @@ __all__ = [
     "CublasError",
     "CublasMissing",
     "CudaDevice",
+    "CudaDeviceLost",
     "CudaDriverMissing",
     "CudaError",
     "CudaGraph",

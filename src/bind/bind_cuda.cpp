@@ -213,7 +213,8 @@ py::dict counts_dict(const CudaStep& step) {
 
 void populate_cuda(py::module_& m) {
     py::register_exception<cuda::DriverMissing>(m, "CudaDriverMissing", PyExc_RuntimeError);
-    py::register_exception<cuda::CudaError>(m, "CudaError", PyExc_RuntimeError);
+    const auto& error = py::register_exception<cuda::CudaError>(m, "CudaError", PyExc_RuntimeError);
+    py::register_exception<cuda::DeviceLost>(m, "CudaDeviceLost", error);
     py::register_exception<cuda::BlasMissing>(m, "CublasMissing", PyExc_RuntimeError);
     py::register_exception<cuda::BlasError>(m, "CublasError", PyExc_RuntimeError);
 

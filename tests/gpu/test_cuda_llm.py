@@ -249,6 +249,37 @@ def test_without_a_driver_it_says_what_was_looked_for_and_what_works() -> None:
     assert said.endswith("Without a GPU, device='cpu' works")
 
 
+FAULT = """
+from gpu.test_fake_driver import bad_kernel
+from nanoserve import NanoServingEngine, SamplingParams
+from nanoserve.emulator import image
+from nanoserve.models.config import ModelConfig
+from nanoserve.models.weights import random_weights
+from nanoserve.native import CudaDevice, CudaDeviceLost, CudaKernel, CudaStream, cuda_launch
+from tests.gpu.emulated_images import image_of
+from nanoserve.cuda import backend
+make = backend.CudaBackend.make_executor
+backend.CudaBackend.make_executor = lambda self, *args, **options: make(self, *args, **options, image=image_of)
+config = ModelConfig(vocab_size=300, n_layer=1, n_head=2, n_embd=32, max_seq_len=64)
+engine = NanoServingEngine(config, random_weights(config, 1), device="cuda", max_num_batched_tokens=64)
+engine.generate([[1, 2, 3]], SamplingParams(max_tokens=3))
+device = CudaDevice()
+cuda_launch(CudaStream(device), CudaKernel(device, image(bad_kernel("crooked")), "crooked", 32, 0), [1], [16])
+for _ in range(2):
+    try:
+        engine.generate([[1, 2, 3]], SamplingParams(max_tokens=3))
+    except CudaDeviceLost as error:
+        last = error
+raise last
+"""
+
+
+def test_a_device_that_a_kernel_has_broken_is_lost_and_says_so() -> None:
+    said = in_a_process(FAULT)
+    assert said.startswith("nanoserve._ch16.CudaDeviceLost: ")
+    assert "CUDA_ERROR_" in said
+
+
 def test_an_old_gpu_is_refused_by_name() -> None:
     said = in_a_process(OPEN, NANOSERVE_FAKE_CUDA_CAPABILITY="7.5")
     assert "nanoserve emulated GPU has compute capability 7.5, kernels are made for sm_80" in said

@@ -19,6 +19,7 @@ import pytest
 from tests.server.conftest import Running
 
 from nanoserve import LLM
+from nanoserve.native import CudaDeviceLost
 
 LONG = {"model": "tiny", "prompt": "def main", "max_tokens": 480, "ignore_eos": True, "temperature": 0}
 
@@ -331,6 +332,19 @@ def test_an_engine_that_cannot_go_on_ends_the_server(
 
     monkeypatch.setattr(engine, "step", fails)
     monkeypatch.setattr(engine, "abort", fails)
+    answer = served.post("/v1/completions", LONG)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_error")
+    served.close()
+    assert isinstance(served.failure, RuntimeError)
+
+
+def test_a_lost_gpu_ends_the_server(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Running(LLM(checkpoint, num_threads=1, kv_cache_bytes=16 << 20))
+
+    def forward(*args: Any) -> Any:
+        raise CudaDeviceLost("an illegal memory access")
+
+    monkeypatch.setattr(served.engine.executor, "forward", forward)
     answer = served.post("/v1/completions", LONG)
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_error")
     served.close()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from nanoserve.native import CudaDeviceLost
 from nanoserve.request import Request, RequestState
 from nanoserve.sampling import SamplingParams
 from support.fakes import System, prefix_hashes
@@ -175,6 +176,25 @@ def test_aborts_between_steps_find_their_pages_later() -> None:
     assert first.output_tokens == system.expected(first)[: len(first.output_tokens)]
     assert system.batcher.abort("b")
     system.check_nothing_is_held()
+
+
+@pytest.mark.parametrize("at", ["before", "after", "telling"])
+def test_a_lost_device_is_told_to_whoever_asks_for_a_step(at: str) -> None:
+    """Whatever is being done with it then; no request is blamed."""
+    system = System(device=True)
+    request = system.add("a", [1, 2, 3], max_tokens=20)
+
+    def lose() -> None:
+        raise CudaDeviceLost("an illegal memory access")
+
+    while not system.executor.num_ahead:
+        system.step()
+    setattr(system.executor, at, lose)
+    system.executor.telling = lose
+    for _ in range(2):
+        with pytest.raises(CudaDeviceLost):
+            system.batcher.step()
+    assert not request.is_finished
 
 
 @pytest.mark.parametrize("at", ["after", "telling"])

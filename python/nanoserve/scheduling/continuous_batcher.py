@@ -4,7 +4,7 @@ One request cannot hurt another. If the forward pass raises, each request of the
 alone ends with finish_reason "error", the others go on with the very same bits, because nothing in a batch changes its
 rows' results. The same holds for sampling. Logits that are not finite end their request alone. An interrupt (Ctrl-C)
 during the forward pass or sampling discards the step; while requests change state it waits until they are done. Either
-way the engine can go on after it.
+way the engine can go on after it. Only a lost device ends everything: `step` raises CudaDeviceLost, now and ever after.
 
 It decides nothing about order or memory (Scheduler) and nothing about values (executor, sampler).
 """
@@ -23,6 +23,7 @@ from nanoserve.cache.radix_manager import RadixCacheManager
 from nanoserve.checks import whole_number
 from nanoserve.logits import Logits
 from nanoserve.logprobs import TokenLogprob
+from nanoserve.native import CudaDeviceLost
 from nanoserve.observe.events import EventLog, ReqId
 from nanoserve.request import Request
 from nanoserve.sampling import Sampler, derive_seed
@@ -229,6 +230,8 @@ class ContinuousBatcher:
                 logprobs = score_tokens(asking, logits, chosen, theirs, errors)
                 for row, token in zip(draws.on_host, chosen, strict=True):
                     tokens[row] = token
+        except CudaDeviceLost:
+            raise
         except Exception:
             self._run_ahead.forget()
             return None
@@ -238,6 +241,8 @@ class ContinuousBatcher:
         """Logits of the sample rows; what a request raises alone goes into `errors`, and its rows are not finite."""
         try:
             return self._run(batch)
+        except CudaDeviceLost:
+            raise  # nobody's fault who is in this batch, and nobody else's chance
         except Exception as error:
             if batch.size == 1:
                 errors[batch.requests[0].req_id] = _text(error)

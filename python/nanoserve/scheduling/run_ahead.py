@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from nanoserve.draws import AheadExecutor, Draws, StartedStep, can_choose
+from nanoserve.native import CudaDeviceLost
 from nanoserve.scheduling.scheduler import Scheduler
 from nanoserve.scheduling.scheduler_output import SchedulerOutput
 
@@ -70,6 +71,8 @@ class RunAhead:
         try:
             draws = Draws.of(output.sampling_requests, ahead)
             return RunningStep(output, self._executor.start(output.batch, draws), draws)
+        except CudaDeviceLost:
+            raise
         except Exception:  # who computes it otherwise finds out whose fault it is
             return RunningStep(output)
 

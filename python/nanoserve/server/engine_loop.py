@@ -8,8 +8,8 @@ sockets costs more than the tokens, and takes the time from the next step. The m
 wait, up to a limit; a job's first tokens and its last never do.
 
 Every job that was submitted gets one Gone, whatever happens. A step that raises takes the requests it had with it, and
-nothing else: they are aborted and told so, the engine goes on. An engine that cannot even do that is not used again: all its
-jobs are told, `failure` is set, and whoever still comes is told at once.
+nothing else: they are aborted and told so, the engine goes on. An engine that cannot even do that, or whose GPU is lost, is not
+used again: all its jobs are told, `failure` is set, and whoever still comes is told at once.
 
 What the thread is doing can be seen from outside without asking it: `stuck_for_s`, `last_step_s`, `last_token_s`.
 """
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nanoserve.nano_engine import NanoServingEngine
+from nanoserve.native import CudaDeviceLost
 from nanoserve.outputs import TextDelta
 from nanoserve.server.job import Job
 
@@ -191,6 +192,8 @@ class EngineLoop:
         begin = self._clock()
         try:
             output = self._engine.step()
+        except CudaDeviceLost:
+            raise
         except Exception as error:
             self._step_failed(error)
             return
