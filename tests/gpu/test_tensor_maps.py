@@ -309,21 +309,24 @@ def test_artifacts_carry_the_forms(made: Artifact, tmp_path: Path) -> None:
 
 
 def test_many_sequences_decode_in_a_graph_of_tensor_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than 64 rows a step, each with the answers it has alone."""
+    """More than 64 rows a step, each with the answers it has alone, and the CPU's tokens."""
     load_images(monkeypatch)
     config = configs()["llama"]
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=1)
     prompts = [[7 * i % 300 + 1] for i in range(70)]
 
-    def engine(sequences: int) -> NanoServingEngine:
+    def engine(sequences: int, **where: Any) -> NanoServingEngine:
         return NanoServingEngine(
-            config, random_weights(config, 1), precision=BF16, device="cuda", gemm="wgmma", kv_cache_pages=160,
-            max_num_batched_tokens=128, max_batch_size=sequences,
+            config, random_weights(config, 1), precision=BF16, kv_cache_pages=160, max_num_batched_tokens=128,
+            max_batch_size=sequences, **where,
         )  # fmt: skip
 
-    many, few = engine(70), engine(3)
+    many, few = (engine(sequences, device="cuda", gemm="wgmma") for sequences in (70, 3))
     together = answers(many.generate(prompts, params))
     assert isinstance(many.executor, CudaExecutor)
     assert many.executor.counts["graph_launches"] >= 2
     for start in (0, 67):
         assert answers(few.generate(prompts[start : start + 3], params)) == together[start : start + 3]
+    on_cpu = answers(engine(70, device="cpu").generate(prompts, params))
+    assert [tokens for tokens, _ in together] == [tokens for tokens, _ in on_cpu]
+    np.testing.assert_allclose([probs for _, probs in together], [probs for _, probs in on_cpu], atol=5e-3)

@@ -215,14 +215,9 @@ def _tensor_copy(f: FunctionText, match: re.Match[str]) -> None:
     rank, args = int(match[1]), _args(f)
     destination, mbarrier, *_, has_mask, _, group = args
     to_others = f.value(f"or i32 {f.resize(has_mask, 1, 32)}, {group}")
-    operands = [
-        ("i64", destination),
-        ("i64", mbarrier),
-        ("ptr", f.arg(2)),
-        ("i32", to_others),
-        ("i32", str(rank)),
-    ]
-    f.call("void", "nvemu_tensor_copy", [gpu.LINE, *operands, ("ptr", f.words(args[3 : 3 + rank]))])
+    places = [("i64", destination), ("i64", mbarrier), ("ptr", f.arg(2))]
+    numbers = [("i32", to_others), ("i32", str(rank)), ("ptr", f.words(args[3 : 3 + rank]))]
+    f.call("void", "nvemu_tensor_copy", [gpu.LINE, *places, *numbers])
     f.ret()
 
 
