@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 _SWIZZLE = 128  # bytes, a row of a tile
 _BARRIER_BYTES = 8
-_RUNS = (
-    2 * GATES
-)  # rows of a gated weight's tile that are one box: gates, then the others of the same outputs
+# Rows of a gated weight's tile that are one box: gates, then the others of the same outputs.
+_RUNS = 2 * GATES
 
 
 def gemm_tma_spec(
