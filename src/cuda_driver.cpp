@@ -37,6 +37,10 @@ Driver load() {
     found.name = reinterpret_cast<decltype(found.name)>(symbol(text));
     NANOSERVE_CUDA_FUNCTIONS(NANOSERVE_FIND)
 #undef NANOSERVE_FIND
+#define NANOSERVE_FIND(name, text, arguments) \
+    found.name = reinterpret_cast<decltype(found.name)>(::dlsym(library, text));
+    NANOSERVE_NEWER_CUDA_FUNCTIONS(NANOSERVE_FIND)
+#undef NANOSERVE_FIND
     if (const int result = found.init(0); result != 0) {
         const char* name = nullptr;
         static_cast<void>(found.error_name(result, &name));

@@ -100,9 +100,16 @@ static_assert(sizeof(BoxCopy) == 200, "CUDA_MEMCPY3D of a 64-bit machine");
     X(graph_exec_destroy, "cuGraphExecDestroy", (Handle))                                            \
     X(graph_destroy, "cuGraphDestroy", (Handle))
 
+// The same that older drivers do not have: null there.
+#define NANOSERVE_NEWER_CUDA_FUNCTIONS(X)                                                \
+    X(tensor_map_tiled, "cuTensorMapEncodeTiled",                                        \
+      (void*, int, std::uint32_t, DevicePtr, const std::uint64_t*, const std::uint64_t*, \
+       const std::uint32_t*, const std::uint32_t*, int, int, int, int))
+
 struct Driver {
 #define NANOSERVE_DECLARE(name, symbol, arguments) int(*name) arguments = nullptr;
     NANOSERVE_CUDA_FUNCTIONS(NANOSERVE_DECLARE)
+    NANOSERVE_NEWER_CUDA_FUNCTIONS(NANOSERVE_DECLARE)
 #undef NANOSERVE_DECLARE
 };
 

@@ -14,12 +14,16 @@ constexpr int kMaxBlock = 1024;
 }  // namespace
 
 Kernel::Kernel(std::shared_ptr<const Device> device, std::string_view image, std::string entry, int block,
-               int shared_bytes)
+               int shared_bytes, std::vector<TensorForm> tensors)
     : device_(std::move(device)),
       entry_(std::move(entry)),
       block_(static_cast<unsigned>(block)),
-      shared_bytes_(static_cast<unsigned>(shared_bytes)) {
+      shared_bytes_(static_cast<unsigned>(shared_bytes)),
+      tensors_(std::move(tensors)) {
     require_range("block", block, 1, kMaxBlock);
+    for (const TensorForm& form : tensors_) {
+        validate(form);
+    }
     if (shared_bytes < 0 || shared_bytes > device_->max_shared_bytes()) {
         throw std::invalid_argument(entry_ + ": " + std::to_string(shared_bytes) +
                                     " bytes of shared memory, a block of " + device_->name() + " can have " +

@@ -6,17 +6,20 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "cuda_stream.h"
+#include "cuda_tensor_map.h"
 
 namespace nanoserve::cuda {
 
 class Kernel {
   public:
+    // tensors: which of its arguments it takes as tensor maps.
     // Throws CudaError when the image is not for this device, or has no such entry; invalid_argument for more
     // shared memory than the device gives.
     Kernel(std::shared_ptr<const Device> device, std::string_view image, std::string entry, int block,
-           int shared_bytes);
+           int shared_bytes, std::vector<TensorForm> tensors);
     ~Kernel();
     Kernel(const Kernel&) = delete;
     Kernel& operator=(const Kernel&) = delete;
@@ -25,6 +28,7 @@ class Kernel {
     [[nodiscard]] const std::string& entry() const { return entry_; }
     [[nodiscard]] unsigned block() const { return block_; }
     [[nodiscard]] unsigned shared_bytes() const { return shared_bytes_; }
+    [[nodiscard]] const std::vector<TensorForm>& tensors() const { return tensors_; }
     [[nodiscard]] LaunchShape shape(const std::array<unsigned, 3>& grid) const {
         return {.grid = grid, .block = block_, .shared_bytes = shared_bytes_};
     }
@@ -38,6 +42,7 @@ class Kernel {
     std::shared_ptr<const Device> device_;
     std::string entry_;
     unsigned block_, shared_bytes_;
+    std::vector<TensorForm> tensors_;
     Handle module_ = nullptr;
     Handle function_ = nullptr;
 };

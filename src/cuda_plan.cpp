@@ -3,6 +3,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "checked.h"
+
 namespace nanoserve::cuda {
 
 namespace {
@@ -56,6 +58,10 @@ void validate(const Op& op) {
             throw std::invalid_argument(op.name + ": variants need a kernel each, and must ascend");
         }
         before = variant.most;
+        for (const TensorForm& form : variant.kernel->tensors()) {
+            require_range("argument of a tensor map", narrow<std::int64_t>(form.argument), 0,
+                          std::ssize(op.args) - 1);
+        }
         for (const Extent& extent : variant.grid) {
             if (!is_scalar(extent.scalar.source) || extent.per < 1 || extent.times < 1) {
                 throw std::invalid_argument(op.name +

@@ -69,6 +69,7 @@ struct Variant {
     std::int64_t most;  // the last one's is not looked at
     std::shared_ptr<const Kernel> kernel;
     std::array<Extent, 3> grid;
+    std::vector<TensorMap> maps{};  // for the kernel's tensors, made when a step gets the plan
 };
 
 struct Op {

@@ -51,90 +51,16 @@ CudaStep::~CudaStep() {
     }
 }
 
-std::int64_t CudaStep::buffer(std::int64_t num_bytes) {
-    device()->use();
-    const DeviceBlock& made = buffers_.emplace_back(device(), "activations", num_bytes);
-    stream_->zero(made.data(), num_bytes);
-    return std::ssize(buffers_) - 1;
-}
-
-std::int64_t CudaStep::reserve_weight(std::int64_t num_bytes) {
-    weights_.emplace_back(device(), "a weight", num_bytes);
-    return std::ssize(weights_) - 1;
-}
-
-void CudaStep::fill_weight(std::int64_t id, std::int64_t offset, std::span<const std::byte> data) {
-    require_range("weight", id, 0, std::ssize(weights_) - 1);
-    const DeviceBlock& weight = weights_[at(id)];
-    require_range("offset", offset, 0, weight.num_bytes() - std::ssize(data));
-    device()->use();
-    stream_->copy_in(weight.data() + static_cast<DevicePtr>(offset), data.data(), std::ssize(data));
-    stream_->synchronize();  // the caller's memory may go
-}
-
-std::int64_t CudaStep::weight(std::span<const std::byte> data) {
-    const std::int64_t id = reserve_weight(std::ssize(data));
-    fill_weight(id, 0, data);
-    return id;
-}
-
 std::int64_t CudaStep::own_bytes(const Limits& limits, std::int64_t page_size) {
     return InputLayout(limits, page_size).num_bytes() + row_bytes(limits, limits.logits_stride) +
            row_bytes(limits, limits.num_blocks) + token_bytes(limits);
 }
 
-std::int64_t CudaStep::weight_bytes() const {
-    std::int64_t total = 0;
-    for (const DeviceBlock& weight : weights_) {
-        total += weight.num_bytes();
-    }
-    return total;
-}
-
-void CudaStep::check_args(std::span<const Arg> args) const {
-    constexpr Sizes kOne{.rows = 1, .samples = 1, .decodes = 1, .chunks = 1, .segments = 1};
-    for (const Arg& arg : args) {
-        static_cast<void>(value_of(arg, kOne));
-    }
-}
-
-void CudaStep::append(Work work) {
-    graphs_.clear();  // of the plan before
-    plan_.push_back(std::move(work));
-}
-
-void CudaStep::op(Op op) {
-    validate(op);
-    check_args(op.args);
-    append(std::move(op));
-}
-
-const Blas& CudaStep::load_blas(std::span<const std::string> paths) {
-    if (blas_ == nullptr) {
-        blas_ = std::make_unique<Blas>(stream_, paths);
-    }
-    return *blas_;
-}
-
-void CudaStep::product(Product product) {
-    validate(product);
-    if (blas_ == nullptr) {
-        throw std::invalid_argument(product.name + ": cuBLAS is not loaded");
-    }
-    check_args(std::array{product.x, product.w, product.y, product.rows});
-    append(std::move(product));
-}
-
 std::int64_t CudaStep::value_of(const Arg& arg, const Sizes& sizes) const {
-    const auto block = [&](const char* what, const std::vector<DeviceBlock>& blocks) {
-        require_range(what, arg.index, 0, std::ssize(blocks) - 1);
-        return static_cast<std::int64_t>(blocks[at(arg.index)].data());
-    };
     switch (arg.source) {
         case Source::buffer:
-            return block("buffer", buffers_);
         case Source::weight:
-            return block("weight", weights_);
+            return static_cast<std::int64_t>(block_of(arg).data());
         case Source::k:
             return static_cast<std::int64_t>(pages_.keys(arg.index));
         case Source::v:
@@ -220,6 +146,9 @@ void CudaStep::run(const Op& op, const Sizes& sizes) {
     for (std::size_t i = 0; i < op.args.size(); ++i) {
         values[i] = value_of(op.args[i], sizes);
         args[i] = &values[i];
+    }
+    for (std::size_t i = 0; i < variant.maps.size(); ++i) {
+        args[variant.kernel->tensors()[i].argument] = variant.maps[i].value();
     }
     stream_->launch(variant.kernel->function(), op.name.c_str(), variant.kernel->shape(grid),
                     std::span<void* const>(args.data(), op.args.size()));

@@ -82,6 +82,8 @@ class CudaStep {
 
     [[nodiscard]] static std::size_t turn_of(std::int64_t number) { return at(number) % kMaxInFlight; }
     [[nodiscard]] std::int64_t value_of(const Arg& arg, const Sizes& sizes) const;
+    [[nodiscard]] const DeviceBlock& block_of(const Arg& arg) const;
+    void make_maps(Op& op) const;
     void check_args(std::span<const Arg> args) const;
     void append(Work work);
     void run(const Op& op, const Sizes& sizes);

@@ -247,7 +247,13 @@ class CudaStream:
 
 class CudaKernel:
     def __init__(
-        self, device: CudaDevice, image: bytes, entry: str, block: int, shared_bytes: int = 0
+        self,
+        device: CudaDevice,
+        image: bytes,
+        entry: str,
+        block: int,
+        shared_bytes: int = 0,
+        tensors: Sequence[tuple[int, str, Sequence[int], Sequence[int], Sequence[int], int]] = [],
     ) -> None: ...
     @property
     def entry(self) -> str: ...
@@ -357,4 +363,6 @@ class CudaTimeMark:
     def record(self, stream: CudaStream) -> None: ...
     def until(self, later: CudaTimeMark) -> float: ...
 
-def cuda_launch(stream: CudaStream, kernel: CudaKernel, grid: Sequence[int], args: Sequence[int]) -> None: ...
+def cuda_launch(
+    stream: CudaStream, kernel: CudaKernel, grid: Sequence[int], args: Sequence[int | tuple[int, int]]
+) -> None: ...

@@ -13,6 +13,7 @@ using cuda::Extent;
 using cuda::Kernel;
 using cuda::Limits;
 using cuda::Stream;
+using cuda::TensorForm;
 
 // ("buffer", 3), ("ids",) ...
 Arg arg_of(const py::tuple& value) {
@@ -42,6 +43,24 @@ std::array<Extent, 3> grid_of(const std::vector<py::tuple>& extents) {
         grid[axis] = extent_of(extents[axis]);
     }
     return grid;
+}
+
+// (argument, element, dims, strides, box, swizzle)
+using TensorTuple = std::tuple<std::int64_t, std::string, std::vector<std::int64_t>,
+                               std::vector<std::int64_t>, std::vector<std::int64_t>, std::int64_t>;
+
+std::vector<TensorForm> tensors_of(const std::vector<TensorTuple>& tuples) {
+    std::vector<TensorForm> forms;
+    for (const auto& [argument, element, dims, strides, box, swizzle] : tuples) {
+        require_range("argument of a tensor map", argument, 0, std::int64_t{cuda::kMaxArgs} - 1);
+        forms.push_back({.argument = static_cast<std::size_t>(argument),
+                         .element = element_from_name(element),
+                         .dims = dims,
+                         .strides = strides,
+                         .box = box,
+                         .swizzle = swizzle});
+    }
+    return forms;
 }
 
 using VariantTuple = std::tuple<std::int64_t, std::shared_ptr<Kernel>, std::vector<py::tuple>>;
@@ -218,12 +237,14 @@ void populate_cuda(py::module_& m) {
 
     py::class_<Kernel, std::shared_ptr<Kernel>>(m, "CudaKernel", "A kernel on a device.")
         .def(py::init([](std::shared_ptr<Device> device, const py::bytes& image, const std::string& entry,
-                         int block, int shared_bytes) {
+                         int block, int shared_bytes, const std::vector<TensorTuple>& tensors) {
                  return std::make_shared<Kernel>(std::move(device), std::string_view(image), entry, block,
-                                                 shared_bytes);
+                                                 shared_bytes, tensors_of(tensors));
              }),
              py::arg("device").none(false), py::arg("image"), py::arg("entry"), py::arg("block"),
-             py::arg("shared_bytes") = 0)
+             py::arg("shared_bytes") = 0, py::arg("tensors") = std::vector<TensorTuple>{},
+             "tensors: (argument, element, dims, strides, box, swizzle) of those that it takes by a tensor "
+             "map.")
         .def_property_readonly("entry", &Kernel::entry)
         .def_property_readonly("num_registers", &Kernel::num_registers)
         .def_property_readonly("local_bytes", &Kernel::local_bytes);

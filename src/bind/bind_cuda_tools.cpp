@@ -12,6 +12,7 @@ using cuda::DeviceBlock;
 using cuda::Graph;
 using cuda::Kernel;
 using cuda::Stream;
+using cuda::TensorMap;
 using cuda::TimeMark;
 
 // A block of device memory with the stream that its copies go through.
@@ -54,18 +55,35 @@ void copy(const Memory& to, const Memory& from, std::int64_t num_bytes) {
     to.stream->copy(to.at(0, num_bytes), from.at(0, num_bytes), num_bytes);
 }
 
-// Every argument of a kernel has 64 bits: an address, or an integer.
+// An argument: an address or an integer, or memory (address, bytes) that the kernel takes by a tensor map.
+using LaunchArg = std::variant<std::int64_t, std::pair<cuda::DevicePtr, std::int64_t>>;
+
 void launch(Stream& stream, const Kernel& kernel, const std::vector<unsigned>& grid,
-            std::vector<std::int64_t> values) {
+            std::vector<LaunchArg> values) {
     require_range("dimensions of a grid", std::ssize(grid), 1, 3);
     std::array<unsigned, 3> blocks{1, 1, 1};
     std::copy(grid.begin(), grid.end(), blocks.begin());
+    stream.device()->use();
     std::vector<void*> args;
     args.reserve(values.size());
-    for (std::int64_t& value : values) {
-        args.push_back(&value);
+    for (LaunchArg& value : values) {
+        args.push_back(std::get_if<std::int64_t>(&value));
     }
-    stream.device()->use();
+    std::vector<TensorMap> maps;
+    maps.reserve(kernel.tensors().size());
+    for (const cuda::TensorForm& form : kernel.tensors()) {
+        require_range("argument of a tensor map", narrow<std::int64_t>(form.argument), 0,
+                      std::ssize(args) - 1);
+        const auto* const memory = std::get_if<1>(&values[form.argument]);
+        if (memory == nullptr) {
+            throw std::invalid_argument(kernel.entry() + ": argument " + std::to_string(form.argument) +
+                                        " is taken by a tensor map: give its address and its bytes");
+        }
+        args[form.argument] = maps.emplace_back(form, memory->first, memory->second, kernel.entry()).value();
+    }
+    if (std::count(args.begin(), args.end(), nullptr) != 0) {
+        throw std::invalid_argument(kernel.entry() + ": an argument is memory, and taken by its address");
+    }
     stream.launch(kernel.function(), kernel.entry().c_str(), kernel.shape(blocks), args);
 }
 
@@ -121,8 +139,8 @@ void populate_cuda_tools(py::module_& m) {
 
     m.def("cuda_launch", &launch, py::arg("stream").none(false), py::arg("kernel").none(false),
           py::arg("grid"), py::arg("args"),
-          "Puts one launch into the stream; args: addresses and integers, 64 bits each, in the kernel's "
-          "order.");
+          "Puts one launch into the stream; args: addresses and integers, 64 bits each, and (address, bytes) "
+          "of what the kernel takes by a tensor map, in its order.");
 }
 
 }  // namespace nanoserve::bind

@@ -72,7 +72,7 @@ enum class FailureKind : std::int32_t {
     kDeadlock = 3,
     kDivergence = 4,
     kAsyncRace = 5,       // shared memory touched while an asynchronous operation uses it
-    kAsyncAtExit = 6,     // a thread ended before what it started asynchronously
+    kAsyncAtExit = 6,     // a thread, or its block, ended before what it started asynchronously
     kInvalidLaunch = 7,   // nothing ran
     kInvalidOperand = 8,  // an instruction's operands are not what the hardware takes
 };

@@ -49,6 +49,8 @@ void Block::start_threads() {
     num_done_ = 0;
     ready_warps_ = 0;
     barriers_.fill(Barrier{});
+    mbarriers_.clear();
+    tensor_copies_.clear();
     for (std::uint32_t i = 0; i < num_threads_; ++i) {
         Thread& thread = threads_[i];
         thread.context = new_context(stacks().top(i), &Block::thread_main);
@@ -62,6 +64,7 @@ void Block::start_threads() {
         thread.copy_groups.clear();
         thread.num_grouped = 0;
         thread.unfenced.clear();
+        thread.mbarrier_refused = false;
     }
     for (std::uint32_t w = 0; w < num_warps(); ++w) {
         const std::uint32_t lanes = std::min(kWarpThreads, num_threads_ - w * kWarpThreads);
@@ -115,13 +118,26 @@ void Block::thread_main() {
         block.fail(FailureKind::kAsyncAtExit, 0, warp.wgmma_reads[0].address,
                    "the warp ends with wgmma under way");
     }
+    if (block.num_done_ == block.num_threads_ && block.tensor_copies_.num_pending() != 0) {
+        block.fail(FailureKind::kAsyncAtExit, 0, block.tensor_copies_.destination(),
+                   "the block ends with %zu cp.async.bulk.tensor under way",
+                   block.tensor_copies_.num_pending());
+    }
     block.switch_away();
     __builtin_unreachable();
+}
+
+void Block::land_copy() {
+    const std::size_t count = tensor_copies_.num_pending();
+    tensor_copies_.land(request_.order == 0 ? 0 : request_.order == 1 ? count - 1 : random() % count);
 }
 
 Thread* Block::next() {
     if (current_ != nullptr && warps_[current_->warp()].ready == 0) {
         ready_warps_ &= ~(1u << current_->warp());
+    }
+    while (ready_warps_ == 0 && tensor_copies_.num_pending() != 0) {
+        land_copy();
     }
     if (ready_warps_ == 0) {
         return nullptr;
@@ -175,7 +191,13 @@ void Block::wake(std::uint32_t warp, std::uint32_t lanes) {
 }
 
 void Block::interleave() {
-    if (request_.order >= 2 && random() % 4 == 0) {
+    if (request_.order < 2) {
+        return;
+    }
+    if (tensor_copies_.num_pending() != 0 && random() % 8 == 0) {
+        land_copy();
+    }
+    if (random() % 4 == 0) {
         switch_away();
     }
 }
@@ -229,7 +251,8 @@ void Block::report_stuck() {
         collective = collective || thread.waiting.is_collective;
         const auto same = [&](const Place& place) {
             return place.waiting.operation == thread.waiting.operation &&
-                   place.waiting.line == thread.waiting.line;
+                   place.waiting.line == thread.waiting.line &&
+                   place.waiting.mbarrier == thread.waiting.mbarrier;
         };
         const auto found = std::find_if(places.begin(), places.end(), same);
         if (found == places.end()) {
@@ -242,6 +265,9 @@ void Block::report_stuck() {
     for (const Place& place : places) {
         text += std::to_string(place.count) + " at " + place.waiting.operation + " (line " +
                 std::to_string(place.waiting.line) + "), ";
+        if (place.waiting.mbarrier != 0) {
+            text += mbarriers_.missing(place.waiting.mbarrier) + ", ";
+        }
     }
     text += std::to_string(num_done_) + " ended, of " + std::to_string(num_threads_);
     current_ = first;

@@ -15,6 +15,8 @@
 
 #include "abi.h"
 #include "fiber_stacks.h"
+#include "mbarrier.h"
+#include "tensor_copy.h"
 
 namespace nvemu {
 
@@ -39,6 +41,7 @@ struct Waiting {
     const char* operation = nullptr;  // null: it does not wait
     std::uint32_t line = 0;
     bool is_collective = false;
+    std::uint64_t mbarrier = 0;  // where it waits at one
 };
 
 struct Thread {
@@ -52,6 +55,7 @@ struct Thread {
     std::vector<std::uint32_t> copy_groups;  // copies in each committed group, oldest first
     std::uint32_t num_grouped = 0;           // the sum of copy_groups; the rest is not committed yet
     std::vector<Span> unfenced;              // written to shared memory since the last proxy fence
+    bool mbarrier_refused = false;           // its last try_wait came too early
 
     [[nodiscard]] std::uint32_t lane() const { return linear % kWarpThreads; }
     [[nodiscard]] std::uint32_t warp() const { return linear / kWarpThreads; }
@@ -102,6 +106,8 @@ class Block {
     [[nodiscard]] Warp& warp(std::uint32_t number) { return warps_[number]; }
     [[nodiscard]] Thread& thread(std::uint32_t linear) { return threads_[linear]; }
     [[nodiscard]] Barrier& barrier(std::uint32_t id) { return barriers_[id]; }
+    [[nodiscard]] MBarriers& mbarriers() { return mbarriers_; }
+    [[nodiscard]] TensorCopies& tensor_copies() { return tensor_copies_; }
     [[nodiscard]] std::uint32_t num_threads() const { return num_threads_; }
     [[nodiscard]] std::uint32_t num_warps() const { return (num_threads_ + kWarpThreads - 1) / kWarpThreads; }
     [[nodiscard]] const LaunchRequest& request() const { return request_; }
@@ -128,6 +134,7 @@ class Block {
   private:
     static void thread_main();
     [[nodiscard]] Thread* next();
+    void land_copy();
     void switch_away();
     void start_threads();
     void note(FailureKind kind, std::uint32_t line, std::uint64_t address);
@@ -143,6 +150,8 @@ class Block {
     std::vector<Warp> warps_;
     std::uint32_t ready_warps_ = 0;
     std::array<Barrier, kNumBarriers> barriers_{};
+    MBarriers mbarriers_{*this};
+    TensorCopies tensor_copies_{*this};
     Thread* current_ = nullptr;
     void* scheduler_ = nullptr;
     std::uint64_t random_state_ = 0;

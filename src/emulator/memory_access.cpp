@@ -40,6 +40,11 @@ NVEMU_EXPORT void nvemu_check_access(std::uint64_t address, std::uint32_t num_by
         return;
     }
     if (address - kSharedBase < kSharedBytes) {
+        if (block.mbarriers().touches(address, num_bytes)) {
+            block.fail(FailureKind::kInvalidOperand, line, address,
+                       "%s of %u bytes of shared memory at offset %llu, where an mbarrier is", verb,
+                       num_bytes, static_cast<unsigned long long>(address - kSharedBase));
+        }
         const char* reason = SharedMemory::instance()->reason(address, num_bytes, is_write);
         if (reason == nullptr) {
             if (is_write && block.request().module->checks_proxies != 0) {
@@ -71,6 +76,7 @@ NVEMU_EXPORT void nvemu_proxy_fence() {
         SharedMemory::clear(span.address, span.num_bytes, SharedMemory::kUnfenced);
     }
     mine.clear();
+    Block::running->mbarriers().fence();
 }
 
 NVEMU_EXPORT void nvemu_interleave() {

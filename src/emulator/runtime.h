@@ -94,3 +94,17 @@ NVEMU_EXPORT void nvemu_copy_async(std::uint32_t line, std::uint64_t destination
 NVEMU_EXPORT void nvemu_copy_commit();
 NVEMU_EXPORT void nvemu_copy_wait(std::uint32_t max_pending);
 NVEMU_EXPORT void nvemu_copy_wait_all();
+
+// --- mbarriers, and the copies that complete on them
+// ------------------------------------------------------------------------------------
+NVEMU_EXPORT void nvemu_mbarrier_init(std::uint32_t line, std::uint64_t address, std::uint32_t count);
+NVEMU_EXPORT void nvemu_mbarrier_fence();
+NVEMU_EXPORT void nvemu_mbarrier_arrive(std::uint32_t line, std::uint64_t address,
+                                        std::uint32_t expected_bytes);
+NVEMU_EXPORT std::uint32_t nvemu_mbarrier_try_wait(std::uint32_t line, std::uint64_t address,
+                                                   std::uint32_t parity);
+// map: 128 bytes, a parameter of the kernel. to_others: not 0 where it goes to other blocks as well. at:
+// coordinates of the box, `rank` of them.
+NVEMU_EXPORT void nvemu_tensor_copy(std::uint32_t line, std::uint64_t destination, std::uint64_t mbarrier,
+                                    const void* map, std::uint32_t to_others, std::uint32_t rank,
+                                    const std::int32_t* at);

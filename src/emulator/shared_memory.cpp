@@ -111,8 +111,8 @@ const char* SharedMemory::reason(std::uint64_t address, std::uint64_t num_bytes,
         return "outside the block's shared memory variables";
     }
     if (any(address, num_bytes, kClosed)) {
-        return is_write ? "where a cp.async nobody waited for is going to write"
-                        : "the destination of a cp.async nobody waited for";
+        return is_write ? "where an asynchronous copy nobody waited for is going to write"
+                        : "the destination of an asynchronous copy nobody waited for";
     }
     return is_write && any(address, num_bytes, kNoWrite) ? "what a wgmma nobody waited for may still read"
                                                          : nullptr;

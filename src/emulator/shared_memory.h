@@ -4,9 +4,9 @@
 // what the last block left there, which in a test is too often the right answer. Beside it lies a shadow, one
 // byte for every four:
 //
-//     bit 0       not to be read: outside every variable, or a cp.async is on its way there
-//     bit 1       written by ordinary stores and not fenced for the async proxy (wgmma) yet
-//     bits 2..7   how many asynchronous reads (wgmma) may still be going on: not to be written
+//     bit 0       not to be read: outside every variable, an mbarrier, or an asynchronous copy is on its way
+//     there bit 1       written by ordinary stores and not fenced for the async proxy (wgmma) yet bits 2..7
+//     how many asynchronous reads (wgmma) may still be going on: not to be written
 //
 // Compiled code tests the shadow with one load per access and calls check_access only when something is
 // wrong. Between variables lie gaps, so an index that runs over its end meets bit 0.

@@ -189,7 +189,7 @@ NVEMU_EXPORT void nvemu_wgmma(std::uint32_t line, std::uint32_t n, std::uint32_t
         block.fail(FailureKind::kInvalidOperand, line, 0,
                    "wgmma: descriptors with a base offset are not emulated");
     }
-    if (block.num_threads() % (4 * kWarpThreads) != 0) {
+    if (block.current().warp() / 4 * 4 + 4 > block.num_threads() / kWarpThreads) {
         block.fail(FailureKind::kInvalidOperand, line, 0, "wgmma needs warps in groups of four");
     }
     if (!block.warp().wgmma_fenced) {

@@ -29,6 +29,7 @@ inline constexpr Result kHostMemoryNotRegistered = 713;
 inline constexpr Result kIllegalInstruction = 715;
 inline constexpr Result kMisalignedAddress = 716;
 inline constexpr Result kLaunchFailed = 719;
+inline constexpr Result kFeatureNotSupported = 801;
 inline constexpr Result kStreamCaptureUnsupported = 900;
 inline constexpr Result kStreamCaptureInvalidated = 901;
 inline constexpr Result kStreamCaptureUnmatched = 903;

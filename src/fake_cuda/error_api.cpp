@@ -40,6 +40,7 @@ constexpr std::array kErrors{
               "an illegal instruction was encountered"},
     ErrorText{kMisalignedAddress, "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"},
     ErrorText{kLaunchFailed, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
+    ErrorText{kFeatureNotSupported, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
     ErrorText{kStreamCaptureUnsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
               "operation not permitted when stream is capturing"},
     ErrorText{kStreamCaptureInvalidated, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nanoserve.emulator import FAKE_DRIVER, library_path
+from nanoserve.emulator.library import library
 
 NON_BLOCKING = 1
 C_TYPES = {int: ctypes.c_int64, float: ctypes.c_float}
@@ -26,6 +27,7 @@ class CudaError(Exception):
 @cache
 def own_library() -> ctypes.CDLL:
     """The driver's library a second time, from a copy: engines of other tests may hold the context of the first."""
+    library()  # which the copy needs and does not find beside it: it is there already
     with TemporaryDirectory() as folder:
         return ctypes.CDLL(str(shutil.copy(library_path(FAKE_DRIVER), folder)))
 
@@ -103,13 +105,16 @@ class FakeDriver:
     def launch(
         self,
         function: int,
-        args: Sequence[int | float],
+        args: Sequence[int | float | bytes],
         stream: int = 0,
         grid: Sequence[int] = (1, 1, 1),
         block: Sequence[int] = (1, 1, 1),
         shared_bytes: int = 0,
     ) -> None:
-        values = [C_TYPES[type(arg)](arg) for arg in args]
+        values = [
+            ctypes.create_string_buffer(arg, len(arg)) if isinstance(arg, bytes) else C_TYPES[type(arg)](arg)
+            for arg in args
+        ]
         params = (ctypes.c_void_p * max(1, len(values)))(*[ctypes.addressof(value) for value in values])
         self.call("cuLaunchKernel", function, *grid, *block, shared_bytes, stream, params, 0)
         # What the driver took is what it uses: these may change now.

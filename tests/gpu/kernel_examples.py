@@ -14,8 +14,8 @@ from nanoserve.kernels.cuda.kv_write import kv_write_spec
 from nanoserve.kernels.cuda.logits import block_max_spec
 from nanoserve.kernels.cuda.norm import norm_spec
 
-# Three blocks of 128 threads, two of 128, two of 256 use up 64 Ki registers at this many each.
-LARGE_F32, LARGE_MMA, LARGE_WGMMA = 168, 255, 128
+# Three blocks of 128 threads, two of 128, two of 288 use up 64 Ki registers at this many each.
+LARGE_F32, LARGE_MMA, LARGE_TMA = 168, 255, 112
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,14 @@ def examples(chip: Chip) -> dict[str, Example]:
             "FENCE.VIEW.ASYNC",
             "BAR",
         )
+        # No thread copies (LDGSTS), and who waits for tiles asks an mbarrier (SYNCS), not all others (DEPBAR, BAR).
+        tma = (
+            "HGMMA.64x128x16.F32.BF16",
+            "UTMALDG",
+            "SYNCS.ARRIVE",
+            "SYNCS.PHASECHK.TRANS64.TRYWAIT",
+            "WARPGROUP.DEPBAR",
+        )
         narrow |= {"wgmma": True}
         plans |= {
             "wgmma": (wgmma, gemm_plan(4096, 4096, 4096, 4096, chip, residual=True, **narrow)),
@@ -88,9 +96,11 @@ def examples(chip: Chip) -> dict[str, Example]:
             ),
         }
     for name, (instructions, plan) in plans.items():
-        large = LARGE_F32 if instructions is f32 else LARGE_MMA if instructions is mma else LARGE_WGMMA
+        large = LARGE_F32 if instructions is f32 else LARGE_MMA
         for most, spec in plan.steps:
-            found[f"{name}, {most or 'any'} rows"] = Example(
-                spec, large if most is None else 128, instructions
+            found[f"{name}, {most or 'any'} rows"] = (
+                Example(spec, LARGE_TMA, tma)
+                if spec.kind == "gemm_tma"
+                else Example(spec, large if most is None else 128, instructions)
             )
     return found

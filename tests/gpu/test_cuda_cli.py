@@ -186,6 +186,7 @@ def test_the_chip_is_the_devices_or_the_one_that_is_named(run: Run) -> None:
     assert ".target sm_90a" in run("explain", "norm", "--device", "cuda", "--stage", "ptx").stdout
     assert ".target sm_86" in run("explain", "norm", "--chip", "sm_86", "--stage", "ptx").stdout
     assert "wgmma" in run("explain", "gemm_wgmma", "--chip", "sm_90a", "--stage", "ptx").stdout
+    assert "cp.async.bulk.tensor" in run("explain", "gemm_tma", "--chip", "sm_90a", "--stage", "ptx").stdout
 
 
 def test_every_gpu_kernel_is_listed_and_can_be_made(run: Run) -> None:
@@ -206,6 +207,7 @@ def test_every_gpu_kernel_is_listed_and_can_be_made(run: Run) -> None:
         (["norm", "--chip", "sm_42"], "chip: 'sm_42' must be one of sm_80, "),
         (["norm", "--chip", "sm_80", "--stage", "magic"], "--stage: 'magic' must be one of written, simplify, "),
         (["gemm_wgmma", "--chip", "sm_80"], "--chip: sm_80 has no warpgroup products, sm_90a has"),
+        (["gemm_tma", "--chip", "sm_80"], "--chip: sm_80 has no warpgroup products, sm_90a has"),
         (["norm", "--device", "gpu"], "device: 'gpu' must be cpu, cuda or cuda:N"),
     ],
 )  # fmt: skip

@@ -214,9 +214,9 @@ def test_asynchronous_copies() -> None:
         ("wait.group0",),
         (),
     ):
-        with pytest.raises(AsyncRace, match=r"cp.async nobody waited for"):
+        with pytest.raises(AsyncRace, match="asynchronous copy nobody waited for"):
             copying(*unfinished, read=True).launch("copying", 1, 1, 0, [x, y, 0])
-        with pytest.raises(AsyncRace, match=r"cp.async nobody waited for"):
+        with pytest.raises(AsyncRace, match="asynchronous copy nobody waited for"):
             copying(*unfinished, overwrite=True).launch("copying", 1, 1, 0, [x, y, 0])
         with pytest.raises(AsyncAtExit, match=r"1 cp.async"):
             copying(*unfinished).launch("copying", 1, 1, 0, [x, y, 0])

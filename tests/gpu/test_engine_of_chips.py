@@ -35,6 +35,14 @@ def test_answers_have_the_same_bits_on_every_chip(precision: str) -> None:
     assert old["answers"] == new["answers"]
 
 
+def test_tiles_brought_by_the_copy_engine_change_no_bit() -> None:
+    """A prompt in steps of few rows, or in one of more than 64: another kernel, the same answers."""
+    few, many = (on("9.0", "bfloat16", "wgmma", chunk) for chunk in ("48", "128"))
+    assert few["most_rows"] <= 64 < many["most_rows"]
+    assert many["tma"]
+    assert few["answers"] == many["answers"]
+
+
 def test_warpgroup_products_are_near_the_others() -> None:
     """Another instruction, whose order of adding is its own."""
     plain, wgmma = on("9.0", "bfloat16"), on("9.0", "bfloat16", "wgmma")

@@ -57,6 +57,10 @@ def test_it_runs_whole_on_the_emulator(prepared: Path, tmp_path: Path) -> None:
     for told in (
         "every kernel loads",
         "gemm_wgmma bf16 x bf16, gated: a row's bits",
+        "gemm_wgmma bf16 x bf16, gated, cp.async",
+        "gemm_tma, gated",
+        "gemm_tma, gated: a row's bits",
+        "gate_up of tiny by wgmma, many rows: PyTorch's, nearly",
         "attention bf16: by rows and by segments the same bits",
         "gemm_f32 f32 x f32, gated: the CPU's bits",
         "gpt2: the tokens of ours on the CPU",
@@ -165,7 +169,9 @@ def test_full_sizes_launch_nothing_that_is_not_prepared(
 
     for module in (product_speed, attention_work):
         monkeypatch.setattr(module, "random_rows", lambda *args, **options: Rows(1 << 21, 1 << 21, None))
-    monkeypatch.setattr(product_speed.ProductOperands, "error", lambda self, one, m: self.put(one, m) or 0.0)
+    monkeypatch.setattr(
+        product_speed.ProductOperands, "error", lambda self, spec, m: self.put(spec, m) or 0.0
+    )
     monkeypatch.setattr(attention_speed, "_check", lambda *args: None)
     record = Record(tmp_path / "record.json", 300)
     kernel_speed.run(Dry(), record)  # type: ignore[arg-type]
@@ -176,7 +182,8 @@ def test_full_sizes_launch_nothing_that_is_not_prepared(
     assert {row["lengths"] for row in tables["decode attention, mixed"]} == {"1 x 32768 + 63 x 512"}
     assert {(row["rows"], row["start"]) for row in tables["chunk attention"]} == {(50, 32768)}
     by = [row["by"] for row in tables["products"]]
-    assert by == sorted(by, key=["mma", "wgmma"].index)  # the risky one after all of the others
+    order = ["mma", "wgmma, cp.async", "wgmma"]
+    assert by == sorted(by, key=order.index)  # the risky ones after all of the others
     assert {(row["product"], row["m"]) for row in tables["products"] if row["model"] == "Llama-3.1-8B"} == {
         (name, m)
         for name in ("qkv", "out", "gate_up", "down", "head")

@@ -21,6 +21,7 @@ def invented() -> dict[str, Any]:
             "native_ms": {"start": 0.1, "finish": 1.2},
             "ahead": 1.0,
             "of_roofline": share,
+            "sm_mhz": 1980,
         }
         for count, share in ((1, 0.71), (8, 0.75), (32, 0.7), (256, 0.4))
     ]
@@ -115,6 +116,7 @@ def test_the_end_of_the_output_tells_the_story() -> None:
     assert "    FAILED norm: error 1" in lines
     assert "    skipped: vLLM: it is not installed" in lines
     assert any(line.startswith("target missed a prompt of 2,048 tokens") for line in lines)
+    assert "the clock after decoding: 1980 to 1980 MHz" in lines
     assert lines[-1] == "NOT every part ran and passed: numerics failed"
     crowded = invented()
     crowded["parts"]["numerics"]["skips"] = [{"name": str(i), "reason": "?"} for i in range(100)]

@@ -10,8 +10,9 @@ from gpu.run_kernel import ORDERS
 from nanoserve.compiler.gpu.chip import parse_chip
 from nanoserve.kernels.cuda.epilogue import Epilogue
 from nanoserve.kernels.cuda.gemm import gemm_plan
-from nanoserve.kernels.cuda.gemm_wgmma import Shape, gemm_wgmma_spec
+from nanoserve.kernels.cuda.gemm_wgmma import gemm_wgmma_spec
 from nanoserve.kernels.cuda.library import compile_kernel
+from nanoserve.kernels.cuda.wgmma_tile import Shape
 from support.bfloat16 import from_bf16
 
 SHAPES = {
@@ -68,9 +69,9 @@ def test_a_row_has_the_same_bits_for_every_number_of_rows() -> None:
 
 
 def test_a_plan_never_mixes_arithmetics() -> None:
-    for wgmma, kind in ((False, "gemm_mma"), (True, "gemm_wgmma")):
+    for wgmma, kinds in ((False, {"gemm_mma"}), (True, {"gemm_wgmma", "gemm_tma"})):
         plan = gemm_plan(64, 64, 64, 64, CHIP, x="bf16", dtype="bf16", wgmma=wgmma)
-        assert {spec.kind for spec in plan.specs} == {kind}
+        assert {spec.kind for spec in plan.specs} == kinds
 
 
 def test_chips_without_it_refuse() -> None:

@@ -33,6 +33,8 @@ class Placed(Protocol):
 
     @property
     def address(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
 
 
 class Gpu:
@@ -69,7 +71,9 @@ class Gpu:
 
     def load(self, artifact: Artifact) -> CudaKernel:
         how = artifact.launch
-        return CudaKernel(self.device, self.image(artifact), how.entry, how.block, how.shared_bytes)
+        return CudaKernel(
+            self.device, self.image(artifact), how.entry, how.block, how.shared_bytes, how.native_tensors
+        )
 
     def kernel(self, spec: GpuKernelSpec) -> CudaKernel:
         if spec not in self._kernels:
@@ -84,12 +88,16 @@ class Gpu:
 
     def put(self, spec: GpuKernelSpec, args: Sequence[int | Placed]) -> None:
         """One launch into the stream; args: what lies on the device, addresses and integers."""
-        values = [arg if isinstance(arg, int) else arg.address for arg in args]
+        names, by_map = [name for name, _ in spec.arguments], dict(spec.tensors)
         scalars = {
-            name: value
-            for (name, _), pointer, value in zip(spec.arguments, spec.pointers, values, strict=True)
-            if not pointer
+            name: arg
+            for name, pointer, arg in zip(names, spec.pointers, args, strict=True)
+            if isinstance(arg, int) and not pointer
         }
+        values = [
+            arg if isinstance(arg, int) else (arg.address, arg.num_bytes) if name in by_map else arg.address
+            for name, arg in zip(names, args, strict=True)
+        ]
         cuda_launch(self.stream, self.kernel(spec), spec.grid_of(scalars), values)
 
     def launch(

@@ -12,7 +12,7 @@ from tools.gpu_check import choice_cases, row_cases
 from tools.gpu_check.attention_cases import attention_cases
 from tools.gpu_check.case import Case
 from tools.gpu_check.engines import ARITHMETICS
-from tools.gpu_check.product_cases import GEMMS, product_cases
+from tools.gpu_check.product_cases import GEMMS, product_cases, tma_cases
 
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.kernels.cuda import library
@@ -22,6 +22,7 @@ CASES: dict[str, Callable[[Chip], Iterable[Case]]] = {
     "choose": choice_cases.choose,
     "embedding": row_cases.embedding,
     **{kind: product_cases(kind) for kind in GEMMS},
+    "gemm_tma": tma_cases,
     "kv_write": row_cases.kv_write,
     "logits": choice_cases.logits,
     "norm": row_cases.norm,
@@ -35,7 +36,8 @@ def kinds() -> list[str]:
     files = Path(library.__file__).parent.glob("*.py")
     found = [path.stem for path in files if library._is_kernel(path, path.read_bytes())]
     return sorted(
-        (stem for stem in found if not stem.endswith("_triton")), key=lambda kind: (is_risky(kind), kind)
+        (stem for stem in found if not stem.endswith("_triton")),
+        key=lambda kind: (is_risky(kind), kind == "gemm_tma", kind),
     )
 
 

@@ -6,12 +6,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tools.gpu_check.case import MOST_ROWS, WIDE_ROWS, Array, Case, Launch, wide
 from tools.gpu_check.engines import ARITHMETICS, arithmetics
 
 from gpu.matrix_problem import MatrixProblem
 from nanoserve.compiler.gpu.chip import Chip
-from nanoserve.kernels.cuda.gemm import GemmPlan, gemm_plan
+from nanoserve.compiler.gpu.spec import GpuKernelSpec
+from nanoserve.kernels.cuda.epilogue import Epilogue
+from nanoserve.kernels.cuda.gemm import TMA_SHAPE, GemmPlan, gemm_plan
+from nanoserve.kernels.cuda.gemm_tma import gemm_tma_spec
+from nanoserve.kernels.cuda.gemm_wgmma import gemm_wgmma_spec
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "bias, gelu and residual": {"bias": True, "activation": "gelu_erf", "residual": True},
@@ -48,6 +53,13 @@ class GemmCase:
         return [wide(self.problem.run(self.plan.spec_for(m), m=m, launch=launch))]
 
 
+def _problem(x: str, dtype: str, options: dict[str, Any], is_wide: bool) -> MatrixProblem:
+    """bfloat16 results of a gated one, as layers have it."""
+    y = "bf16" if x == "bf16" and options.get("gated") else "f32"
+    m, k, n = (WIDE_ROWS, _WIDE_INPUTS, _WIDE_OUTPUTS) if is_wide else (MOST_ROWS, 328, 157)
+    return MatrixProblem(m, k, n, x=x, dtype=dtype, y=y, **options)
+
+
 def gemm_cases(kind: str, chip: Chip, *, is_wide: bool = False) -> list[GemmCase]:
     """None where the chip has no such instructions."""
     name = kind.removeprefix("gemm_")
@@ -56,19 +68,59 @@ def gemm_cases(kind: str, chip: Chip, *, is_wide: bool = False) -> list[GemmCase
     made = []
     for x, dtype, asked in GEMMS[kind]:
         for name, options in (_WIDE_OPTIONS if is_wide else _OPTIONS).items():
-            # bfloat16 results of a gated one, as layers have it.
-            y = "bf16" if x == "bf16" and options.get("gated") else "f32"
-            m, k, n = (WIDE_ROWS, _WIDE_INPUTS, _WIDE_OUTPUTS) if is_wide else (MOST_ROWS, 328, 157)
-            p = MatrixProblem(m, k, n, x=x, dtype=dtype, y=y, **options)
+            p = _problem(x, dtype, options, is_wide)
             plan = gemm_plan(p.k, p.n, p.ldx, p.ldy, chip, x=x, dtype=dtype, y=p.y_type, **options, **asked)
             made.append(GemmCase(f"{kind} {x} x {dtype}, {name}", p, plan))
     return made
 
 
+def _without_tma(cases: list[GemmCase]) -> list[GemmCase]:
+    """The plans that have the copy engine, with tiles that threads copy in its place: faults of the two are told apart."""
+    made = []
+    for one in cases:
+        steps = [(most, spec) for most, spec in one.plan.steps if spec.kind != "gemm_tma"]
+        if len(steps) < len(one.plan.steps):
+            plan = GemmPlan((*steps, (None, _many_rows(one.problem, gemm_wgmma_spec))))
+            made.append(GemmCase(f"{one.name}, cp.async", one.problem, plan))
+    return made
+
+
+def _many_rows(p: MatrixProblem, make: Callable[..., GpuKernelSpec]) -> GpuKernelSpec:
+    return make(p.k, p.n, p.ldx, p.ldy, TMA_SHAPE, Epilogue(**p.options), y=p.y_type)
+
+
+def tma_cases(chip: Chip) -> Iterable[Case]:
+    """For every number of rows, though plans have it for many; whether its bits are gemm_wgmma's is an output, too."""
+    if not chip.wgmma:
+        return
+    problems = [(name, options, False) for name, options in _OPTIONS.items()]
+    problems += [(name, options, True) for name, options in _WIDE_OPTIONS.items()]
+    for name, options, is_wide in problems:
+        p = _problem("bf16", "bf16", options, is_wide)
+        spec, other = (_many_rows(p, make) for make in (gemm_tma_spec, gemm_wgmma_spec))
+
+        def run(
+            launch: Launch,
+            m: int,
+            p: MatrixProblem = p,
+            spec: GpuKernelSpec = spec,
+            other: GpuKernelSpec = other,
+        ) -> list[Array]:
+            found, same = (p.run(each, m=m, launch=launch) for each in (spec, other))
+            return [wide(found), np.full(m, float(found.tobytes() == same.tobytes()))]
+
+        def expected(m: int, p: MatrixProblem = p) -> list[Array]:
+            return [p.expected()[:m], np.ones(m)]
+
+        tolerance = 1e-2 if p.y_type == "bf16" else 2e-5
+        yield Case(f"gemm_tma, {name}", (spec, other), run, expected, tolerance, wide=is_wide)
+
+
 def product_cases(kind: str) -> Callable[[Chip], Iterable[Case]]:
     def cases(chip: Chip) -> Iterable[Case]:
         for is_wide in (False, True):
-            for one in gemm_cases(kind, chip, is_wide=is_wide):
+            found = gemm_cases(kind, chip, is_wide=is_wide)
+            for one in [*_without_tma(found), *found]:
                 tolerance = 1e-2 if one.problem.y_type == "bf16" else 2e-5
                 yield Case(
                     one.name, one.plan.specs, one.outputs, lambda m, one=one: [one.problem.expected()[:m]], tolerance,

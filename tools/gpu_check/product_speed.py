@@ -12,10 +12,17 @@ from tools.gpu_check.record import Record
 from tools.gpu_check.shapes import Product
 
 from nanoserve.compiler.gpu.chip import Chip
-from nanoserve.kernels.cuda.gemm import GemmPlan, gemm_plan
+from nanoserve.compiler.gpu.spec import GpuKernelSpec
+from nanoserve.kernels.cuda.epilogue import Epilogue
+from nanoserve.kernels.cuda.gemm import TMA_SHAPE, GemmPlan, gemm_plan
+from nanoserve.kernels.cuda.gemm_wgmma import gemm_wgmma_spec
 
 ROWS = (1, 8, 24, 32, 48, 64, 96, 128, 192, 256, 512, 2048)
 TORCH = "torch, no epilogue"
+CP_ASYNC, TMA = (
+    "wgmma, cp.async",
+    "wgmma, many rows",
+)  # the parts of wgmma's plan without and with the copy engine
 _MOST_HEAD_ROWS = 256  # a step has few rows of logits
 _NEAR = 2e-2  # bfloat16 results, with room; one wrong element of a row is further off
 
@@ -29,8 +36,33 @@ def plan_of(made: Product, chip: Chip, one: Arithmetic) -> GemmPlan:
     )  # fmt: skip
 
 
+def copied_by_threads(made: Product) -> GpuKernelSpec:
+    """What Hopper's plan would have for many rows if its tiles came by cp.async: to see whether the copy engine pays."""
+    op = made.op
+    epilogue = Epilogue(op.bias is not None, op.activation, op.residual, op.scale, op.softcap, op.gated)
+    return gemm_wgmma_spec(op.n_in, op.n_out, made.ldx, made.ldy, TMA_SHAPE, epilogue, y=made.y)
+
+
+def ways_of(chip: Chip) -> list[str]:
+    """Those of ours, what is likeliest to fault last: of wgmma's plan, first the rows whose tiles threads copy."""
+    names = list(arithmetics(chip, ours=True))
+    return [*names[:-1], CP_ASYNC, names[-1], TMA] if chip.wgmma else names
+
+
+def _specs_of(made: Product, chip: Chip, by: str, rows: list[int]) -> dict[int, GpuKernelSpec]:
+    """Kernels by number of rows; none by PyTorch."""
+    if by == TORCH:
+        return {}
+    plan = plan_of(made, chip, arithmetics(chip)[by.split(",")[0]])
+    found = {m: plan.spec_for(m) for m in rows}
+    if "wgmma" not in by:
+        return found
+    chosen = {m: spec for m, spec in found.items() if (spec.kind == "gemm_tma") == (by != "wgmma")}
+    return dict.fromkeys(chosen, copied_by_threads(made)) if by == CP_ASYNC else chosen
+
+
 def rows_of(made: Product, tiny: bool) -> list[int]:
-    return [m for m in ((1, 17) if tiny else ROWS) if made.name != "head" or m <= _MOST_HEAD_ROWS]
+    return [m for m in ((1, 17, 70) if tiny else ROWS) if made.name != "head" or m <= _MOST_HEAD_ROWS]
 
 
 class ProductOperands:
@@ -49,15 +81,14 @@ class ProductOperands:
         self.bias = [random_rows(gpu, made.rows, dtype="f32")] if op.bias else []
         self.launches = max(self.count, 2 if gpu.tiny else 4)
 
-    def put(self, one: Arithmetic, m: int, i: int = 0) -> None:
-        spec = plan_of(self.made, self.gpu.chip, one).spec_for(m)
+    def put(self, spec: GpuKernelSpec, m: int, i: int = 0) -> None:
         self.gpu.put(spec, [self.x, self.each[i % self.count], *self.bias, self.y, m])
 
-    def error(self, one: Arithmetic, m: int) -> float:
+    def error(self, spec: GpuKernelSpec, m: int) -> float:
         """Of what is launched, against PyTorch's."""
         before = tensor_of(self.gpu, self.y)[:m, : self.made.op.n_out].float().clone()
         synchronize(self.gpu)
-        self.put(one, m)
+        self.put(spec, m)
         found = tensor_of(self.gpu, self.y)[:m, : self.made.op.n_out]
         return apart(found, self._expected(m, before))
 
@@ -83,8 +114,8 @@ class ProductOperands:
             value = torch.tanh(value / op.softcap) * op.softcap
         return value + y if op.residual else value
 
-    def seconds(self, one: Arithmetic, m: int) -> float:
-        return self.gpu.seconds(lambda i: self.put(one, m, i), self.launches)
+    def seconds(self, spec: GpuKernelSpec, m: int) -> float:
+        return self.gpu.seconds(lambda i: self.put(spec, m, i), self.launches)
 
     def torch_seconds(self, m: int) -> float:
         linear, left = self.gpu.torch.nn.functional.linear, self.x.held[:m, : self.made.op.n_in]
@@ -94,27 +125,34 @@ class ProductOperands:
 
 
 def measure(gpu: Gpu, record: Record, model: str, made: Product, by: str, ceilings: Ceilings | None) -> None:
-    """By one of `arithmetics`, or by TORCH."""
-    operands, one = ProductOperands(gpu, made), arithmetics(gpu.chip).get(by)
-    if one is not None:
-        # For each kernel of the plan the most rows it is for; of the last one, as many as there are.
-        most = [rows for rows, _ in plan_of(made, gpu.chip, one).steps if rows is not None]
-        last = operands.rows[-1]
-        counts = [m for m in dict.fromkeys((1, *most, last)) if m <= last]
-        errors = {m: operands.error(one, m) for m in counts}
+    """By one of `ways_of`, or by TORCH."""
+    operands = ProductOperands(gpu, made)
+    specs = _specs_of(made, gpu.chip, by, operands.rows)
+    if by != TORCH and not specs:
+        return
+    ends: dict[int, GpuKernelSpec] = {}  # each kernel with the fewest and the most rows it is for
+    for spec in dict.fromkeys(specs.values()):
+        mine = [m for m, one in specs.items() if one == spec]
+        ends |= {mine[0]: spec, mine[-1]: spec}
+    errors = {m: operands.error(spec, m) for m, spec in sorted(ends.items())}
+    if errors:
         worst = max(errors, key=errors.__getitem__)
         record.check(
             f"{made.name} of {model} by {by}: PyTorch's, nearly", errors[worst] < _NEAR,
             f"error {errors[worst]:.1e} with {worst} rows, at most {_NEAR:.0e}",
         )  # fmt: skip
-    for m in operands.rows:
+    for m in specs or operands.rows:
         if not record.has_time(f"{made.name} of {model} by {by} from {m} rows on", 0.5):
             return
-        seconds = operands.torch_seconds(m) if one is None else operands.seconds(one, m)
+        seconds = operands.seconds(specs[m], m) if specs else operands.torch_seconds(m)
         # A library's product writes bfloat16 and reads nothing of y.
-        size = made.bytes(m) if one is not None else made.weight_bytes + 2 * m * (made.op.n_in + made.rows)
+        size = made.bytes(m) if specs else made.weight_bytes + 2 * m * (made.op.n_in + made.rows)
         row: dict[str, Any] = {"us": seconds * 1e6}
         if ceilings is not None:
             row["of_bandwidth"] = size / seconds / ceilings.bandwidth
             row["of_products"] = made.flops(m) / seconds / ceilings.products
-        record.row("products", model=model, product=made.name, k=made.op.n_in, n=made.rows, m=m, by=by, **row)
+        # The two parts of a plan are one line of a table.
+        shown = by if by != TMA else "wgmma"
+        record.row(
+            "products", model=model, product=made.name, k=made.op.n_in, n=made.rows, m=m, by=shown, **row
+        )

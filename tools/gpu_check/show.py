@@ -126,10 +126,13 @@ def _decode(results: Results) -> list[str]:
         lines.append(
             f"prefill {row['model']}: {row['tokens']}: {row['ms']:.2f} ms{_share(row, 'of_products')}"
         )
-    for row in rows(results, "engine_speed", "prefill in chunks"):
-        lines.append(
-            f"prefill {row['model']}: {row['tokens']} in chunks of {row['chunk']}: {row['ms']:.2f} ms"
-        )
+    pieces = [
+        f"{row['model']}: {row['tokens']} by {row['chunk']}: {row['ms']:.2f} ms"
+        for row in rows(results, "engine_speed", "prefill in chunks")
+    ]
+    lines += [f"prefill in chunks {', '.join(pieces)}"] if pieces else []
+    clocks = [row["sm_mhz"] for row in rows(results, "engine_speed", "decode") if row.get("sm_mhz")]
+    lines += [f"the clock after decoding: {min(clocks)} to {max(clocks)} MHz"] if clocks else []
     return lines
 
 
@@ -164,10 +167,11 @@ def _attention(results: Results) -> list[str]:
         ("decode attention, mixed", "{lengths}"),
         ("chunk attention", "{rows} rows after {start}"),
     ):
-        lines += [
-            f"{table} {row['model']} {cell.format(**row)}: {row['us']:.0f} us{_share(row, 'of_bandwidth')}"
+        cells = [
+            f"{row['model']} {cell.format(**row)}: {row['us']:.0f} us{_share(row, 'of_bandwidth')}"
             for row in rows(results, "kernel_speed", table)
         ]
+        lines += [f"{table} {', '.join(cells)}"] if cells else []
     found = rows(results, "kernel_speed", "prefill attention")
     for model in dict.fromkeys(row["model"] for row in found):
         cells = [f"{row['tokens']} {row['by']}: {row['us']:.0f} us{_share(row, 'of_products')}" for row in found if row["model"] == model]  # fmt: skip

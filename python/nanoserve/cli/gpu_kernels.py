@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 def _gemm(chip: Chip, kind: str, **options: str | bool) -> GpuKernelSpec:
     from nanoserve.kernels.cuda.gemm import gemm_plan
 
-    if kind == "gemm_wgmma" and not chip.wgmma:
+    if options.get("wgmma") and not chip.wgmma:
         raise ValueError(f"--chip: {chip.name} has no warpgroup products, sm_90a has")
-    return gemm_plan(256, 256, 256, 256, chip, **options).steps[0][1]  # type: ignore[arg-type]
+    specs = gemm_plan(256, 256, 256, 256, chip, **options).specs  # type: ignore[arg-type]
+    return next(spec for spec in specs if spec.kind == kind)
 
 
 def _gemm_f32(chip: Chip) -> GpuKernelSpec:
@@ -28,6 +29,10 @@ def _gemm_mma(chip: Chip) -> GpuKernelSpec:
 
 def _gemm_wgmma(chip: Chip) -> GpuKernelSpec:
     return _gemm(chip, "gemm_wgmma", x="bf16", dtype="bf16", wgmma=True)
+
+
+def _gemm_tma(chip: Chip) -> GpuKernelSpec:
+    return _gemm(chip, "gemm_tma", x="bf16", dtype="bf16", wgmma=True)
 
 
 def _attention(part: str) -> GpuKernelSpec:
@@ -95,6 +100,10 @@ GPU_KERNELS: dict[str, tuple[Callable[[Chip], GpuKernelSpec], str]] = {
     "gemm_f32": (_gemm_f32, "matrix product in float32, 256 by 256, a few rows"),
     "gemm_mma": (_gemm_mma, "matrix product in bfloat16 by tensor cores, 256 by 256, a few rows"),
     "gemm_wgmma": (_gemm_wgmma, "the same by Hopper's warpgroup instructions: sm_90a"),
+    "gemm_tma": (
+        _gemm_tma,
+        "the same for many rows: a warp has the copy engine bring tiles, others multiply",
+    ),
     "attend": (_attend, "paged attention of prompts' rows, 4 query and 2 KV heads of 64 (Triton)"),
     "split": (_split, "paged attention of single rows, a program per segment of keys (Triton)"),
     "merge": (_merge, "what the programs of split found, merged (Triton)"),

@@ -186,7 +186,12 @@ class CudaExecutor:
         if id(artifact) not in self._kernels:
             launch = artifact.launch
             self._kernels[id(artifact)] = CudaKernel(
-                self.device, self._image(artifact), launch.entry, launch.block, launch.shared_bytes
+                self.device,
+                self._image(artifact),
+                launch.entry,
+                launch.block,
+                launch.shared_bytes,
+                launch.native_tensors,
             )
         return self._kernels[id(artifact)]
 

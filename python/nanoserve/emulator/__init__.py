@@ -7,7 +7,7 @@ the very LLVM IR that the NVPTX code generator gets, so what is tested is the ke
     rewrite       LLVM IR for NVPTX -> LLVM IR for this machine: intrinsics, inline PTX and accesses become calls
     image         ... -> a shared object, which the emulator and the fake driver load
     emulator      launches, and exceptions that name kernel, block, thread and address
-    src/emulator  the library underneath: threads as fibers, shared memory, warp collectives, mma, wgmma, cp.async
+    src/emulator  the library underneath: threads as fibers, shared memory, warp collectives, mma, wgmma, cp.async, TMA
     src/fake_cuda the CUDA driver's interface on top of it, for programs that load libcuda.so.1
 
 It is hostile on purpose. A kernel with a missing barrier often gives the right answer on a GPU, and then does not. Here shared

@@ -7,6 +7,7 @@ import numpy as np
 from nanoserve.compiler.gpu.artifact import Artifact
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
 from nanoserve.emulator.emulator import Emulator
+from nanoserve.emulator.tensor_map import TensorArgument
 
 
 class EmulatedKernel:
@@ -41,6 +42,7 @@ class EmulatedKernel:
                 raise ValueError(
                     f"{spec.symbol}: {name} must be {'an array' if is_pointer else 'an integer'}"
                 )
+        tensors = dict(spec.tensors)
         scalars = {name: value for name, value in zip(names, args, strict=True) if isinstance(value, int)}
         block = (self._launch.block, 1, 1)
         self._emulator.launch(
@@ -48,6 +50,11 @@ class EmulatedKernel:
             spec.grid_of(scalars),
             block,
             self._launch.shared_bytes,
-            list(args),
+            [
+                TensorArgument(value, tensors[name])
+                if isinstance(value, np.ndarray) and name in tensors
+                else value
+                for name, value in zip(names, args, strict=True)
+            ],
             order=order,
         )

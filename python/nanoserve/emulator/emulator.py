@@ -15,8 +15,9 @@ from nanoserve.emulator.image import compile_host
 from nanoserve.emulator.library import Failure, LaunchRequest, library
 from nanoserve.emulator.module_table import Kernel
 from nanoserve.emulator.rewrite import rewrite
+from nanoserve.emulator.tensor_map import TENSOR_MAP_BYTES, TensorArgument
 
-Argument = np.ndarray[Any, Any] | DeviceArray | int | float
+Argument = np.ndarray[Any, Any] | DeviceArray | TensorArgument | int | float
 _C_TYPES: dict[str, Any] = {
     "i1": ctypes.c_uint8,
     "i8": ctypes.c_int8,
@@ -67,7 +68,8 @@ class Emulator:
         Args:
             grid, block: up to three numbers each. shared_bytes: dynamic shared memory.
             args: as the kernel declares them. A numpy array is copied into memory of its own, between guard pages, and
-                copied back if it may be written; a DeviceArray, or an address, is used as it is.
+                copied back if it may be written, and so is that of a TensorArgument, which is only read; a DeviceArray, or an
+                address, is used as it is.
             order: of threads and blocks. 0 runs each warp as far as it gets, 1 does so backwards, others are random
                 with this seed.
 
@@ -79,9 +81,10 @@ class Emulator:
         types = self.kernels[kernel].param_types
         if len(args) != len(types):
             raise InvalidLaunch(f"{kernel}: {len(args)} arguments for {len(types)} parameters", kernel)
-        copies = [DeviceArray(arg) if isinstance(arg, np.ndarray) else None for arg in args]
+        arrays = [arg.array if isinstance(arg, TensorArgument) else arg for arg in args]
+        copies = [DeviceArray(array) if isinstance(array, np.ndarray) else None for array in arrays]
         values = [
-            _parameter(kernel, i, type_, copy if copy is not None else arg)
+            _parameter(kernel, i, type_, arg, copy)
             for i, (type_, arg, copy) in enumerate(zip(types, args, copies, strict=True))
         ]
         pointers = [ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values]
@@ -98,8 +101,8 @@ class Emulator:
         if library().nvemu_launch(ctypes.byref(request), ctypes.byref(failure)) != 0:
             raise _error(kernel, failure, copies)
         for arg, copy in zip(args, copies, strict=True):
-            if copy is not None and isinstance(arg, np.ndarray):
-                if arg.flags.writeable:
+            if copy is not None:
+                if isinstance(arg, np.ndarray) and arg.flags.writeable:
                     arg[...] = copy.host
                 copy.free()
 
@@ -111,17 +114,25 @@ def _dimensions(kernel: str, numbers: int | Sequence[int]) -> Any:
     return (ctypes.c_uint32 * 3)(*given, *[1] * (3 - len(given)))
 
 
-def _parameter(kernel: str, index: int, type_: str, arg: Argument) -> Any:
+def _parameter(kernel: str, index: int, type_: str, arg: Argument, copy: DeviceArray | None) -> Any:
+    """The value of a parameter; `copy` is what an array became."""
+    if isinstance(arg, TensorArgument):
+        if type_ != f"[{TENSOR_MAP_BYTES} x i8]" or copy is None:
+            raise InvalidLaunch(
+                f"{kernel}: argument {index} is a tensor map, the kernel takes {type_}", kernel
+            )
+        return arg.encoded(copy.address)
+    placed = arg if copy is None else copy
     if type_.startswith("ptr"):
-        if isinstance(arg, float):
-            raise InvalidLaunch(f"{kernel}: argument {index} is {arg}, the kernel takes a pointer", kernel)
-        return ctypes.c_uint64(arg.address if isinstance(arg, DeviceArray) else int(arg))
+        if isinstance(placed, float):
+            raise InvalidLaunch(f"{kernel}: argument {index} is {placed}, the kernel takes a pointer", kernel)
+        return ctypes.c_uint64(placed.address if isinstance(placed, DeviceArray) else int(placed))
     c_type = _C_TYPES.get(type_)
-    if c_type is None or isinstance(arg, DeviceArray):
+    if c_type is None or isinstance(placed, DeviceArray):
         raise InvalidLaunch(
-            f"{kernel}: argument {index} is {type(arg).__name__}, the kernel takes {type_}", kernel
+            f"{kernel}: argument {index} is {type(placed).__name__}, the kernel takes {type_}", kernel
         )
-    return c_type(arg)
+    return c_type(placed)
 
 
 def _error(kernel: str, failure: Failure, copies: Sequence[DeviceArray | None]) -> EmulatorError:

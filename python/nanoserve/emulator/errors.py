@@ -49,7 +49,7 @@ class MisalignedAddress(EmulatorError):
 
 
 class Deadlock(EmulatorError):
-    """Threads wait at a barrier for others that do not come."""
+    """Threads wait at a barrier for others, or for bytes, that do not come."""
 
 
 class Divergence(EmulatorError):
@@ -61,7 +61,7 @@ class AsyncRace(EmulatorError):
 
 
 class AsyncAtExit(EmulatorError):
-    """A thread ended before an asynchronous operation that it started."""
+    """A thread, or its block, ended before an asynchronous operation that it started."""
 
 
 class InvalidOperand(EmulatorError):

@@ -182,6 +182,45 @@ def _proxy_fence(f: FunctionText, _: re.Match[str]) -> None:
     f.ret()
 
 
+@_rule(r"fence\.mbarrier_init\.release\.cluster")
+def _mbarrier_fence(f: FunctionText, _: re.Match[str]) -> None:
+    f.call("void", "nvemu_mbarrier_fence", [])
+    f.ret()
+
+
+@_rule(r"mbarrier\.init\.shared")
+def _mbarrier_init(f: FunctionText, _: re.Match[str]) -> None:
+    address, count = _args(f)
+    f.call("void", "nvemu_mbarrier_init", [gpu.LINE, ("i64", address), ("i32", count)])
+    f.ret()
+
+
+@_rule(r"mbarrier\.arrive(?:\.shared|(\.expect\.tx)\.scope\.cta\.space\.cta)")
+def _mbarrier_arrive(f: FunctionText, match: re.Match[str]) -> None:
+    """What it returns, a state to wait for, no instruction that is emulated takes."""
+    address, *num_bytes = _args(f)
+    f.call("void", "nvemu_mbarrier_arrive", [gpu.LINE, ("i64", address), ("i32", (num_bytes or ["0"])[0])])
+    f.ret(["0"])
+
+
+@_rule(r"mbarrier\.try\.wait\.parity\.scope\.cta\.space\.cta")
+def _mbarrier_try_wait(f: FunctionText, _: re.Match[str]) -> None:
+    address, parity = _args(f)
+    _returns(f, [f.call("i32", "nvemu_mbarrier_try_wait", [gpu.LINE, ("i64", address), ("i32", parity)])])
+
+
+@_rule(r"cp\.async\.bulk\.tensor\.g2s\.tile\.([1-5])d")
+def _tensor_copy(f: FunctionText, match: re.Match[str]) -> None:
+    """(destination, mbarrier, map, coordinates, multicast mask, hint, has a mask, has a hint, group of blocks)"""
+    rank, args = int(match[1]), _args(f)
+    destination, mbarrier, *_, has_mask, _, group = args
+    to_others = f.value(f"or i32 {f.resize(has_mask, 1, 32)}, {group}")
+    places = [("i64", destination), ("i64", mbarrier), ("ptr", f.arg(2))]
+    numbers = [("i32", to_others), ("i32", str(rank)), ("ptr", f.words(args[3 : 3 + rank]))]
+    f.call("void", "nvemu_tensor_copy", [gpu.LINE, *places, *numbers])
+    f.ret()
+
+
 # Blocks run one after the other and threads one at a time: memory is always in order.
 @_rule(r"membar\.\w+|fence\.(?!proxy).*|nanosleep|griddepcontrol\.\w+")
 def _nothing(f: FunctionText, _: re.Match[str]) -> None:

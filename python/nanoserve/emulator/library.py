@@ -64,6 +64,22 @@ class Failure(ctypes.Structure):
     ]
 
 
+class TensorMapRequest(ctypes.Structure):
+    _fields_ = [
+        ("data_type", ctypes.c_uint32),
+        ("rank", ctypes.c_uint32),
+        ("address", ctypes.c_uint64),
+        ("dims", ctypes.POINTER(ctypes.c_uint64)),
+        ("strides", ctypes.POINTER(ctypes.c_uint64)),
+        ("box", ctypes.POINTER(ctypes.c_uint32)),
+        ("element_strides", ctypes.POINTER(ctypes.c_uint32)),
+        ("interleave", ctypes.c_uint32),
+        ("swizzle", ctypes.c_uint32),
+        ("l2_promotion", ctypes.c_uint32),
+        ("oob_fill", ctypes.c_uint32),
+    ]
+
+
 def library_path(name: str = EMULATOR) -> Path:
     """Where a library of the emulator is.
 
@@ -101,4 +117,8 @@ def library() -> ctypes.CDLL:
     lib.nvemu_unload_image.restype = None
     lib.nvemu_module_table.argtypes = [ctypes.c_void_p]
     lib.nvemu_module_table.restype = ctypes.POINTER(ModuleTable)
+    lib.nvemu_encode_tensor_map.argtypes = [
+        ctypes.POINTER(TensorMapRequest), ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64,
+    ]  # fmt: skip
+    lib.nvemu_encode_tensor_map.restype = ctypes.c_int32
     return lib

@@ -17,7 +17,7 @@ class Kernel:
     """An entry point.
 
     Attributes:
-        param_types: of LLVM IR. max_threads: of a block, 0 for no limit of its own. required_threads: 0 for any number.
+        param_types: of LLVM IR; an array is passed by value. max_threads: of a block, 0 for no limit of its own. required_threads: 0 for any number.
     """
 
     name: str
@@ -64,11 +64,16 @@ def module_table(
 
 def _wrapper(index: int, kernel: Kernel) -> list[str]:
     lines = [f"define internal void @emu.call.{index}(ptr %params) {{"]
+    passed = []
     for i, type_ in enumerate(kernel.param_types):
         lines.append(f"  %slot{i} = getelementptr ptr, ptr %params, i64 {i}")
         lines.append(f"  %at{i} = load ptr, ptr %slot{i}")
+        if type_.startswith("["):
+            passed.append(f"ptr %at{i}")
+            continue
         lines.append(f"  %param{i} = load {type_}, ptr %at{i}, align 1")
-    args = ", ".join(f"{type_} %param{i}" for i, type_ in enumerate(kernel.param_types))
+        passed.append(f"{type_} %param{i}")
+    args = ", ".join(passed)
     return [*lines, f'  call void @"{kernel.name}"({args})', "  ret void", "}"]
 
 

@@ -33,6 +33,8 @@ _FUNCTION = re.compile(rf"^define (.*?)({VALUE})\(")
 _RESULT_WORDS = re.compile(
     r"^(?:(?:noundef|signext|zeroext|range\([^)]*\)|nonnull|noalias|dso_local|hidden|internal)\s+)*"
 )
+# A parameter that is the bytes themselves; the kernel gets a pointer to them, and may not write there.
+_BY_VALUE = re.compile(r'\bbyval\((\[\d+ x i8\])\) align \d+ "nvvm\.grid_constant"')
 _DATA = re.compile(rf"^({VALUE}) = (?!.*addrspace\(3\)).*?\b(?:global|constant) (.*)$")
 
 
@@ -105,13 +107,14 @@ class Rewriter:
         tail = line[end + 1 :]
         if "ptx_kernel" in found[1]:
             self._kernels[name] = self._kernel(name, line[found.end() : end], tail)
-        line = line[: end + 1] + re.sub(r" #\d+", "", tail)
+        line = _BY_VALUE.sub("", line[: end + 1]) + re.sub(r" #\d+", "", tail)
         return re.sub(r"\bptx_(kernel|device) ", "", line)
 
     def _kernel(self, name: str, params: str, tail: str) -> Kernel:
-        types = [leading_type(param) for param in split_list(params)]
+        parts = split_list(params)
+        types = [found[1] if (found := _BY_VALUE.search(part)) else leading_type(part) for part in parts]
         sizes = [type_bytes(type_) for type_ in types]
-        if None in sizes or "byval" in params:
+        if None in sizes or "byval" in _BY_VALUE.sub("", params):
             raise UnsupportedInstruction(f"kernel {name}: parameters ({params})")
         attributes = " ".join(self._attributes.get(group, "") for group in re.findall(r"#\d+", tail)) + tail
         return Kernel(name, types, _threads(attributes, "maxntid"), _threads(attributes, "reqntid"))

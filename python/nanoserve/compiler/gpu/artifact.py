@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from nanoserve.compiler.cache_directory import CacheDirectory, default_directory
-from nanoserve.compiler.gpu.spec import Extent, GpuKernelSpec, Grid
+from nanoserve.compiler.gpu.spec import Extent, GpuKernelSpec, Grid, TensorForm
 
 _MAX_MANIFEST_BYTES = 64 * 1024
 _MAX_FILE_BYTES = 64 * 1024 * 1024
+# (number of the argument, element, dims, strides, box, swizzle)
+NativeTensor = tuple[int, str, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 _FILES = ("cubin", "ptx", "ll")
 
 
@@ -33,7 +35,8 @@ class Launch:
 
     Attributes:
         entry: name in the cubin.
-        arguments: (name, is a pointer) in order; others are 64-bit integers.
+        arguments: (name, is memory) in order; others are 64-bit integers.
+        tensors: by name, the arguments that are a tensor map of the memory, not a pointer to it.
         block: threads along x. shared_bytes: dynamic, of a block.
     """
 
@@ -42,6 +45,13 @@ class Launch:
     grid: Grid
     block: int
     shared_bytes: int
+    tensors: tuple[tuple[str, TensorForm], ...] = ()
+
+    @property
+    def native_tensors(self) -> list[NativeTensor]:
+        """CudaKernel's argument `tensors`."""
+        names = [name for name, _ in self.arguments]
+        return [(names.index(name), *form) for name, form in self.tensors]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +82,7 @@ class Artifact:
 
 def launch_of(spec: GpuKernelSpec) -> Launch:
     arguments = tuple(zip((name for name, _ in spec.arguments), spec.pointers, strict=True))
-    return Launch(spec.symbol, arguments, spec.grid, spec.block, spec.shared_bytes)
+    return Launch(spec.symbol, arguments, spec.grid, spec.block, spec.shared_bytes, spec.tensors)
 
 
 class ArtifactStore:
@@ -146,4 +156,12 @@ class ArtifactStore:
 def _launch_from(fields: dict[str, Any]) -> Launch:
     x, y, z = (Extent(*extent) for extent in fields["grid"])
     arguments = tuple((str(name), bool(is_pointer)) for name, is_pointer in fields["arguments"])
-    return Launch(fields["entry"], arguments, (x, y, z), int(fields["block"]), int(fields["shared_bytes"]))
+    tensors = tuple((str(name), _tensor_from(form)) for name, form in fields["tensors"])
+    return Launch(
+        fields["entry"], arguments, (x, y, z), int(fields["block"]), int(fields["shared_bytes"]), tensors
+    )
+
+
+def _tensor_from(form: list[Any]) -> TensorForm:
+    element, dims, strides, box, swizzle = form
+    return TensorForm(str(element), tuple(dims), tuple(strides), tuple(box), int(swizzle))

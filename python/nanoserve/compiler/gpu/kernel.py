@@ -3,8 +3,8 @@
     @device_kernel(spec)
     def _(x, out, rows): ...
 
-builds a gpu.func named by the spec in a gpu.module of its own. Pointers arrive as Array, integers as Value, in the
-order of the spec's arguments. The body runs once per thread; its values and loops are those of compiler/builder.py
+builds a gpu.func named by the spec in a gpu.module of its own. Pointers arrive as Array, integers as Value, tensor maps
+as TensorMap, in the order of the spec's arguments. The body runs once per thread; its values and loops are those of compiler/builder.py
 and control.py.
 """
 
@@ -16,7 +16,8 @@ from typing import Any
 from nanoserve.compiler.bindings import mlir_gpu
 from nanoserve.compiler.builder import Value, ir, type_of
 from nanoserve.compiler.gpu.memory import Array
-from nanoserve.compiler.gpu.spec import GpuKernelSpec
+from nanoserve.compiler.gpu.spec import SCALAR, Argument, GpuKernelSpec, TensorForm
+from nanoserve.compiler.gpu.tensor_copy import MAP_ATTRIBUTES, MAP_TYPE, TensorMap
 
 gpu = mlir_gpu().gpu
 MODULE = "kernels"  # name of the gpu.module
@@ -35,27 +36,36 @@ def device_kernel(
             else module.regions[0].blocks.append()
         )
         with ir.InsertionPoint(block):
-            types = [type_of(text) for _, text in spec.arguments]
+            types = [type_of(kind if isinstance(kind, str) else MAP_TYPE) for _, kind in spec.arguments]
             function = gpu.GPUFuncOp(
                 ir.FunctionType.get(types, []), spec.symbol, kernel=True, known_block_size=[spec.block, 1, 1]
             )
             function.operation.attributes["arg_attrs"] = ir.ArrayAttr.get(
-                [
-                    ir.DictAttr.parse("{llvm.noalias}" if is_pointer and name not in overlap else "{}")
-                    for (name, _), is_pointer in zip(spec.arguments, spec.pointers, strict=True)
-                ]
+                [ir.DictAttr.parse(_attributes(kind, name in overlap)) for name, kind in spec.arguments]
             )
             entry = function.regions[0].blocks.append(*types)
             with ir.InsertionPoint(entry):
                 body(
                     *(
-                        Array(value) if is_pointer else Value(value)
-                        for value, is_pointer in zip(entry.arguments, spec.pointers, strict=True)
+                        _argument(value, kind)
+                        for value, (_, kind) in zip(entry.arguments, spec.arguments, strict=True)
                     )
                 )
                 gpu.return_([])
 
     return define
+
+
+def _attributes(kind: Argument, may_overlap: bool) -> str:
+    if isinstance(kind, TensorForm):
+        return MAP_ATTRIBUTES
+    return "{}" if kind == SCALAR or may_overlap else "{llvm.noalias}"
+
+
+def _argument(value: Any, kind: Argument) -> Array | Value | TensorMap:
+    if isinstance(kind, TensorForm):
+        return TensorMap(value, kind)
+    return Value(value) if kind == SCALAR else Array(value)
 
 
 def emit_text(build: Callable[[], Any]) -> str:

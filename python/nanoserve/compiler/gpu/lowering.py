@@ -11,6 +11,7 @@ from typing import Any
 
 from nanoserve.compiler.bindings import mlir, mlir_gpu
 from nanoserve.compiler.gpu.llvm_text import readable
+from nanoserve.compiler.gpu.tensor_copy import pass_maps_by_value
 from nanoserve.compiler.lowering import Stage
 
 STAGES = (
@@ -69,6 +70,7 @@ def lower(module: Any, after_stage: Callable[[Stage, str], None] | None = None) 
     if len(kernels) != 1:
         raise ValueError(f"a module of one gpu.module was expected, not of {len(kernels)}")
     check_lowered(kernels[0])
+    pass_maps_by_value(kernels[0])
     return translate(kernels[0])
 
 

@@ -1,6 +1,7 @@
 """A GPU kernel by specification: what its code depends on, what it is called with, and how it is launched. Data only.
 
-Every kernel takes bare pointers (64-bit device addresses) and 64-bit integers, in the order of its spec's arguments.
+Every kernel takes bare pointers (64-bit device addresses), 64-bit integers, and memory by a tensor map, in the order of
+its spec's arguments.
 How many blocks run follows from those integers alone (Extent), so that a launch can be captured in a CUDA graph for a
 bucket of rows: what changes from step to step is read from device memory.
 """
@@ -23,6 +24,30 @@ _MAX_GRID = (2**31 - 1, 65535, 65535)  # blocks along x, y, z
 def pointer(*shape: int, element: str = "f32") -> str:
     """The type of a pointer argument: row-major, shape[0] usually UNBOUNDED."""
     return f"memref<{'x'.join(map(str, shape))}x{element}>"
+
+
+class TensorForm(NamedTuple):
+    """An argument's memory as a tensor, for the chip's copy engine (TMA): the kernel gets 128 bytes that the driver makes.
+
+    Dimensions are counted from the innermost. The outermost has as many elements as the memory holds; what a box has
+    beyond any dimension is zeros.
+
+    Attributes:
+        element: "bf16".
+        dims: elements, of all dimensions but the outermost.
+        strides: elements from one to the next, of all dimensions but the innermost.
+        box: elements along each dimension that a copy brings.
+        swizzle: bytes of a row whose 16-byte lines are permuted in shared memory, as wgmma reads them; 0: none.
+    """
+
+    element: str
+    dims: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    swizzle: int
+
+
+Argument = str | TensorForm  # an MLIR type, or memory by a tensor map
 
 
 class Extent(NamedTuple):
@@ -51,7 +76,7 @@ class GpuKernelSpec:
     Args:
         kind: the file of kernels/cuda/ that builds it.
         params: what it is built with, sorted by name.
-        arguments: (name, MLIR type) in order: pointer(...) or SCALAR.
+        arguments: (name, type) in order: pointer(...), SCALAR, or a TensorForm.
         grid: blocks along x, y and z.
         block: threads of a block, whole warps.
         shared_bytes: dynamic shared memory of a block.
@@ -59,14 +84,14 @@ class GpuKernelSpec:
 
     kind: str
     params: tuple[tuple[str, Param], ...]
-    arguments: tuple[tuple[str, str], ...]
+    arguments: tuple[tuple[str, Argument], ...]
     grid: Grid
     block: int
     shared_bytes: int = 0
 
     @classmethod
     def make(
-        cls, kind: str, arguments: Mapping[str, str], grid: tuple[Extent, ...], block: int, /,
+        cls, kind: str, arguments: Mapping[str, Argument], grid: tuple[Extent, ...], block: int, /,
         shared_bytes: int = 0, **params: Param,
     ) -> GpuKernelSpec:  # fmt: skip
         """A spec of checked shape; missing dimensions of the grid are 1.
@@ -95,8 +120,13 @@ class GpuKernelSpec:
 
     @property
     def pointers(self) -> tuple[bool, ...]:
-        """Of each argument, whether it is a pointer."""
-        return tuple(text != SCALAR for _, text in self.arguments)
+        """Of each argument, whether it is memory, by a pointer or a tensor map."""
+        return tuple(kind != SCALAR for _, kind in self.arguments)
+
+    @property
+    def tensors(self) -> tuple[tuple[str, TensorForm], ...]:
+        """The arguments that are tensor maps."""
+        return tuple((name, kind) for name, kind in self.arguments if isinstance(kind, TensorForm))
 
     def grid_of(self, scalars: Mapping[str, int]) -> tuple[int, int, int]:
         """How many blocks a launch with these integers has; none where there is nothing to do.

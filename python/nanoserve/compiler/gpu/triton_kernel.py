@@ -70,7 +70,7 @@ def run_triton(spec: GpuKernelSpec, source: TritonSource) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    given = {name: text for name, text in spec.arguments if name not in SCRATCH}
+    given = {name: text for name, text in spec.arguments if isinstance(text, str) and name not in SCRATCH}
     signature = {name: _triton_type(text) for name, text in given.items()} | dict.fromkeys(
         source.constants, "constexpr"
     )

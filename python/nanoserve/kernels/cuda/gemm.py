@@ -1,13 +1,13 @@
 """Which kernel multiplies a weight: a plan of a few kernels by number of rows, whose outputs have the same bits.
 
     x f32, w f32, bf16 or f16   gemm_f32: IEEE float32, the CPU's bits
-    x bf16, w bf16              gemm_mma: tensor cores; or, where asked for, gemm_wgmma
+    x bf16, w bf16              gemm_mma: tensor cores; or, where asked for, gemm_wgmma, and gemm_tma for many rows
 
-Tensor cores may sum an instruction's products in an order of their own, which nobody documents, so gemm_mma and
-gemm_wgmma are never in one plan. Whether they agree, and which is faster with few rows, is for a GPU to say; gemm_mma
+Tensor cores may sum an instruction's products in an order of their own, which nobody documents, so gemm_mma and the
+other two are never in one plan. Whether they agree, and which is faster with few rows, is for a GPU to say; gemm_mma
 is what every chip has.
 
-Kernels of one plan differ in the shape of their tiles, which no bit depends on: in both, an output is one chain of
+Kernels of one plan differ in the shape of their tiles, which no bit depends on: in all of them, an output is one chain of
 the same instruction along k. The shape follows from the weight and the chip; the rows choose among shapes, never
 among arithmetics. Nothing is split along k, so what keeps a large GPU busy is the number of tiles: they are as large as
 leaves one for each multiprocessor, and have so many stages that reading the weight is not waited for: its bytes on their
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
-from nanoserve.kernels.cuda import gemm_f32, gemm_mma, gemm_wgmma
+from nanoserve.kernels.cuda import gemm_f32, gemm_mma, gemm_tma, gemm_wgmma, wgmma_tile
 from nanoserve.kernels.cuda.epilogue import Epilogue
 
 WEIGHTS_OF = {"f32": ("f32", "bf16", "f16"), "bf16": ("bf16",)}  # what x can be multiplied with
@@ -79,6 +79,7 @@ def gemm_plan(
             most: gemm_wgmma.gemm_wgmma_spec(*sizes, shape, epilogue, y=y)
             for most, shape in _WGMMA_SHAPES.items()
         }
+        steps[None] = gemm_tma.gemm_tma_spec(*sizes, TMA_SHAPE, epilogue, y=y)
     else:
         steps = {
             most: gemm_mma.gemm_mma_spec(*sizes, shape, epilogue, y=y)
@@ -114,9 +115,9 @@ def _mma_shapes(chip: Chip, outputs: int, gated: bool) -> dict[int | None, gemm_
     return shapes
 
 
-_WGMMA_SHAPES: dict[int | None, gemm_wgmma.Shape] = {
-    8: gemm_wgmma.Shape(1, 8, 8),
-    32: gemm_wgmma.Shape(1, 32, 6),
-    64: gemm_wgmma.Shape(1, 64, 4),
-    None: gemm_wgmma.Shape(2, 128, 3),
+_WGMMA_SHAPES: dict[int | None, wgmma_tile.Shape] = {
+    8: wgmma_tile.Shape(1, 8, 8),
+    32: wgmma_tile.Shape(1, 32, 6),
+    64: wgmma_tile.Shape(1, 64, 4),
 }
+TMA_SHAPE = wgmma_tile.Shape(2, 128, 3)  # 96 KiB: two blocks fit a multiprocessor

@@ -1,0 +1,120 @@
+"""A block's tile of a product by Hopper's wgmma: its shape, its products, and what is done with their sums.
+
+What gemm_wgmma and gemm_tma share, which differ in how tiles come to shared memory and in nothing that a bit depends on.
+The weight is the operand of 64 rows and x that of as many columns as the instruction has, so that few rows of x waste
+little: what is computed is y transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nanoserve.compiler.gpu.chip import WARP
+from nanoserve.compiler.gpu.spec import Extent
+from nanoserve.kernels.cuda.epilogue import Epilogue
+from nanoserve.kernels.cuda.gemm_tile import TILE_K, Tile
+from nanoserve.kernels.cuda.layout import check_stride
+
+if TYPE_CHECKING:
+    from nanoserve.compiler.builder import Value
+    from nanoserve.compiler.gpu.memory import Array
+
+K_TILE = TILE_K["bf16"]
+ROWS = 64  # of the instruction
+GROUP = 128  # threads of a warpgroup
+GATES = 8  # a thread has rows r and r + 8 of the weight's tile: a gate and what it multiplies
+ALIGNMENT = 1024  # of tiles, for the hardware's swizzle
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a block: `groups` warpgroups, `columns` rows of x (a multiple of 8 up to 256), tiles of `stages` places."""
+
+    groups: int
+    columns: int
+    stages: int
+
+    @property
+    def rows(self) -> int:
+        """Of the weight's tile."""
+        return self.groups * ROWS
+
+    def tiles(self, k: int) -> tuple[Tile, Tile]:
+        """Of the weight and of x."""
+        return (
+            Tile(self.rows, k, K_TILE, "bf16", self.stages),
+            Tile(self.columns, k, K_TILE, "bf16", self.stages),
+        )
+
+    def grid(self, n_out: int, epilogue: Epilogue) -> tuple[Extent, Extent]:
+        return (Extent("m", self.columns), Extent(times=-(-n_out * (1 + epilogue.gated) // self.rows)))
+
+    def check(self, kind: str, n_in: int, n_out: int, ldx: int, ldy: int, y: str) -> None:
+        """Raises ValueError for sizes that do not fit."""
+        if n_in < 1 or n_out < 1:
+            raise ValueError(f"{kind}: n_in={n_in} and n_out={n_out} must be positive")
+        check_stride(kind, n_in, ldx=ldx)
+        check_stride(kind, n_out, ldy=ldy)
+        if y not in ("f32", "bf16"):
+            raise ValueError(f"{kind}: y {y!r} must be f32 or bf16")
+        if self.columns % 8 or not 8 <= self.columns <= 256:
+            raise ValueError(f"{kind}: columns={self.columns} must be a multiple of 8 in [8, 256]")
+
+
+def multiplier(
+    shape: Shape, w_shared: Array, x_shared: Array, thread: Value
+) -> Callable[[Value, list[Value]], list[Value]]:
+    """multiply(stage, sums): the sums with the products of a stage's tiles, k ascending in steps of 16."""
+    from nanoserve.compiler.gpu import warpgroup
+
+    stage_bytes = K_TILE * 2
+    group_at = warpgroup.integer(thread // GROUP) * (ROWS * warpgroup.ROW_BYTES)
+    w_address, x_address = warpgroup.address_of(w_shared) + group_at, warpgroup.address_of(x_shared)
+
+    def multiply(stage: Value, sums: list[Value]) -> list[Value]:
+        place = warpgroup.integer(stage)
+        of_w = warpgroup.descriptor(w_address + place * (shape.rows * stage_bytes))
+        of_x = warpgroup.descriptor(x_address + place * (shape.columns * stage_bytes))
+        total = sums[0]
+        warpgroup.begin()
+        for step in range(K_TILE // 16):
+            total = warpgroup.multiply(
+                warpgroup.advanced(of_w, step), warpgroup.advanced(of_x, step), total, shape.columns
+            )
+        warpgroup.finish()
+        return [total]
+
+    return multiply
+
+
+def store_sums(
+    sums: Value, shape: Shape, epilogue: Epilogue, y: Array, bias: Array | None, n: int, m: Value,
+    first_row: Value, first_column: Value, thread: Value,
+) -> None:  # fmt: skip
+    """Finishes a thread's sums and writes them, those inside y[m][n]; the tile's first output is named."""
+    from nanoserve.compiler.builder import index, splat
+    from nanoserve.compiler.control import when
+    from nanoserve.compiler.gpu import warpgroup
+    from nanoserve.compiler.gpu.threads import only_where
+
+    parts = 1 + epilogue.gated
+    warp, lane = thread // WARP, thread % WARP
+    tile_row = warp * 16 + lane // 4  # of the weight's tile; gated, of the first of two runs of outputs
+    column_of = tile_row if parts == 1 else warp * 8 + lane // 4
+    for at in range(0, shape.columns // 2, 4):
+        for side in range(2):
+            row = first_row + lane % 4 * 2 + (at // 4 * 8 + side)
+            low, high = (splat(warpgroup.sum_at(sums, at + half * 2 + side), 1) for half in range(2))
+
+            @when(row < m)
+            def _(row: Value = row, low: Value = low, high: Value = high) -> None:
+                pairs = [(low, high, 0)] if epilogue.gated else [(low, None, 0), (high, None, 8)]
+                for value, ups, ahead in pairs:
+                    column = first_column + column_of + ahead
+
+                    def put(value: Value = value, ups: Value | None = ups, column: Value = column) -> None:
+                        epilogue.store(value, ups, y, bias, n, row, column)
+
+                    only_where(None if n * parts % shape.rows == 0 else column < index(n), put)
