@@ -172,8 +172,8 @@ class CudaOpBinder:
         args = [self._buffers[op.x], self._weights.rows(weight, dtype)]
         if op.bias is not None:
             args.append(self._weights.rows(op.bias))
-        by_name = by_name(plan.steps[0][1], *args, self._buffers[op.out], count)
-        return [BoundLaunch(op.weight, plan.steps, by_name, count)]
+        named = by_name(plan.steps[0][1], *args, self._buffers[op.out], count)
+        return [BoundLaunch(op.weight, plan.steps, named, count)]
 
     def _cublas(self, op: Gemm, weight: Arg, x: str, count: Arg) -> Sequence[BoundWork]:
         """The product alone, where scaling and adding to y is all there is to do; else into float32 sums, finished row by row."""
