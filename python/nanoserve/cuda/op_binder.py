@@ -6,14 +6,12 @@ for sequences of one row, a program per segment of their keys and one that merge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-from nanoserve.compiler.gpu.artifact import Artifact
 from nanoserve.compiler.gpu.chip import Chip
-from nanoserve.compiler.gpu.spec import Extent, GpuKernelSpec
 from nanoserve.compiler.gpu.triton_kernel import SCRATCH
+from nanoserve.cuda.bound_work import BoundLaunch, BoundProduct, BoundWork, by_name
 from nanoserve.cuda.gemm_choice import product_of
 from nanoserve.cuda.step_sizes import StepSizes
 from nanoserve.kernels.cuda import activation, choose, embedding, gemm, kv_write, logits, norm
@@ -22,46 +20,10 @@ from nanoserve.kernels.cuda.paged_attention import AttentionForm
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.decoder import Attention, BlockMax, Convert, Embedding, Gemm, KvWrite, Norm, Op, buffers
 from nanoserve.models.rope import Rope
-from nanoserve.native import CudaKernel, CudaStep
 from nanoserve.packed_weights import Arg
 from nanoserve.precision import Precision
 
 NULL: Arg = ("number", 0)
-ONE: Arg = ("number", 1)
-
-
-@dataclass(frozen=True, slots=True)
-class BoundLaunch:
-    """A launch of a plan.
-
-    Attributes:
-        variants: (most, spec) ascending; the last takes any number.
-        args: by the specs' argument names.
-        over: the number that chooses among variants.
-    """
-
-    name: str
-    variants: tuple[tuple[int | None, GpuKernelSpec], ...]
-    args: Mapping[str, Arg]
-    over: Arg = ONE
-
-    def add_to(
-        self,
-        native: CudaStep,
-        artifacts: Mapping[GpuKernelSpec, Artifact],
-        load: Callable[[Artifact], CudaKernel],
-    ) -> None:
-        """Appends it to a plan."""
-        made = []
-        for most, spec in self.variants:
-            grid = [self._extent(extent) for extent in spec.grid]
-            made.append((0 if most is None else most, load(artifacts[spec]), grid))
-        names = [name for name, _ in self.variants[0][1].arguments]
-        native.op(self.name, made, [self.args[name] for name in names], self.over)
-
-    def _extent(self, extent: Extent) -> tuple[Arg, int, int]:
-        scalar = ONE if extent.scalar is None else self.args[extent.scalar]
-        return scalar, extent.per, extent.times
 
 
 class Buffers(Protocol):
@@ -76,28 +38,6 @@ class Weights(Protocol):
     def dtype(self, name: str) -> str: ...
     def rows(self, name: str, dtype: str | None = None) -> Arg: ...
     def rope(self, rope: Rope) -> Arg: ...
-
-
-@dataclass(frozen=True, slots=True)
-class BoundProduct:
-    """A product of a plan that cuBLAS does; arguments as CudaStep.product's."""
-
-    name: str
-    args: tuple[Arg, Arg, Arg, Arg]
-    options: Mapping[str, Any]
-    variants: tuple[()] = ()  # no kernel of ours
-
-    def add_to(
-        self,
-        native: CudaStep,
-        artifacts: Mapping[GpuKernelSpec, Artifact],
-        load: Callable[[Artifact], CudaKernel],
-    ) -> None:
-        """Appends it to a plan."""
-        native.product(self.name, *self.args, **self.options)
-
-
-BoundWork = BoundLaunch | BoundProduct
 
 
 class CudaOpBinder:
@@ -156,19 +96,19 @@ class CudaOpBinder:
             case Convert():
                 spec = activation.convert_spec(op.cols, self._strides[op.x], self._strides[op.out])
                 return [
-                    _launch(
+                    BoundLaunch.of(
                         f"convert.{op.x}", spec, self._buffers[op.x], self._buffers[op.out], ("num_rows",)
                     )
                 ]
             case BlockMax():
                 stride = self._strides["logits"]
                 spec = logits.block_max_spec(op.cols, stride)
-                maxima = _launch("block_max", spec, ("logits",), ("block_max",), ("num_samples",))
+                maxima = BoundLaunch.of("block_max", spec, ("logits",), ("block_max",), ("num_samples",))
                 if op.cols > choose.MAX_COLS:  # the host chooses
                     return [maxima]
                 return [
                     maxima,
-                    _launch(
+                    BoundLaunch.of(
                         "choose", choose.choose_spec(op.cols, stride), ("logits",), ("block_max",), ("draws",), ("draw_ints",),
                         ("tokens",), ("num_samples",),
                     ),
@@ -195,7 +135,7 @@ class CudaOpBinder:
         ]
         if op.pos_table is not None:
             args.append(self._weights.rows(op.pos_table))
-        return _launch("embedding", spec, *args, self._buffers[op.out], ("num_rows",))
+        return BoundLaunch.of("embedding", spec, *args, self._buffers[op.out], ("num_rows",))
 
     def _norm(self, op: Norm) -> BoundLaunch:
         spec = norm.norm_spec(
@@ -208,7 +148,7 @@ class CudaOpBinder:
         args.append(self._weights.rows(op.weight))
         if op.bias is not None:
             args.append(self._weights.rows(op.bias))
-        return _launch(
+        return BoundLaunch.of(
             op.weight, spec, *args, self._buffers[op.out], ("num_samples",) if op.gather else ("num_rows",)
         )
 
@@ -232,8 +172,8 @@ class CudaOpBinder:
         args = [self._buffers[op.x], self._weights.rows(weight, dtype)]
         if op.bias is not None:
             args.append(self._weights.rows(op.bias))
-        by_name = _by_name(plan.steps[0][1], *args, self._buffers[op.out], count)
-        return [BoundLaunch(op.weight, plan.steps, by_name, count)]
+        named = by_name(plan.steps[0][1], *args, self._buffers[op.out], count)
+        return [BoundLaunch(op.weight, plan.steps, named, count)]
 
     def _cublas(self, op: Gemm, weight: Arg, x: str, count: Arg) -> Sequence[BoundWork]:
         """The product alone, where scaling and adding to y is all there is to do; else into float32 sums, finished row by row."""
@@ -254,7 +194,10 @@ class CudaOpBinder:
             scale=op.scale, softcap=op.softcap, gated=op.gated, dtype=self._elements[op.out],
         )  # fmt: skip
         bias = [] if op.bias is None else [self._weights.rows(op.bias)]
-        return [product, _launch(f"{op.weight}.finish", spec, sums, *bias, self._buffers[op.out], count)]
+        return [
+            product,
+            BoundLaunch.of(f"{op.weight}.finish", spec, sums, *bias, self._buffers[op.out], count),
+        ]
 
     def _scratch_rows(self, count: Arg, stride: int) -> Arg:
         """As many float32 rows as a step can have; products share them, for each is finished before the next."""
@@ -276,7 +219,7 @@ class CudaOpBinder:
         if op.qk_norm is not None:
             args += [self._weights.rows(op.q_weight), self._weights.rows(op.k_weight)]
         args += [("k", op.layer), ("v", op.layer), ("slots",), ("num_rows",)]
-        return _launch(f"layers.{op.layer}.kv_write", spec, *args)
+        return BoundLaunch.of(f"layers.{op.layer}.kv_write", spec, *args)
 
     def form(self, op: Attention) -> AttentionForm:
         """What the attention of a layer depends on."""
@@ -293,24 +236,15 @@ class CudaOpBinder:
         pages: list[Arg] = [("k", op.layer), ("v", op.layer), ("table",)]
         null = [NULL] * len(SCRATCH)
         return [
-            _launch(
+            BoundLaunch.of(
                 f"{name}.attend", form.attend_spec(), q, *pages, ("chunks",), out, ("num_chunks",), *null
             ),
-            _launch(
+            BoundLaunch.of(
                 f"{name}.split", form.split_spec(), q, *pages, ("decodes",), self._parts, self._sums, ("num_segments",),
                 ("num_decodes",), *null,
             ),
-            _launch(
+            BoundLaunch.of(
                 f"{name}.merge", form.merge_spec(), self._parts, self._sums, ("decodes",), out, ("num_segments",),
                 ("num_decodes",), *null,
             ),
         ]  # fmt: skip
-
-
-def _by_name(spec: GpuKernelSpec, *args: Arg) -> dict[str, Arg]:
-    """Arguments in the kernel's order, by their names."""
-    return {name: arg for (name, _), arg in zip(spec.arguments, args, strict=True)}
-
-
-def _launch(name: str, spec: GpuKernelSpec, *args: Arg) -> BoundLaunch:
-    return BoundLaunch(name, ((None, spec),), _by_name(spec, *args))

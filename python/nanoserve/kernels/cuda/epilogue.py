@@ -47,9 +47,13 @@ class Epilogue:
         }  # fmt: skip
 
     def store(
-        self, sums: Value, ups: Value | None, y: Array, bias: Array | None, n: int, row: Value, column: Value
-    ) -> None:
-        """Finishes neighbouring sums of a row, with those of `ups` where gated, and writes them; all are inside."""
+        self, sums: Value, ups: Value | None, y: Array, bias: Array | None, n: int, row: Value, column: Value,
+        before: Value | None = None,
+    ) -> None:  # fmt: skip
+        """Finishes neighbouring sums of a row, with those of `ups` where gated, and writes them; all are inside.
+
+        before: what is there, of an epilogue that adds it, where it is known already.
+        """
         from nanoserve.compiler.builder import widen
         from nanoserve.compiler.gpu.memory import rounded
         from nanoserve.compiler.vector_math import activate, soft_cap
@@ -65,5 +69,5 @@ class Epilogue:
         if self.softcap:
             value = soft_cap(value, self.softcap)
         if self.residual:
-            value = value + widen(y.load(row, column, width=value.width))
+            value = value + widen(y.load(row, column, width=value.width) if before is None else before)
         y.store(rounded(value, y.element), row, column)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nanoserve.compiler.gpu.chip import WARP
@@ -21,11 +22,14 @@ if TYPE_CHECKING:
     from nanoserve.compiler.builder import Value
     from nanoserve.compiler.gpu.memory import Array
 
+    Output = tuple[Value, Value | None, Value]  # a sum, its other one where gated, the column
+
 K_TILE = TILE_K["bf16"]
 ROWS = 64  # of the instruction
 GROUP = 128  # threads of a warpgroup
 GATES = 8  # a thread has rows r and r + 8 of the weight's tile: a gate and what it multiplies
 ALIGNMENT = 1024  # of tiles, for the hardware's swizzle
+_AT_ONCE = 2  # runs of 8 rows of y whose outputs are finished together, 4 of each a thread's
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +98,7 @@ def store_sums(
     first_row: Value, first_column: Value, thread: Value,
 ) -> None:  # fmt: skip
     """Finishes a thread's sums and writes them, those inside y[m][n]; the tile's first output is named."""
-    from nanoserve.compiler.builder import index, splat
-    from nanoserve.compiler.control import when
+    from nanoserve.compiler.builder import imin, index, splat, widen
     from nanoserve.compiler.gpu import warpgroup
     from nanoserve.compiler.gpu.threads import only_where
 
@@ -103,18 +106,36 @@ def store_sums(
     warp, lane = thread // WARP, thread % WARP
     tile_row = warp * 16 + lane // 4  # of the weight's tile; gated, of the first of two runs of outputs
     column_of = tile_row if parts == 1 else warp * 8 + lane // 4
-    for at in range(0, shape.columns // 2, 4):
+
+    def outputs(at: int) -> list[tuple[Value, list[Output]]]:
+        """Rows of y and what a thread has of them, of the `at`-th run of 8."""
+        found: list[tuple[Value, list[Output]]] = []
         for side in range(2):
-            row = first_row + lane % 4 * 2 + (at // 4 * 8 + side)
             low, high = (splat(warpgroup.sum_at(sums, at + half * 2 + side), 1) for half in range(2))
+            row = first_row + lane % 4 * 2 + (at // 4 * 8 + side)
+            column = first_column + column_of
+            both: list[Output] = [(low, None, column), (high, None, column + 8)]
+            found.append((row, [(low, high, column)] if epilogue.gated else both))
+        return found
 
-            @when(row < m)
-            def _(row: Value = row, low: Value = low, high: Value = high) -> None:
-                pairs = [(low, high, 0)] if epilogue.gated else [(low, None, 0), (high, None, 8)]
-                for value, ups, ahead in pairs:
-                    column = first_column + column_of + ahead
+    def known(row: Value, column: Value) -> Value | None:
+        """What is there already; outside, something that is not used."""
+        if not epilogue.residual:
+            return None
+        return widen(y.load(imin(row, m - 1), imin(column, n - 1), width=1))
 
-                    def put(value: Value = value, ups: Value | None = ups, column: Value = column) -> None:
-                        epilogue.store(value, ups, y, bias, n, row, column)
+    for begin in range(0, shape.columns // 2, 4 * _AT_ONCE):
+        end = min(begin + 4 * _AT_ONCE, shape.columns // 2)
+        rows = [one for at in range(begin, end, 4) for one in outputs(at)]
+        # Read before any of them is written: else each would wait for memory by itself.
+        before = [[known(row, column) for _, _, column in of_row] for row, of_row in rows]
+        for (row, of_row), there in zip(rows, before, strict=True):
 
-                    only_where(None if n * parts % shape.rows == 0 else column < index(n), put)
+            def put(
+                row: Value = row, of_row: list[Output] = of_row, there: list[Value | None] = there
+            ) -> None:
+                for (value, ups, column), old in zip(of_row, there, strict=True):
+                    store = partial(epilogue.store, value, ups, y, bias, n, row, column, old)
+                    only_where(None if n * parts % shape.rows == 0 else column < index(n), store)
+
+            only_where(row < m, put)
