@@ -15,9 +15,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanoserve.checks import whole_number
 from nanoserve.device_name import device_ordinal, refuse_options
 from nanoserve.errors import CheckpointError, RequestRefused
-from nanoserve.memory_plan import plan_memory
+from nanoserve.memory_plan import MAX_SLOTS, plan_memory
 from nanoserve.models.checkpoint import checkpoint_directory, load_weights
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.weights import bind_weights, loaded_bytes, stored_dtype
@@ -59,7 +60,8 @@ class LLM:
         kv_cache_dtype: "float32", "bfloat16", or "auto": float32 where the arithmetic is.
         kv_cache_bytes: memory for the KV pool, taken at once; None takes what plan_memory finds sensible for this machine,
             page by page as it is used; on a GPU, what gpu_memory_utilization leaves, at once.
-        max_num_seqs, max_num_batched_tokens: as NanoServingEngine's max_batch_size and max_num_batched_tokens.
+        max_num_seqs, max_num_batched_tokens: as NanoServingEngine's max_batch_size and max_num_batched_tokens. None: 32 sequences, on
+            a GPU 256.
         max_model_len: longest prompt + output; None takes the model's, or what fits the pool.
         revision: branch, tag or commit of a hub repository.
         eos_token_id: token(s) that end a request; None takes the checkpoint's.
@@ -86,7 +88,7 @@ class LLM:
         model: str | Path,
         dtype: str = "auto",
         kv_cache_bytes: int | None = None,
-        max_num_seqs: int = 32,
+        max_num_seqs: int | None = None,
         max_num_batched_tokens: int = 2048,
         max_model_len: int | None = None,
         *,
@@ -110,6 +112,9 @@ class LLM:
         for_cpu = {name: engine_options.get(name) for name in ("num_threads", "weight_cache")}
         refuse_options(device, for_cpu, {"gpu_memory_utilization": gpu_memory_utilization, "gemm": gemm})
         gpu = self._open_gpu(device, kv_cache_bytes, gpu_memory_utilization) if on_gpu else None
+        whole_number("max_num_batched_tokens", max_num_batched_tokens, 1, MAX_SLOTS)
+        if max_num_seqs is None:
+            max_num_seqs = min(32 if gpu is None else gpu.default_num_seqs, max_num_batched_tokens)
         self.directory = directory = checkpoint_directory(model, revision=revision)
         self.config = ModelConfig.from_pretrained(directory)
         # Before the weights: a bad tokenizer should not cost a minute's loading.

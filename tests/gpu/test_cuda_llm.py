@@ -89,6 +89,17 @@ def test_products_by_cublas(opened: Callable[..., LLM]) -> None:
         opened(device="cuda", gemm={"up": "cublas"})
 
 
+def test_as_many_run_at_once_as_a_device_is_for(opened: Callable[..., LLM]) -> None:
+    for options, most in (
+        ({"device": "cuda"}, 256),
+        ({"device": "cuda", "max_num_batched_tokens": 64}, 64),
+        ({}, 32),
+        ({"device": "cuda", "max_num_seqs": 5}, 5),
+    ):
+        llm = opened(**{"max_num_seqs": None, "max_num_batched_tokens": 2048, "max_model_len": 64, **options})
+        assert llm.memory_plan.max_num_seqs == llm.engine.batcher.scheduler.decode_mgr.max_batch_size == most
+
+
 def test_a_prompt_is_computed_in_as_large_pieces_as_a_step_may_have(opened: Callable[..., LLM]) -> None:
     for device, options, largest in (
         ("cuda", {}, 64),

@@ -126,7 +126,7 @@ ENGINE = (
            "what nanoserve plan shows"),
     Option("max_model_len", ("--max-model-len",), int, _MEMORY, "TOKENS", "Longest prompt + output.",
            "the model's, or what fits"),
-    Option("max_num_seqs", ("--max-num-seqs",), int, _MEMORY, "COUNT", "Most sequences that run at once.", "32"),
+    Option("max_num_seqs", ("--max-num-seqs",), int, _MEMORY, "COUNT", "Most sequences that run at once.", "32, on a GPU 256"),
     Option("num_threads", ("--threads",), int, _MEMORY, "COUNT", "Threads of a forward pass on the CPU.", "this process's cores"),
     Option("weight_cache", ("--weight-cache/--no-weight-cache",), bool, _MEMORY, None,
            "Keep weights packed for the CPU on disk, for a faster start the next time.", "yes"),

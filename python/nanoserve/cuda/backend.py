@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanoserve.cuda.executor import CudaExecutor, chip_of
-from nanoserve.cuda.memory_plan import plan_cuda_memory
+from nanoserve.cuda.memory_plan import DEFAULT_NUM_SEQS, plan_cuda_memory
 from nanoserve.device_name import device_ordinal
 from nanoserve.memory_plan import MemoryPlan
 from nanoserve.models.config import ModelConfig
@@ -19,11 +19,13 @@ class CudaBackend:
     """One device of this process.
 
     Attributes:
-        chip: what its kernels are made for.
+        chip: what its kernels are made for. default_num_seqs: sequences at once, of who does not say how many.
 
     Raises:
         CudaDriverMissing: there is no driver, or none that can be used. ValueError: there is no such device, or it is too old.
     """
+
+    default_num_seqs = DEFAULT_NUM_SEQS
 
     def __init__(self, ordinal: int = 0) -> None:
         try:

@@ -26,6 +26,7 @@ from nanoserve.packed_weights import Arg
 from nanoserve.precision import Precision
 
 DEFAULT_UTILIZATION = 0.9
+DEFAULT_NUM_SEQS = 256
 
 
 def plan_cuda_memory(
@@ -38,7 +39,7 @@ def plan_cuda_memory(
     gpu_memory_utilization: float | None = None,
     kv_cache_bytes: int | None = None,
     max_model_len: int | None = None,
-    max_num_seqs: int = 32,
+    max_num_seqs: int = DEFAULT_NUM_SEQS,
     page_size: int = 16,
     max_num_batched_tokens: int = 2048,
     precision: Precision,
