@@ -20,7 +20,7 @@ from nanoserve.scheduling.scheduler import Scheduler
 from nanoserve.scheduling.scheduler_output import SchedulerOutput
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RunningStep:
     """A step that is decided.
 
