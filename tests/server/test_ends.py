@@ -95,7 +95,7 @@ def test_time_is_up_while_waiting_and_while_running(
     served = start(engine={"max_num_seqs": 1})
     slow_down(served, monkeypatch, 0.002)
     with ThreadPoolExecutor(4) as pool:
-        first = pool.submit(served.post, "/v1/completions", {**LONG, "timeout": 0.3})
+        first = pool.submit(served.post, "/v1/completions", {**LONG, "timeout": 0.8})
         wait_for(lambda: served.server.gateway.num_running == 1)
         others = [pool.submit(served.post, "/v1/completions", LONG) for _ in range(2)]
         late = pool.submit(served.post, "/v1/completions", {**LONG, "queue_timeout": 0.01})
