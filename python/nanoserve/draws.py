@@ -45,7 +45,7 @@ class Draws:
         on_host, drawn = [], []
         for row, request in enumerate(requests):
             params = request.params
-            if not can_choose(request, ahead):
+            if not can_choose(request):
                 on_host.append(row)
             elif params.temperature:
                 floats[row, :3] = min(1.0 / params.temperature, _LARGEST), params.top_p, params.min_p
@@ -58,13 +58,13 @@ class Draws:
         return cls(floats, ints, on_host)
 
 
-def can_choose(request: Request, ahead: int = 0) -> bool:
-    """Whether a device can choose the request's token after `ahead` that are not known yet."""
+def can_choose(request: Request) -> bool:
+    """Whether a device can choose the request's next token, and then every later one."""
     processor = request.logits_processor
     return (
         request.constraint is None
         and request.params.logprobs is None
-        and (processor is None or (not ahead and not processor.has_work(request)))
+        and (processor is None or not processor.has_work(request))
         and (request.seed is not None or not request.params.temperature)
     )
 

@@ -55,7 +55,7 @@ class LogitsProcessor:
         return cls(params, bad_word_ids) if needed else None
 
     def has_work(self, request: Request) -> bool:
-        """Some logit of the request's next token may change."""
+        """Some logit of the request's next token may change; where none may, none of a later one may."""
         return not self._stops_only or len(request.output_tokens) < self._params.min_tokens
 
     def apply(self, row: Float32Array, request: Request, eos_token_ids: Collection[int]) -> None:

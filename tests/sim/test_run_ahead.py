@@ -30,7 +30,14 @@ def test_all_steps_of_a_decode_are_started_ahead_and_none_is_for_nothing() -> No
 
 
 @pytest.mark.parametrize(
-    "params", [{"logprobs": 1}, {"repetition_penalty": 1.3}, {"min_tokens": 9}, {"bad_word_ids": [(7,)]}]
+    "params",
+    [
+        {"logprobs": 1},
+        {"repetition_penalty": 1.3},
+        {"min_tokens": 9},
+        {"bad_word_ids": [(7,)]},
+        {"bad_word_ids": [(30, 7)]},
+    ],
 )
 def test_a_step_with_a_token_for_the_host_to_choose_is_not_overtaken(params: dict[str, Any]) -> None:
     system = System(device=True)
@@ -38,6 +45,17 @@ def test_a_step_with_a_token_for_the_host_to_choose_is_not_overtaken(params: dic
     system.drain()
     assert system.executor.num_ahead == 0
     assert [plain.output_tokens, other.output_tokens] == [system.expected(plain), system.expected(other)]
+
+
+def test_a_least_number_of_tokens_is_the_hosts_until_it_is_reached() -> None:
+    system = System(device=True, eos=(0, 1))
+    request = system.add("a", [1, 2, 3], max_tokens=40, min_tokens=20, ignore_eos=False)
+    while len(request.output_tokens) < 20:
+        system.step()
+    assert system.executor.num_ahead == 0
+    system.drain()
+    assert system.executor.num_ahead > 5
+    assert request.output_tokens == system.expected(request)
 
 
 def test_a_step_that_computes_a_prompt_is_not_overtaken() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 
-from nanoserve.draws import AheadExecutor, Draws, StartedStep, can_choose
+from nanoserve.draws import AheadExecutor, Draws, StartedStep
 from nanoserve.native import CudaDeviceLost
 from nanoserve.scheduling.scheduler import Scheduler
 from nanoserve.scheduling.scheduler_output import SchedulerOutput
@@ -35,7 +35,7 @@ class RunningStep:
     @property
     def can_be_overtaken(self) -> bool:
         """Nothing of it is needed on the host to go on."""
-        return self.started is not None and all(can_choose(one, ahead=1) for one in self.output.requests)
+        return self.draws is not None and not self.draws.on_host
 
     def wait(self) -> None:
         """Until it is over; nobody wants its tokens."""
