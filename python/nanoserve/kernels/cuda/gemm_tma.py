@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nanoserve.compiler.gpu.chip import WARP, Chip
-from nanoserve.compiler.gpu.spec import SCALAR, UNBOUNDED, Argument, GpuKernelSpec, TensorForm, pointer
+from nanoserve.compiler.gpu.spec import GpuKernelSpec, TensorForm
 from nanoserve.kernels.cuda.epilogue import Epilogue
 from nanoserve.kernels.cuda.layout import weight_stride
 from nanoserve.kernels.cuda.wgmma_tile import ALIGNMENT, GATES, GROUP, K_TILE, Shape, multiplier, store_sums
@@ -33,24 +33,16 @@ def gemm_tma_spec(
     n_in: int, n_out: int, ldx: int, ldy: int, shape: Shape, epilogue: Epilogue, *, y: str = "f32"
 ) -> GpuKernelSpec:
     """Args as gemm_wgmma's, x and w by tensor maps."""
-    shape.check("gemm_tma", n_in, n_out, ldx, ldy, y)
     if shape.rows > 256:
         raise ValueError(f"gemm_tma: groups={shape.groups} must be at most 4, a box has 256 rows")
     stride = weight_stride(n_in, "bf16")
     w = TensorForm("bf16", (n_in,), (stride,), (K_TILE, shape.rows), _SWIZZLE)
     if epilogue.gated:  # [gates or others][output][k]
         w = TensorForm("bf16", (n_in, n_out), (stride, n_out * stride), (K_TILE, GATES, 2), _SWIZZLE)
-    arguments: dict[str, Argument] = {
-        "x": TensorForm("bf16", (n_in,), (ldx,), (K_TILE, shape.columns), _SWIZZLE),
-        "w": w,
-    }
-    if epilogue.bias:
-        arguments["bias"] = pointer((1 + epilogue.gated) * n_out)
-    arguments |= {"y": pointer(UNBOUNDED, ldy, element=y), "m": SCALAR}
-    size = sum(tile.bytes for tile in shape.tiles(n_in)) + 2 * shape.stages * _BARRIER_BYTES
-    return GpuKernelSpec.make(
-        "gemm_tma", arguments, shape.grid(n_out, epilogue), shape.groups * GROUP + WARP, size, k=n_in, n=n_out,
-        groups=shape.groups, columns=shape.columns, stages=shape.stages, **epilogue.params,
+    x = TensorForm("bf16", (n_in,), (ldx,), (K_TILE, shape.columns), _SWIZZLE)
+    return shape.spec(
+        "gemm_tma", n_in, n_out, ldx, ldy, epilogue, y, x=x, w=w, more_threads=WARP,
+        more_bytes=2 * shape.stages * _BARRIER_BYTES,
     )  # fmt: skip
 
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nanoserve.compiler.gpu.chip import Chip
-from nanoserve.compiler.gpu.spec import SCALAR, UNBOUNDED, Argument, GpuKernelSpec, pointer
+from nanoserve.compiler.gpu.spec import UNBOUNDED, GpuKernelSpec, pointer
 from nanoserve.kernels.cuda.epilogue import Epilogue
 from nanoserve.kernels.cuda.gemm_tile import pipeline, weight_row
 from nanoserve.kernels.cuda.layout import weight_stride
-from nanoserve.kernels.cuda.wgmma_tile import ALIGNMENT, GATES, GROUP, K_TILE, Shape, multiplier, store_sums
+from nanoserve.kernels.cuda.wgmma_tile import ALIGNMENT, GATES, K_TILE, Shape, multiplier, store_sums
 
 if TYPE_CHECKING:
     from nanoserve.compiler.builder import Value
@@ -26,19 +26,8 @@ def gemm_wgmma_spec(
     n_in: int, n_out: int, ldx: int, ldy: int, shape: Shape, epilogue: Epilogue, *, y: str = "f32"
 ) -> GpuKernelSpec:
     """Args: x[.][ldx] of bf16, w[n_out][weight_stride] of bf16, (bias[n_out]), y[.][ldy] of type y, m rows."""
-    shape.check("gemm_wgmma", n_in, n_out, ldx, ldy, y)
-    arguments: dict[str, Argument] = {
-        "x": pointer(UNBOUNDED, ldx, element="bf16"),
-        "w": pointer(UNBOUNDED, weight_stride(n_in, "bf16"), element="bf16"),
-    }
-    if epilogue.bias:
-        arguments["bias"] = pointer((1 + epilogue.gated) * n_out)
-    arguments |= {"y": pointer(UNBOUNDED, ldy, element=y), "m": SCALAR}
-    size = sum(tile.bytes for tile in shape.tiles(n_in))
-    return GpuKernelSpec.make(
-        "gemm_wgmma", arguments, shape.grid(n_out, epilogue), shape.groups * GROUP, size, k=n_in, n=n_out,
-        groups=shape.groups, columns=shape.columns, stages=shape.stages, **epilogue.params,
-    )  # fmt: skip
+    x, w = (pointer(UNBOUNDED, stride, element="bf16") for stride in (ldx, weight_stride(n_in, "bf16")))
+    return shape.spec("gemm_wgmma", n_in, n_out, ldx, ldy, epilogue, y, x=x, w=w)
 
 
 def build(

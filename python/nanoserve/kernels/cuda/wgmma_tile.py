@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from nanoserve.compiler.gpu.chip import WARP
-from nanoserve.compiler.gpu.spec import Extent
+from nanoserve.compiler.gpu.spec import SCALAR, UNBOUNDED, Argument, Extent, GpuKernelSpec, pointer
 from nanoserve.kernels.cuda.epilogue import Epilogue
 from nanoserve.kernels.cuda.gemm_tile import TILE_K, Tile
 from nanoserve.kernels.cuda.layout import check_stride
@@ -52,10 +52,25 @@ class Shape:
             Tile(self.columns, k, K_TILE, "bf16", self.stages),
         )
 
-    def grid(self, n_out: int, epilogue: Epilogue) -> tuple[Extent, Extent]:
-        return (Extent("m", self.columns), Extent(times=-(-n_out * (1 + epilogue.gated) // self.rows)))
+    def spec(
+        self, kind: str, n_in: int, n_out: int, ldx: int, ldy: int, epilogue: Epilogue, y: str, *, x: Argument, w: Argument,
+        more_threads: int = 0, more_bytes: int = 0,
+    ) -> GpuKernelSpec:  # fmt: skip
+        """Of a product with such tiles; x and w: how it takes them. `more`: than a thread's part and the tiles need."""
+        self._check(kind, n_in, n_out, ldx, ldy, y)
+        outputs = (1 + epilogue.gated) * n_out
+        arguments = {"x": x, "w": w}
+        if epilogue.bias:
+            arguments["bias"] = pointer(outputs)
+        arguments |= {"y": pointer(UNBOUNDED, ldy, element=y), "m": SCALAR}
+        grid = (Extent("m", self.columns), Extent(times=-(-outputs // self.rows)))
+        size = sum(tile.bytes for tile in self.tiles(n_in)) + more_bytes
+        return GpuKernelSpec.make(
+            kind, arguments, grid, self.groups * GROUP + more_threads, size, k=n_in, n=n_out, groups=self.groups,
+            columns=self.columns, stages=self.stages, **epilogue.params,
+        )  # fmt: skip
 
-    def check(self, kind: str, n_in: int, n_out: int, ldx: int, ldy: int, y: str) -> None:
+    def _check(self, kind: str, n_in: int, n_out: int, ldx: int, ldy: int, y: str) -> None:
         """Raises ValueError for sizes that do not fit."""
         if n_in < 1 or n_out < 1:
             raise ValueError(f"{kind}: n_in={n_in} and n_out={n_out} must be positive")
