@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoserve.outputs import RequestOutput, TextDelta, Usage
+from nanoserve.request import RequestState
 from nanoserve.server.errors import ApiError
 from nanoserve.server.gateway import Gateway
 from nanoserve.server.job import Job, JobState
@@ -77,6 +78,10 @@ class _Request:
     num_prompt_tokens: int = 3
     output_tokens: list[int] = field(default_factory=list)
     is_finished: bool = False
+
+    @property
+    def state(self) -> RequestState:
+        return RequestState.DECODE if self.output_tokens else RequestState.WAITING
 
 
 class _Engine:
@@ -407,6 +412,23 @@ def test_a_request_that_was_given_up_is_no_error() -> None:
     world.gateway.cancel(job)
     world.settle()
     assert world.gateway.metrics.endings == {"abort": 1}
+
+
+def test_time_to_wait_ends_when_the_engine_begins_not_when_it_is_told() -> None:
+    world = World()
+    jobs = [world.job(max_tokens=50) for _ in range(MAX_BATCH + 2)]
+    world.open(jobs)
+    world.turn()
+    running, in_engine, in_queue = jobs[:MAX_BATCH], jobs[-2], jobs[-1]
+    assert (in_engine.state, in_queue.state) == (JobState.RUNNING, JobState.WAITING)
+    world.loop.pass_time(60.0)  # the running ones have a first token, which nobody has heard of yet
+    world.settle()
+    for job in (in_engine, in_queue):
+        assert job.failure is not None
+        assert (job.failure.status, job.failure.code) == (503, "queue_timeout")
+    assert all(job.is_complete for job in running)
+    assert world.gateway.metrics.refusals == {"queue_timeout": 2}
+    assert world.gateway.metrics.endings == {"length": MAX_BATCH, "timeout": 2}
 
 
 def test_who_looks_on_stops_nobody() -> None:

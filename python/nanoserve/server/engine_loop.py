@@ -1,7 +1,7 @@
 """EngineLoop: the thread that owns the engine. Jobs in, deltas out, one hand-over per step.
 
-    submit, cancel    from the event loop, at any time; done between two steps
-    deliver(news)     to the event loop: [(job, deltas or Gone)], at most once per step
+    submit, cancel, give_up    from the event loop, at any time; done between two steps
+    deliver(news)              to the event loop: [(job, deltas or Gone)], at most once per step
 
 Tokens that follow fast are told together: taking a step's tokens across, waking their clients' tasks and writing to their
 sockets costs more than the tokens, and takes the time from the next step. The more streams there are, the longer tokens may
@@ -26,6 +26,7 @@ from typing import Any
 from nanoserve.nano_engine import NanoServingEngine
 from nanoserve.native import CudaDeviceLost
 from nanoserve.outputs import TextDelta
+from nanoserve.request import RequestState
 from nanoserve.server.job import Job
 
 _log = logging.getLogger("nanoserve.server")
@@ -36,12 +37,12 @@ News = list[tuple[Job, "list[TextDelta] | Gone"]]
 
 
 class Gone:
-    """The engine has no more of a job: it ended, was cancelled, or failed."""
+    """The engine has no more of a job: it ended, was cancelled or given up before it began, or failed."""
 
-    __slots__ = ("error",)
+    __slots__ = ("error", "was_given_up")
 
-    def __init__(self, error: BaseException | None = None) -> None:
-        self.error = error
+    def __init__(self, error: BaseException | None = None, was_given_up: bool = False) -> None:
+        self.error, self.was_given_up = error, was_given_up
 
 
 class EngineLoop:
@@ -92,6 +93,10 @@ class EngineLoop:
     def cancel(self, job: Job) -> None:
         """Idempotent; the job's end is delivered once."""
         self._commands.put(lambda: self._cancel(job))
+
+    def give_up(self, job: Job) -> None:
+        """Cancels a job if nothing of it has begun; else it goes on."""
+        self._commands.put(lambda: self._give_up(job))
 
     def refresh(self) -> None:
         """A new snapshot soon, even if there is nothing to do."""
@@ -175,6 +180,11 @@ class EngineLoop:
             self._drop(job)
             self._deliver([self._gone(job)])
 
+    def _give_up(self, job: Job) -> None:
+        if job in self._held and all(request.state is RequestState.WAITING for request in job.text.requests):
+            self._drop(job)
+            self._deliver([self._gone(job, was_given_up=True)])
+
     def _drop(self, job: Job) -> None:
         """Frees all that the engine has of a job."""
         if job in self._growing:
@@ -184,9 +194,11 @@ class EngineLoop:
             if self._jobs.pop(request.req_id, None) is not None:
                 self._engine.abort(request.req_id)
 
-    def _gone(self, job: Job, error: BaseException | None = None) -> tuple[Job, Gone]:
+    def _gone(
+        self, job: Job, error: BaseException | None = None, was_given_up: bool = False
+    ) -> tuple[Job, Gone]:
         del self._held[job]
-        return job, Gone(error)
+        return job, Gone(error, was_given_up)
 
     def _step(self) -> None:
         begin = self._clock()

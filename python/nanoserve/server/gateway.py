@@ -3,7 +3,7 @@
     check_open    before a request is read: whether any would be let in now
     open(jobs)    admits all, or says 400, 429 or 503 with the numbers; from then on each ends exactly once, in `_end`
     cancel(job)   its client is gone, or its time is up (408 where the request had set it, else 503 or 504): from every state,
-                  within one step
+                  within one step. Time to wait ends when the engine begins to compute.
 
 The engine gets no more sequences than it runs at once, and a few to come: whoever else waits does so here, where keys take
 turns and a wait can be ended without asking the engine.
@@ -232,7 +232,6 @@ class Gateway:
         while (job := self._queue.peek()) is not None and self._has_room(job, self._sequences):
             self._queue.pop()
             job.state, job.started_s = JobState.RUNNING, self.clock()
-            job.timers[0].cancel()
             self._with_engine.add(job)
             self._sequences += job.num_sequences
             self.metrics.started(job)
@@ -250,9 +249,10 @@ class Gateway:
             if isinstance(what, Gone):
                 if what.error is not None:
                     _log.error("a request failed in the engine", exc_info=what.error)
-                if (
-                    job.state is JobState.RUNNING
-                ):  # unless it is complete, whoever waits for it must not wait for ever
+                if job.state is JobState.RUNNING and what.was_given_up:
+                    job.fail(self._waited_too_long(job))
+                elif job.state is JobState.RUNNING:
+                    # Unless it is complete, whoever waits for it must not wait for ever.
                     job.fail(ApiError(500, "the engine failed on this request", "engine_error"))
                 self._end(job)
             elif job.state is JobState.RUNNING:
@@ -287,10 +287,15 @@ class Gateway:
 
     def _queue_time_is_up(self, job: Job) -> None:
         if job.state is JobState.WAITING:
-            self.metrics.refused("queue_timeout")
-            status = 408 if job.queue_timeout_s < self.settings.queue_timeout_s else 503
-            why = f"queue_timeout: it waited {job.queue_timeout_s:g} s for the engine"
-            self.cancel(job, ApiError(status, why, "queue_timeout", headers=self._retry()))
+            self.cancel(job, self._waited_too_long(job))
+        elif job.state is JobState.RUNNING and job.first_token_s is None:
+            self.engine_loop.give_up(job)  # it may have been waiting there: for pages, or as the next
+
+    def _waited_too_long(self, job: Job) -> ApiError:
+        self.metrics.refused("queue_timeout")
+        status = 408 if job.queue_timeout_s < self.settings.queue_timeout_s else 503
+        why = f"queue_timeout: it waited {job.queue_timeout_s:g} s for the engine"
+        return ApiError(status, why, "queue_timeout", headers=self._retry())
 
     def _time_is_up(self, job: Job) -> None:
         status = 408 if job.timeout_s < self.settings.request_timeout_s else 504
