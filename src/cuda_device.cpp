@@ -11,6 +11,7 @@ namespace {
 
 // CUdevice_attribute.
 constexpr int kMultiprocessors = 16, kCapabilityMajor = 75, kCapabilityMinor = 76, kMaxSharedOptIn = 97;
+constexpr int kEarlyStartsInGraphs = 12030;  // version of the driver that captures them
 
 }  // namespace
 
@@ -34,6 +35,9 @@ Device::Device(int ordinal) : ordinal_(ordinal) {
     capability_ = 10 * attribute(kCapabilityMajor) + attribute(kCapabilityMinor);
     num_multiprocessors_ = attribute(kMultiprocessors);
     max_shared_bytes_ = attribute(kMaxSharedOptIn);
+    int version = 0;
+    check(cuda.driver_version(&version), "cuDriverGetVersion");
+    starts_early_ = capability_ >= 90 && cuda.launch_with != nullptr && version >= kEarlyStartsInGraphs;
     check(cuda.primary_context_retain(&context_, device_), "cuDevicePrimaryCtxRetain on " + name_);
 }
 

@@ -39,6 +39,9 @@ class Device {
     [[nodiscard]] int num_multiprocessors() const { return num_multiprocessors_; }
     // Dynamic shared memory a block may ask for.
     [[nodiscard]] int max_shared_bytes() const { return max_shared_bytes_; }
+    // Whether a kernel can be launched before the one in front of it has ended, also into a graph: compute
+    // capability 9.0, and a driver of CUDA 12.3.
+    [[nodiscard]] bool starts_early() const { return starts_early_; }
     [[nodiscard]] MemoryInfo memory() const;
 
   private:
@@ -49,6 +52,7 @@ class Device {
     Handle context_ = nullptr;
     std::string name_;
     int capability_ = 0, num_multiprocessors_ = 0, max_shared_bytes_ = 0;
+    bool starts_early_ = false;
 };
 
 // A block of device memory, uninitialised; freed with this object.

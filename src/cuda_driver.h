@@ -53,6 +53,24 @@ struct BoxCopy {
 };
 static_assert(sizeof(BoxCopy) == 200, "CUDA_MEMCPY3D of a 64-bit machine");
 
+// CUlaunchAttribute and CUlaunchConfig.
+struct LaunchAttribute {
+    int id;
+    int padding;
+    union {
+        int number;
+        std::uint64_t words[8];
+    } value;
+};
+static_assert(sizeof(LaunchAttribute) == 72, "CUlaunchAttribute of a 64-bit machine");
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared_bytes;
+    Handle stream;
+    const LaunchAttribute* attributes;
+    unsigned num_attributes;
+};
+static_assert(sizeof(LaunchConfig) == 56, "CUlaunchConfig of a 64-bit machine");
+
 // (name here, symbol, arguments)
 #define NANOSERVE_CUDA_FUNCTIONS(X)                                                                  \
     X(init, "cuInit", (unsigned))                                                                    \
@@ -102,6 +120,7 @@ static_assert(sizeof(BoxCopy) == 200, "CUDA_MEMCPY3D of a 64-bit machine");
 
 // The same that older drivers do not have: null there.
 #define NANOSERVE_NEWER_CUDA_FUNCTIONS(X)                                                \
+    X(launch_with, "cuLaunchKernelEx", (const LaunchConfig*, Handle, void**, void**))    \
     X(tensor_map_tiled, "cuTensorMapEncodeTiled",                                        \
       (void*, int, std::uint32_t, DevicePtr, const std::uint64_t*, const std::uint64_t*, \
        const std::uint32_t*, const std::uint32_t*, int, int, int, int))

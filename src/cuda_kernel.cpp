@@ -14,12 +14,13 @@ constexpr int kMaxBlock = 1024;
 }  // namespace
 
 Kernel::Kernel(std::shared_ptr<const Device> device, std::string_view image, std::string entry, int block,
-               int shared_bytes, std::vector<TensorForm> tensors)
+               int shared_bytes, std::vector<TensorForm> tensors, bool starts_early)
     : device_(std::move(device)),
       entry_(std::move(entry)),
       block_(static_cast<unsigned>(block)),
       shared_bytes_(static_cast<unsigned>(shared_bytes)),
-      tensors_(std::move(tensors)) {
+      tensors_(std::move(tensors)),
+      starts_early_(starts_early) {
     require_range("block", block, 1, kMaxBlock);
     for (const TensorForm& form : tensors_) {
         validate(form);

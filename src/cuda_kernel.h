@@ -15,11 +15,12 @@ namespace nanoserve::cuda {
 
 class Kernel {
   public:
-    // tensors: which of its arguments it takes as tensor maps.
+    // tensors: which of its arguments it takes as tensor maps. starts_early: it waits by itself for the
+    // kernels in front of it.
     // Throws CudaError when the image is not for this device, or has no such entry; invalid_argument for more
     // shared memory than the device gives.
     Kernel(std::shared_ptr<const Device> device, std::string_view image, std::string entry, int block,
-           int shared_bytes, std::vector<TensorForm> tensors);
+           int shared_bytes, std::vector<TensorForm> tensors, bool starts_early = false);
     ~Kernel();
     Kernel(const Kernel&) = delete;
     Kernel& operator=(const Kernel&) = delete;
@@ -29,6 +30,7 @@ class Kernel {
     [[nodiscard]] unsigned block() const { return block_; }
     [[nodiscard]] unsigned shared_bytes() const { return shared_bytes_; }
     [[nodiscard]] const std::vector<TensorForm>& tensors() const { return tensors_; }
+    [[nodiscard]] bool starts_early() const { return starts_early_; }
     [[nodiscard]] LaunchShape shape(const std::array<unsigned, 3>& grid) const {
         return {.grid = grid, .block = block_, .shared_bytes = shared_bytes_};
     }
@@ -43,6 +45,7 @@ class Kernel {
     std::string entry_;
     unsigned block_, shared_bytes_;
     std::vector<TensorForm> tensors_;
+    bool starts_early_;
     Handle module_ = nullptr;
     Handle function_ = nullptr;
 };

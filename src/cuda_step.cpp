@@ -28,11 +28,13 @@ std::int64_t token_bytes(const Limits& limits) {
 
 }  // namespace
 
-CudaStep::CudaStep(std::shared_ptr<KVCachePool> pool, const Limits& limits, std::vector<std::int64_t> buckets)
+CudaStep::CudaStep(std::shared_ptr<KVCachePool> pool, const Limits& limits, std::vector<std::int64_t> buckets,
+                   bool start_early)
     : pool_(std::move(pool)),
       pages_(device_pages(*pool_)),
       stream_(pages_.stream()),
       limits_(limits),
+      start_early_(start_early && device()->starts_early()),
       inputs_(device(), limits, pool_->shape().page_size, std::move(buckets)),
       logits_(device(), "the logits", row_bytes(limits_, limits_.logits_stride)),
       block_max_(device(), "the logits' maxima", row_bytes(limits_, limits_.num_blocks)),
@@ -150,19 +152,28 @@ void CudaStep::run(const Op& op, const Sizes& sizes) {
     for (std::size_t i = 0; i < variant.maps.size(); ++i) {
         args[variant.kernel->tensors()[i].argument] = variant.maps[i].value();
     }
-    stream_->launch(variant.kernel->function(), op.name.c_str(), variant.kernel->shape(grid),
+    if (std::ranges::count(grid, 0U) != 0) {
+        return;
+    }
+    LaunchShape shape = variant.kernel->shape(grid);
+    shape.early = start_early_ && behind_kernel_ && variant.kernel->starts_early();
+    stream_->launch(variant.kernel->function(), op.name.c_str(), shape,
                     std::span<void* const>(args.data(), op.args.size()));
+    behind_kernel_ = true;
     ++counts_.kernel_launches;
+    counts_.early_launches += shape.early ? 1 : 0;
 }
 
 void CudaStep::run(const Product& product, const Sizes& sizes) {
     const auto pointer = [&](const Arg& arg) { return static_cast<DevicePtr>(value_of(arg, sizes)); };
     blas_->multiply(product.name, product.shape, pointer(product.x), pointer(product.w), pointer(product.y),
                     value_of(product.rows, sizes));
+    behind_kernel_ = false;  // of what a library launches, nothing is known
     ++counts_.products;
 }
 
 void CudaStep::launch_all(const Sizes& sizes) {
+    behind_kernel_ = false;
     for (const Work& work : plan_) {
         std::visit([&](const auto& each) { run(each, sizes); }, work);
     }

@@ -31,7 +31,10 @@ namespace nanoserve::cuda {
 class CudaStep {
   public:
     // The pool's pages must be DevicePages. buckets: rows of the graphs, ascending; none: launches only.
-    CudaStep(std::shared_ptr<KVCachePool> pool, const Limits& limits, std::vector<std::int64_t> buckets);
+    // start_early: kernels that can are launched before those in front of them have ended, where the device
+    // can do that.
+    CudaStep(std::shared_ptr<KVCachePool> pool, const Limits& limits, std::vector<std::int64_t> buckets,
+             bool start_early = true);
     ~CudaStep();
     CudaStep(const CudaStep&) = delete;
     CudaStep& operator=(const CudaStep&) = delete;
@@ -64,7 +67,7 @@ class CudaStep {
     [[nodiscard]] static std::int64_t own_bytes(const Limits& limits, std::int64_t page_size);
     [[nodiscard]] std::int64_t weight_bytes() const;
     struct Counts {
-        std::int64_t steps, graph_launches, kernel_launches, products, graphs;
+        std::int64_t steps, graph_launches, kernel_launches, early_launches, products, graphs;
     };
     [[nodiscard]] const Counts& counts() const { return counts_; }
 
@@ -96,6 +99,8 @@ class CudaStep {
     DevicePages& pages_;
     const std::shared_ptr<Stream> stream_;
     const Limits limits_;
+    const bool start_early_;
+    bool behind_kernel_ = false;  // what was launched last is a kernel of this step
     std::atomic<bool> busy_{false};
 
     std::vector<DeviceBlock> buffers_, weights_;

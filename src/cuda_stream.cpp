@@ -12,6 +12,7 @@ constexpr unsigned kNonBlocking = 1;    // CU_STREAM_NON_BLOCKING: does not wait
 constexpr unsigned kNoTiming = 2;       // CU_EVENT_DISABLE_TIMING
 constexpr int kDeviceMemory = 2;        // CU_MEMORYTYPE_DEVICE
 constexpr int kCaptureThreadLocal = 1;  // CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+constexpr int kStartsEarly = 6;         // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 }  // namespace
 
@@ -99,8 +100,21 @@ void Stream::launch(Handle function, const char* name, const LaunchShape& shape,
     if (x == 0 || y == 0 || z == 0) {
         return;
     }
-    const int result = driver().launch(function, x, y, z, shape.block, 1, 1, shape.shared_bytes, handle_,
-                                       const_cast<void**>(args.data()), nullptr);
+    void** const values = const_cast<void**>(args.data());
+    int result = 0;
+    if (shape.early) {
+        const LaunchAttribute early{.id = kStartsEarly, .padding = 0, .value = {.number = 1}};
+        const LaunchConfig config{.grid = {x, y, z},
+                                  .block = {shape.block, 1, 1},
+                                  .shared_bytes = shape.shared_bytes,
+                                  .stream = handle_,
+                                  .attributes = &early,
+                                  .num_attributes = 1};
+        result = driver().launch_with(&config, function, values, nullptr);
+    } else {
+        result = driver().launch(function, x, y, z, shape.block, 1, 1, shape.shared_bytes, handle_, values,
+                                 nullptr);
+    }
     if (result != 0) {
         check(result, std::string("launching ") + name + " with " + std::to_string(x) + " x " +
                           std::to_string(y) + " x " + std::to_string(z) + " blocks of " +

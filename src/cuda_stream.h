@@ -14,6 +14,8 @@ struct LaunchShape {
     std::array<unsigned, 3> grid;
     unsigned block;
     unsigned shared_bytes;
+    // It may begin before the kernel in front has ended: one that waits for that itself.
+    bool early = false;
 };
 
 // Work that was captured once and is launched as one; its arguments stay what they were then.

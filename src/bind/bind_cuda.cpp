@@ -204,6 +204,7 @@ py::dict counts_dict(const CudaStep& step) {
     out["steps"] = counts.steps;
     out["graph_launches"] = counts.graph_launches;
     out["kernel_launches"] = counts.kernel_launches;
+    out["early_launches"] = counts.early_launches;
     out["products"] = counts.products;
     out["graphs"] = counts.graphs;
     return out;
@@ -226,6 +227,8 @@ void populate_cuda(py::module_& m) {
         .def_property_readonly("capability", &Device::capability, "90 for compute capability 9.0.")
         .def_property_readonly("num_multiprocessors", &Device::num_multiprocessors)
         .def_property_readonly("max_shared_bytes", &Device::max_shared_bytes)
+        .def_property_readonly("starts_early", &Device::starts_early,
+                               "Whether kernels can be launched before those in front of them have ended.")
         .def_property_readonly("free_bytes", [](const Device& d) { return d.memory().free; })
         .def_property_readonly("total_bytes", [](const Device& d) { return d.memory().total; });
 
@@ -237,14 +240,16 @@ void populate_cuda(py::module_& m) {
 
     py::class_<Kernel, std::shared_ptr<Kernel>>(m, "CudaKernel", "A kernel on a device.")
         .def(py::init([](std::shared_ptr<Device> device, const py::bytes& image, const std::string& entry,
-                         int block, int shared_bytes, const std::vector<TensorTuple>& tensors) {
+                         int block, int shared_bytes, const std::vector<TensorTuple>& tensors,
+                         bool starts_early) {
                  return std::make_shared<Kernel>(std::move(device), std::string_view(image), entry, block,
-                                                 shared_bytes, tensors_of(tensors));
+                                                 shared_bytes, tensors_of(tensors), starts_early);
              }),
              py::arg("device").none(false), py::arg("image"), py::arg("entry"), py::arg("block"),
              py::arg("shared_bytes") = 0, py::arg("tensors") = std::vector<TensorTuple>{},
+             py::arg("starts_early") = false,
              "tensors: (argument, element, dims, strides, box, swizzle) of those that it takes by a tensor "
-             "map.")
+             "map. starts_early: it waits by itself for the kernels in front of it.")
         .def_property_readonly("entry", &Kernel::entry)
         .def_property_readonly("num_registers", &Kernel::num_registers)
         .def_property_readonly("local_bytes", &Kernel::local_bytes);
@@ -278,8 +283,9 @@ void populate_cuda(py::module_& m) {
                                       [](const py::object&) { return cuda::Blas::kWorkspaceBytes; })
         .def_static("own_bytes", &CudaStep::own_bytes, py::arg("limits"), py::arg("page_size"),
                     "Bytes of a device that a step takes beside buffers and weights; needs no device.")
-        .def(py::init<std::shared_ptr<KVCachePool>, const Limits&, std::vector<std::int64_t>>(),
-             py::arg("pool").none(false), py::arg("limits"), py::arg("buckets") = std::vector<std::int64_t>{})
+        .def(py::init<std::shared_ptr<KVCachePool>, const Limits&, std::vector<std::int64_t>, bool>(),
+             py::arg("pool").none(false), py::arg("limits"), py::arg("buckets") = std::vector<std::int64_t>{},
+             py::arg("start_early") = true)
         .def("buffer", &CudaStep::buffer, py::arg("num_bytes"), "Activations, zeroed; returns the id.")
         .def(
             "weight", [](CudaStep& step, const py::array& array) { return step.weight(bytes_of(array)); },

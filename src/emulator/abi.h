@@ -13,7 +13,7 @@
 
 namespace nvemu {
 
-inline constexpr std::uint32_t kAbiVersion = 1;
+inline constexpr std::uint32_t kAbiVersion = 2;
 
 // "Device" memory lies in one reserved range and shared memory at one fixed 32-bit address, so that compiled
 // code checks an address with constants, and so that pointers to shared memory fit the 32-bit registers and
@@ -40,6 +40,7 @@ struct KernelEntry {
     std::uint32_t static_shared_bytes;
     std::uint32_t max_threads;       // per block; 0: what the device allows
     std::uint32_t required_threads;  // per block, exactly; 0: any number
+    std::uint32_t awaits_previous;   // it has griddepcontrol.wait, which each of its threads must get to
 };
 
 struct ModuleTable {

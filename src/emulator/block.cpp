@@ -65,6 +65,7 @@ void Block::start_threads() {
         thread.num_grouped = 0;
         thread.unfenced.clear();
         thread.mbarrier_refused = false;
+        thread.awaited_previous = false;
     }
     for (std::uint32_t w = 0; w < num_warps(); ++w) {
         const std::uint32_t lanes = std::min(kWarpThreads, num_threads_ - w * kWarpThreads);
@@ -109,6 +110,11 @@ void Block::thread_main() {
     if (!thread.copies.empty()) {
         block.fail(FailureKind::kAsyncAtExit, 0, thread.copies[0].destination,
                    "the thread ends with %zu cp.async under way", thread.copies.size());
+    }
+    if (block.request_.kernel->awaits_previous != 0 && !thread.awaited_previous) {
+        block.fail(FailureKind::kInvalidOperand, 0, 0,
+                   "the thread ends without griddepcontrol.wait: who waits for this kernel would not have "
+                   "waited for those in front of it");
     }
     thread.done = true;
     warp.done |= thread.bit();

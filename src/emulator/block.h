@@ -56,6 +56,7 @@ struct Thread {
     std::uint32_t num_grouped = 0;           // the sum of copy_groups; the rest is not committed yet
     std::vector<Span> unfenced;              // written to shared memory since the last proxy fence
     bool mbarrier_refused = false;           // its last try_wait came too early
+    bool awaited_previous = false;           // it has waited for the kernels in front
 
     [[nodiscard]] std::uint32_t lane() const { return linear % kWarpThreads; }
     [[nodiscard]] std::uint32_t warp() const { return linear / kWarpThreads; }

@@ -79,6 +79,10 @@ NVEMU_EXPORT void nvemu_proxy_fence() {
     Block::running->mbarriers().fence();
 }
 
+NVEMU_EXPORT void nvemu_await_previous() {
+    Block::running->current().awaited_previous = true;
+}
+
 NVEMU_EXPORT void nvemu_interleave() {
     Block::running->interleave();
 }

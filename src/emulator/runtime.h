@@ -45,6 +45,8 @@ NVEMU_EXPORT void nvemu_check_access(std::uint64_t address, std::uint32_t num_by
 NVEMU_EXPORT void nvemu_shared_written(std::uint64_t address, std::uint32_t num_bytes);
 NVEMU_EXPORT void nvemu_proxy_fence();
 NVEMU_EXPORT void nvemu_interleave();
+// Kernels run one after the other, so there is nothing to wait for; that every thread does is checked.
+NVEMU_EXPORT void nvemu_await_previous();
 NVEMU_EXPORT void nvemu_trap(std::uint32_t line);
 
 // --- the block

@@ -54,12 +54,39 @@ Result take_params(Driver& driver, KernelLaunch& launch, void** params, void** e
     return kSuccess;
 }
 
+struct LaunchAttribute {  // CUlaunchAttribute
+    int id;
+    int padding;
+    std::uint64_t value[8];
+};
+
+constexpr int kProgrammaticStreamSerialization = 6;
+
+// A launch that need not wait for what is in front of it is only for a kernel that does so itself. Here it
+// waits all the same.
+Result check_attributes(Driver& driver, const nvemu::KernelEntry& entry, const LaunchAttribute* attributes,
+                        unsigned num_attributes) {
+    for (unsigned i = 0; i < num_attributes; ++i) {
+        const bool is_early = attributes[i].id == kProgrammaticStreamSerialization &&
+                              static_cast<int>(attributes[i].value[0]) != 0;
+        if (is_early && driver.device.major < 9) {
+            return driver.fail(kFeatureNotSupported, "programmatic launches need compute capability 9.0");
+        }
+        if (is_early && entry.awaits_previous == 0) {
+            return driver.fail(kInvalidValue, std::string("kernel ") + entry.name +
+                                                  " would begin before what is in front of it has ended, and "
+                                                  "has no griddepcontrol.wait");
+        }
+    }
+    return kSuccess;
+}
+
 struct LaunchConfig {  // CUlaunchConfig
     unsigned grid[3];
     unsigned block[3];
     unsigned shared_bytes;
     void* stream;
-    void* attributes;
+    const LaunchAttribute* attributes;
     unsigned num_attributes;
 };
 
@@ -76,6 +103,10 @@ Result launch_kernel(void* handle, const LaunchConfig& config, void** params, vo
         std::memcpy(launch.block, config.block, sizeof launch.block);
         launch.shared_bytes = config.shared_bytes;
         if (const Result bad = check_launch(driver, launch)) {
+            return bad;
+        }
+        if (const Result bad =
+                check_attributes(driver, *launch.function->entry, config.attributes, config.num_attributes)) {
             return bad;
         }
         if (const Result bad = take_params(driver, launch, params, extra)) {
@@ -229,7 +260,6 @@ FAKE_CUDA_EXPORT Result cuLaunchKernel(void* function, unsigned grid_x, unsigned
     return launch_kernel(function, config, params, extra);
 }
 
-// Attributes of the launch (programmatic dependent launch, priority) are accepted and change nothing.
 FAKE_CUDA_EXPORT Result cuLaunchKernelEx(const LaunchConfig* config, void* function, void** params,
                                          void** extra) {
     return launch_kernel(function, *config, params, extra);

@@ -52,7 +52,7 @@ def test_a_kernel_is_compiled_once(tmp_path: Path, compiled: list[str]) -> None:
 def test_the_manifest_says_how_to_launch(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path / "cuda")
     launch = load(store).launch
-    assert launch == launch_of(SPEC)
+    assert launch == launch_of(SPEC, CHIP)
     assert launch.arguments[:2] == (("x", True), ("out", True))
     assert launch.grid[0] == Extent("m")
     manifest = json.loads((store.directory / f"{library.key_of(SPEC, CHIP)}.json").read_text())

@@ -72,8 +72,9 @@ class Gpu:
     def load(self, artifact: Artifact) -> CudaKernel:
         how = artifact.launch
         return CudaKernel(
-            self.device, self.image(artifact), how.entry, how.block, how.shared_bytes, how.native_tensors
-        )
+            self.device, self.image(artifact), how.entry, how.block, how.shared_bytes, how.native_tensors,
+            how.starts_early,
+        )  # fmt: skip
 
     def kernel(self, spec: GpuKernelSpec) -> CudaKernel:
         if spec not in self._kernels:

@@ -93,6 +93,7 @@ class CudaExecutor:
         max_num_batched_tokens, max_num_seqs: most rows, and sequences, of one forward.
         max_model_len: longest sequence. None takes the config's max_seq_len.
         buckets: rows of the graphs; None: default_buckets; empty: no graphs.
+        start_early: kernels begin before those in front of them end, where the device can do that.
         gemm: what multiplies: "mma" (our kernels for every chip), "wgmma" (bfloat16 by Hopper's warpgroup instructions), "cublas"
             (no bits are promised then), or a mapping from the decoder's products to those, as gemm_choice.py says.
         store: of compiled kernels; None: the user's. image: what of an artifact the driver loads, its cubin.
@@ -126,6 +127,7 @@ class CudaExecutor:
         max_num_seqs: int = 256,
         max_model_len: int | None = None,
         buckets: Sequence[int] | None = None,
+        start_early: bool = True,
         gemm: str | Mapping[str, str] = "mma",
         store: ArtifactStore | None = None,
         image: Callable[[Artifact], bytes] = lambda artifact: artifact.cubin,
@@ -146,7 +148,7 @@ class CudaExecutor:
         self.max_model_len, self._switch_len = sizes.max_model_len, sizes.switch_len
         ops = list(forward_ops(config, precision.gemm_input))
         buckets = default_buckets(sizes.max_sequences) if buckets is None else list(buckets)
-        self._native = CudaStep(kv_pool, sizes.limits, buckets)
+        self._native = CudaStep(kv_pool, sizes.limits, buckets, start_early)
         self.cublas = None if self.batch_invariant else self._native.load_blas(cublas_paths())
         bound = bind_weights(config, weights)
         held = DeviceWeights(self._native, bound, self.max_model_len, self._switch_len, on_load)
@@ -179,7 +181,7 @@ class CudaExecutor:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Steps, launches of graphs and of kernels, and graphs made."""
+        """Steps, launches of graphs and of kernels (and how many of those began early), and graphs made."""
         return self._native.counts
 
     def _loaded(self, artifact: Artifact) -> CudaKernel:
@@ -192,6 +194,7 @@ class CudaExecutor:
                 launch.block,
                 launch.shared_bytes,
                 launch.native_tensors,
+                launch.starts_early,
             )
         return self._kernels[id(artifact)]
 

@@ -221,8 +221,14 @@ def _tensor_copy(f: FunctionText, match: re.Match[str]) -> None:
     f.ret()
 
 
+@_rule(r"griddepcontrol\.wait")
+def _await_previous(f: FunctionText, _: re.Match[str]) -> None:
+    f.call("void", "nvemu_await_previous", [])
+    f.ret()
+
+
 # Blocks run one after the other and threads one at a time: memory is always in order.
-@_rule(r"membar\.\w+|fence\.(?!proxy).*|nanosleep|griddepcontrol\.\w+")
+@_rule(r"membar\.\w+|fence\.(?!proxy).*|nanosleep|griddepcontrol\.launch\.dependents")
 def _nothing(f: FunctionText, _: re.Match[str]) -> None:
     f.ret()
 

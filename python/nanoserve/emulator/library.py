@@ -30,6 +30,7 @@ class KernelEntry(ctypes.Structure):
         ("static_shared_bytes", ctypes.c_uint32),
         ("max_threads", ctypes.c_uint32),
         ("required_threads", ctypes.c_uint32),
+        ("awaits_previous", ctypes.c_uint32),
     ]
 
 

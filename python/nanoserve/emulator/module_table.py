@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nanoserve.emulator.ir_text import type_bytes
 from nanoserve.emulator.shared_layout import SharedLayout
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 SYMBOL = "nvemu_module"
 
 
@@ -17,7 +17,8 @@ class Kernel:
     """An entry point.
 
     Attributes:
-        param_types: of LLVM IR; an array is passed by value. max_threads: of a block, 0 for no limit of its own. required_threads: 0 for any number.
+        param_types: of LLVM IR; an array is passed by value. max_threads: of a block, 0 for no limit of its own.
+        required_threads: 0 for any number. awaits_previous: it has griddepcontrol.wait.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Kernel:
     max_threads: int
     required_threads: int
     static_shared_bytes: int = 0
+    awaits_previous: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,13 @@ def module_table(
             f"@emu.params.{i} = internal constant [{num} x i32] {f'[{sizes}]' if num else 'zeroinitializer'}"
         )
         lines.append(_string(f"emu.kernel.{i}", kernel.name))
-        limits = f"i32 {kernel.static_shared_bytes}, i32 {kernel.max_threads}, i32 {kernel.required_threads}"
-        entries.append(f"ptr @emu.kernel.{i}, ptr @emu.call.{i}, ptr @emu.params.{i}, i32 {num}, {limits}")
+        about = (
+            num, kernel.static_shared_bytes, kernel.max_threads, kernel.required_threads, int(kernel.awaits_previous),
+        )  # fmt: skip
+        numbers = ", ".join(f"i32 {value}" for value in about)
+        entries.append(f"ptr @emu.kernel.{i}, ptr @emu.call.{i}, ptr @emu.params.{i}, {numbers}")
     variables = [(v.name, f"i64 {v.offset}", v.num_bytes) for v in shared.variables if not v.is_dynamic]
-    lines += _array("emu.kernels", "{ ptr, ptr, ptr, i32, i32, i32, i32 }", entries)
+    lines += _array("emu.kernels", "{ ptr, ptr, ptr, i32, i32, i32, i32, i32 }", entries)
     lines += _variables("emu.shared", variables)
     lines += _variables("emu.data", [(v.name, f"i64 {_address(v)}", v.num_bytes) for v in data])
     counts = f"i32 {len(variables)}, i32 {len(data)}, i32 {shared.dynamic_offset}, i32 {int(checks_proxies)}"

@@ -19,6 +19,7 @@ from nanoserve.emulator.ir_text import members, type_bits
 from nanoserve.emulator.ptx_arithmetic import compute
 from nanoserve.emulator.ptx_registers import PtxRegisters, names, width
 
+_LINE = 16  # bytes of a bulk copy's unit
 _SPACES = {"global": 1, "shared": 3}
 # Hints and fences: threads run one at a time, so memory is always in order.
 _NOTHING = {
@@ -26,7 +27,6 @@ _NOTHING = {
     "membar",
     "prefetch",
     "prefetchu",
-    "griddepcontrol",
     "nanosleep",
     "createpolicy",
     "discard",
@@ -96,7 +96,9 @@ class PtxFunction:
                 self._r.declare(str(name), width([str(s.operands[0]).lstrip(".")]))
         elif s.opcode.startswith("fence.proxy.async"):
             self._f.call("void", "nvemu_proxy_fence", [])
-        elif s.head in _NOTHING:
+        elif s.opcode == "griddepcontrol.wait":
+            self._f.call("void", "nvemu_await_previous", [])
+        elif s.head in _NOTHING or s.opcode == "griddepcontrol.launch_dependents":
             return
         elif handler is not None:
             handler(s)
@@ -152,8 +154,23 @@ class PtxFunction:
             self._f.call("void", "nvemu_copy_wait", [("i32", self._r.read(s.operands[0], 32))])
         elif kind in ("async.commit_group", "async.wait_all"):
             self._f.call("void", "nvemu_copy_commit" if "commit" in kind else "nvemu_copy_wait_all", [])
+        elif kind == "async.bulk.prefetch.L2.global":
+            self._prefetch(s)
         else:
             raise self._unknown(s)
+
+    def _prefetch(self, s: Statement) -> None:
+        """A hint, but not to memory that is not there: its first and last line are read."""
+        address, num_bytes = self._r.address(s.operands[0]), int(self._r.read(s.operands[1], 32))
+        if num_bytes <= 0 or num_bytes % _LINE:
+            raise UnsupportedInstruction(f"{s.opcode} of {num_bytes} bytes: it takes a multiple of {_LINE}")
+        check = self._checks.function(1, _LINE, _LINE, False)
+        for offset in (0, num_bytes - _LINE):
+            pointer = self._f.value(
+                f"inttoptr i64 {self._f.value(f'add i64 {address}, {offset}')} to ptr addrspace(1)"
+            )
+            self._f.emit(f"  call void @{check}(i32 %line, ptr addrspace(1) {pointer})")
+            self._f.value(f"load volatile <{_LINE} x i8>, ptr addrspace(1) {pointer}, align {_LINE}")
 
     # --- the warp and the block ---------------------------------------------------------------------------------------
 

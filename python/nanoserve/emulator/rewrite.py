@@ -85,6 +85,8 @@ class Rewriter:
             return [line]
         if self._current is not None and "@" in line:
             self._uses[self._current].update(v.name for v in self._shared.variables if v.name in line)
+        if "griddepcontrol.wait" in line and self._current in self._kernels:
+            self._kernels[self._current].awaits_previous = True
         line = re.sub(r"(\)|\]) #\d+", r"\1", line)
         line = self._inline_ptx(line, number)
         line = re.sub(r"@(llvm\.nvvm\.[\w.]+)\((\)?)", lambda m: _with_line(m[1], m[2], number), line)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoserve.compiler.cache_directory import CacheDirectory, default_directory
+from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import Extent, GpuKernelSpec, Grid, TensorForm
 
 _MAX_MANIFEST_BYTES = 64 * 1024
@@ -38,6 +39,7 @@ class Launch:
         arguments: (name, is memory) in order; others are 64-bit integers.
         tensors: by name, the arguments that are a tensor map of the memory, not a pointer to it.
         block: threads along x. shared_bytes: dynamic, of a block.
+        starts_early: it may be launched before the kernel in front has ended, for it waits for that itself.
     """
 
     entry: str
@@ -46,6 +48,7 @@ class Launch:
     block: int
     shared_bytes: int
     tensors: tuple[tuple[str, TensorForm], ...] = ()
+    starts_early: bool = False
 
     @property
     def native_tensors(self) -> list[NativeTensor]:
@@ -80,9 +83,12 @@ class Artifact:
     llvm_ir: str
 
 
-def launch_of(spec: GpuKernelSpec) -> Launch:
+def launch_of(spec: GpuKernelSpec, chip: Chip) -> Launch:
+    """Of a kernel that device_kernel made."""
     arguments = tuple(zip((name for name, _ in spec.arguments), spec.pointers, strict=True))
-    return Launch(spec.symbol, arguments, spec.grid, spec.block, spec.shared_bytes, spec.tensors)
+    return Launch(
+        spec.symbol, arguments, spec.grid, spec.block, spec.shared_bytes, spec.tensors, chip.starts_early
+    )
 
 
 class ArtifactStore:
@@ -158,8 +164,9 @@ def _launch_from(fields: dict[str, Any]) -> Launch:
     arguments = tuple((str(name), bool(is_pointer)) for name, is_pointer in fields["arguments"])
     tensors = tuple((str(name), _tensor_from(form)) for name, form in fields["tensors"])
     return Launch(
-        fields["entry"], arguments, (x, y, z), int(fields["block"]), int(fields["shared_bytes"]), tensors
-    )
+        fields["entry"], arguments, (x, y, z), int(fields["block"]), int(fields["shared_bytes"]), tensors,
+        bool(fields["starts_early"]),
+    )  # fmt: skip
 
 
 def _tensor_from(form: list[Any]) -> TensorForm:

@@ -28,6 +28,11 @@ class Chip:
     shared_bytes: int
     wgmma: bool = False
 
+    @property
+    def starts_early(self) -> bool:
+        """Whether a kernel can begin before the one in front of it ends (early_start.py)."""
+        return self.capability >= 90
+
     def runs_on(self, capability: int) -> bool:
         """Whether its code runs on a GPU of this compute capability."""
         if self.name.endswith("a"):

@@ -1,6 +1,6 @@
 """Authoring layer for GPU kernels, part one: the function itself.
 
-    @device_kernel(spec)
+    @device_kernel(spec, chip)
     def _(x, out, rows): ...
 
 builds a gpu.func named by the spec in a gpu.module of its own. Pointers arrive as Array, integers as Value, tensor maps
@@ -15,6 +15,8 @@ from typing import Any
 
 from nanoserve.compiler.bindings import mlir_gpu
 from nanoserve.compiler.builder import Value, ir, type_of
+from nanoserve.compiler.gpu.chip import Chip
+from nanoserve.compiler.gpu.early_start import await_previous, start_next
 from nanoserve.compiler.gpu.memory import Array
 from nanoserve.compiler.gpu.spec import SCALAR, Argument, GpuKernelSpec, TensorForm
 from nanoserve.compiler.gpu.tensor_copy import MAP_ATTRIBUTES, MAP_TYPE, TensorMap
@@ -24,9 +26,19 @@ MODULE = "kernels"  # name of the gpu.module
 
 
 def device_kernel(
-    spec: GpuKernelSpec, *, overlap: Collection[str] = ()
+    spec: GpuKernelSpec,
+    chip: Chip,
+    *,
+    overlap: Collection[str] = (),
+    early: Callable[..., None] | None = None,
 ) -> Callable[[Callable[..., None]], None]:
-    """The kernel of a spec, at the insertion point. No pointers but those in `overlap` may share memory."""
+    """The kernel of a spec, at the insertion point.
+
+    Args:
+        overlap: the pointers that may share memory; no others do.
+        early: called with the body's arguments to emit what is done before the kernel in front has ended, on a chip that
+            has that: nothing that touches memory other kernels write.
+    """
 
     def define(body: Callable[..., None]) -> None:
         module = gpu.GPUModuleOp(MODULE)
@@ -41,16 +53,25 @@ def device_kernel(
                 ir.FunctionType.get(types, []), spec.symbol, kernel=True, known_block_size=[spec.block, 1, 1]
             )
             function.operation.attributes["arg_attrs"] = ir.ArrayAttr.get(
-                [ir.DictAttr.parse(_attributes(kind, name in overlap)) for name, kind in spec.arguments]
+                [
+                    # Memory that nothing else may reach could be read before the wait, or by a path that supposes it
+                    # never changes while the kernel is there.
+                    ir.DictAttr.parse(_attributes(kind, chip.starts_early or name in overlap))
+                    for name, kind in spec.arguments
+                ]
             )
             entry = function.regions[0].blocks.append(*types)
             with ir.InsertionPoint(entry):
-                body(
-                    *(
-                        _argument(value, kind)
-                        for value, (_, kind) in zip(entry.arguments, spec.arguments, strict=True)
-                    )
-                )
+                values = [
+                    _argument(value, kind)
+                    for value, (_, kind) in zip(entry.arguments, spec.arguments, strict=True)
+                ]
+                if chip.starts_early:
+                    start_next()
+                    if early is not None:
+                        early(*values)
+                    await_previous()
+                body(*values)
                 gpu.return_([])
 
     return define

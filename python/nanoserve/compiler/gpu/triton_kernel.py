@@ -18,6 +18,7 @@ from typing import Any
 from nanoserve.compiler.gpu import cubin
 from nanoserve.compiler.gpu.artifact import Artifact, Launch, Usage
 from nanoserve.compiler.gpu.chip import WARP, Chip
+from nanoserve.compiler.gpu.early_start import begin_early
 from nanoserve.compiler.gpu.spec import SCALAR, UNBOUNDED, GpuKernelSpec, pointer
 
 CAPABILITY = 80
@@ -100,10 +101,15 @@ def compile_source(spec: GpuKernelSpec, chip: Chip, source: TritonSource) -> Art
             f"{spec.symbol}: {about.shared} bytes of shared memory, {chip.name} has {chip.shared_bytes}"
         )
     arguments = tuple(zip((name for name, _ in spec.arguments), spec.pointers, strict=True))
-    launch = Launch(about.name, arguments, spec.grid, spec.block, about.shared)
-    code = cubin.assemble(made.asm["ptx"], chip, spec.symbol)
+    launch = Launch(
+        about.name, arguments, spec.grid, spec.block, about.shared, starts_early=chip.starts_early
+    )
+    assembly, llvm_ir = made.asm["ptx"], made.asm["llir"]
+    if chip.starts_early:
+        assembly, llvm_ir = begin_early(assembly, llvm_ir, chip.name)
+    code = cubin.assemble(assembly, chip, spec.symbol)
     usage = Usage(code.registers, code.spilled_bytes, code.static_shared_bytes)
-    return Artifact(launch, usage, chip.name, toolchain() or "", code.code, made.asm["ptx"], made.asm["llir"])
+    return Artifact(launch, usage, chip.name, toolchain() or "", code.code, assembly, llvm_ir)
 
 
 def _triton_type(text: str) -> str:

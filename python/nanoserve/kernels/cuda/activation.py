@@ -51,7 +51,7 @@ def build(spec: GpuKernelSpec, chip: Chip, *, c: int, **options: Any) -> None:
 
     epilogue, cover = Epilogue(**options), RowCover(c)
 
-    @device_kernel(spec)
+    @device_kernel(spec, chip)
     def _(*values: Any) -> None:
         given = dict(zip(dict(spec.arguments), values, strict=True))
         x, out, row = given["x"], given["out"], block_id()

@@ -66,7 +66,7 @@ def build(spec: GpuKernelSpec, chip: Chip, *, c: int) -> None:
     blocks, warps = num_blocks(c), spec.block // WARP
     infinity = float("inf")
 
-    @device_kernel(spec)
+    @device_kernel(spec, chip)
     def _(logits: Any, block_max: Any, draws: Any, draw_ints: Any, tokens: Any, m: Value) -> None:
         row, thread = block_id(), thread_id()
         warp, place = thread // WARP, thread % WARP

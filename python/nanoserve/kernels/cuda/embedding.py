@@ -58,7 +58,7 @@ def build(spec: GpuKernelSpec, chip: Chip, *, c: int, scale: float) -> None:
 
     cover = RowCover(c)
 
-    @device_kernel(spec)
+    @device_kernel(spec, chip)
     def _(*values: Any) -> None:
         given = dict(zip(dict(spec.arguments), values, strict=True))
         row = block_id()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nanoserve.compiler.gpu.chip import WARP, Chip
 from nanoserve.compiler.gpu.spec import SCALAR, UNBOUNDED, Extent, GpuKernelSpec, pointer
 from nanoserve.kernels.cuda.epilogue import Epilogue
-from nanoserve.kernels.cuda.gemm_tile import TILE_K, Tile, pipeline, weight_row
+from nanoserve.kernels.cuda.gemm_tile import TILE_K, Tile, pipeline, prefetch_weight, weight_row
 from nanoserve.kernels.cuda.layout import check_stride, weight_stride
 
 if TYPE_CHECKING:
@@ -107,7 +107,10 @@ def build(
     parts = 1 + epilogue.gated
     x_tile, w_tile = _tiles(shape, k)
 
-    @device_kernel(spec)
+    def weight_source(row: Value) -> Value:
+        return weight_row(row, block_id("y") * (shape.columns // parts), _N, n, epilogue.gated)
+
+    @device_kernel(spec, chip, early=lambda _, w, *__: prefetch_weight(w_tile, w, weight_source, thread_id()))
     def _(*values: Any) -> None:
         given = dict(zip(dict(spec.arguments), values, strict=True))
         x, w, y, m = given["x"], given["w"], given["y"], given["m"]
@@ -120,9 +123,7 @@ def build(
         first_column = block_id("y") * (shape.columns // parts)
 
         copy_x = x_tile.copier(x, lambda row: imin(first_row + row, m - 1), x_shared, thread, spec.block)
-        copy_w = w_tile.copier(
-            w, lambda row: weight_row(row, first_column, _N, n, epilogue.gated), w_shared, thread, spec.block
-        )
+        copy_w = w_tile.copier(w, weight_source, w_shared, thread, spec.block)
 
         def copy(k0: Value, stage: Value) -> None:
             copy_x(k0, stage)

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nanoserve.kernels.cuda.layout import ELEMENT_BYTES
+from nanoserve.kernels.cuda.layout import ELEMENT_BYTES, weight_stride
 
 if TYPE_CHECKING:
     from nanoserve.compiler.builder import Operand, Value
     from nanoserve.compiler.gpu.memory import Array, SharedMemory
 
 LINE = 16  # bytes
+EARLY_BYTES = 32 * 1024  # of a block's rows of a weight, asked for before the kernel in front has ended
 TILE_K = {"f32": 32, "bf16": 64}  # k of a tile, by the type of x: 128 bytes of it
 
 
@@ -103,6 +104,26 @@ class Tile:
                 only_where(inside, move)
 
         return copy
+
+
+def prefetch_weight(tile: Tile, source: Array, source_row: Callable[[Value], Value], thread: Value) -> None:
+    """Asks for the beginning of the tile's rows to be brought to the L2 cache, one row a thread: no kernel writes weights.
+
+    Args:
+        source_row: row of the weight for a row of the tile.
+    """
+    from nanoserve.compiler.builder import index
+    from nanoserve.compiler.control import when
+    from nanoserve.compiler.gpu.early_start import prefetch
+
+    size = ELEMENT_BYTES[tile.dtype]
+    num_bytes = min(EARLY_BYTES // tile.rows, tile.k * size) // LINE * LINE
+    if num_bytes == 0:
+        return
+
+    @when(thread < index(tile.rows))
+    def _() -> None:
+        prefetch(source, source_row(thread), weight_stride(tile.k, tile.dtype) * size, num_bytes)
 
 
 def pipeline(

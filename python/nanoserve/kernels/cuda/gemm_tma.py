@@ -64,7 +64,7 @@ def build(
     turns, stage_bytes = -(-k // K_TILE), (w_tile.bytes + x_tile.bytes) // stages
     copier = groups * GROUP  # the first thread of the last warp
 
-    @device_kernel(spec)
+    @device_kernel(spec, chip)
     def _(*values: Any) -> None:
         given = dict(zip(dict(spec.arguments), values, strict=True))
         x, w, y, m = given["x"], given["w"], given["y"], given["m"]

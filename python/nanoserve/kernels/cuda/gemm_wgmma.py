@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import UNBOUNDED, GpuKernelSpec, pointer
 from nanoserve.kernels.cuda.epilogue import Epilogue
-from nanoserve.kernels.cuda.gemm_tile import pipeline, weight_row
+from nanoserve.kernels.cuda.gemm_tile import pipeline, prefetch_weight, weight_row
 from nanoserve.kernels.cuda.layout import weight_stride
 from nanoserve.kernels.cuda.wgmma_tile import ALIGNMENT, GATES, K_TILE, Shape, multiplier, store_sums
 
@@ -44,7 +44,10 @@ def build(
     epilogue, shape = Epilogue(**options), Shape(groups, columns, stages)
     w_tile, x_tile = shape.tiles(k)
 
-    @device_kernel(spec)
+    def weight_source(row: Value) -> Value:
+        return weight_row(row, block_id("y") * (shape.rows // (1 + epilogue.gated)), GATES, n, epilogue.gated)
+
+    @device_kernel(spec, chip, early=lambda _, w, *__: prefetch_weight(w_tile, w, weight_source, thread_id()))
     def _(*values: Any) -> None:
         given = dict(zip(dict(spec.arguments), values, strict=True))
         x, w, y, m = given["x"], given["w"], given["y"], given["m"]
@@ -54,13 +57,7 @@ def build(
         first_row = block_id("x") * columns
         first_column = block_id("y") * (shape.rows // (1 + epilogue.gated))
 
-        copy_w = w_tile.copier(
-            w,
-            lambda row: weight_row(row, first_column, GATES, n, epilogue.gated),
-            w_shared,
-            thread,
-            spec.block,
-        )
+        copy_w = w_tile.copier(w, weight_source, w_shared, thread, spec.block)
         copy_x = x_tile.copier(x, lambda row: imin(first_row + row, m - 1), x_shared, thread, spec.block)
 
         def copy(k0: Value, stage: Value) -> None:

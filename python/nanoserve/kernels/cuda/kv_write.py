@@ -74,7 +74,7 @@ def build(
 
     warps, half = spec.block // WARP, rotary // 2
 
-    @device_kernel(spec)
+    @device_kernel(spec, chip)
     def _(*values: Any) -> None:
         given = dict(zip(dict(spec.arguments), values, strict=True))
         qkv, row, thread = given["qkv"], block_id(), thread_id()

@@ -121,7 +121,7 @@ def compile_kernel(spec: GpuKernelSpec, chip: Chip) -> Artifact:
     assembly = ptx.ptx_from_llvm(text, chip)
     made = cubin.assemble(assembly, chip, spec.symbol)
     usage = Usage(made.registers, made.spilled_bytes, made.static_shared_bytes)
-    return Artifact(launch_of(spec), usage, chip.name, toolchain() or "", made.code, assembly, text)
+    return Artifact(launch_of(spec, chip), usage, chip.name, toolchain() or "", made.code, assembly, text)
 
 
 def load_artifacts(

@@ -36,7 +36,7 @@ def build(spec: GpuKernelSpec, chip: Chip, *, v: int, may_forbid: bool) -> None:
     from nanoserve.compiler.gpu.kernel import device_kernel
     from nanoserve.compiler.gpu.threads import block_id, over_warp, thread_id
 
-    @device_kernel(spec)
+    @device_kernel(spec, chip)
     def _(logits: Any, out: Any, m: Value) -> None:
         row, lane = block_id("x"), thread_id() % WARP
         number = block_id("y") * (_THREADS // WARP) + thread_id() // WARP

@@ -54,7 +54,7 @@ def build(spec: GpuKernelSpec, chip: Chip, *, norm: str, c: int, eps: float, res
 
     cover = RowCover(c)
 
-    @device_kernel(spec, overlap=("x", "out"))
+    @device_kernel(spec, chip, overlap=("x", "out"))
     def _(*values: Any) -> None:
         given = dict(zip(dict(spec.arguments), values, strict=True))
         out = given["out"]
