@@ -22,6 +22,7 @@ Device Device::from_environment() {
     if (const char* capability = std::getenv("NANOSERVE_FAKE_CUDA_CAPABILITY")) {
         std::sscanf(capability, "%d.%d", &device.major, &device.minor);
     }
+    device.driver_version = static_cast<int>(number("NANOSERVE_FAKE_CUDA_VERSION", 12080));
     device.num_sms = static_cast<int>(number("NANOSERVE_FAKE_CUDA_SMS", 132));
     device.memory_bytes = number("NANOSERVE_FAKE_CUDA_MEMORY", device.memory_bytes);
     device.order = static_cast<std::uint32_t>(number("NANOSERVE_FAKE_CUDA_ORDER", 0));

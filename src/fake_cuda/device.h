@@ -2,6 +2,7 @@
 //
 //     NANOSERVE_FAKE_CUDA_CAPABILITY   compute capability, "9.0"
 //     NANOSERVE_FAKE_CUDA_MEMORY       bytes of device memory, 1 GiB
+//     NANOSERVE_FAKE_CUDA_VERSION      of the driver, 12080 for CUDA 12.8
 //     NANOSERVE_FAKE_CUDA_SMS          multiprocessors, 132
 //     NANOSERVE_FAKE_CUDA_ORDER        order of threads in kernels (see the emulator), 0; from 2 on, each
 //     launch of
@@ -18,6 +19,7 @@ namespace fake_cuda {
 struct Device {
     int major = 9;
     int minor = 0;
+    int driver_version = 12080;
     int num_sms = 132;
     std::uint64_t memory_bytes = std::uint64_t{1} << 30;
     std::uint32_t order = 0;

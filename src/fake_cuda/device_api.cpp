@@ -6,7 +6,6 @@
 using namespace fake_cuda;
 
 namespace {
-constexpr int kDriverVersion = 12080;
 constexpr char kName[] = "nanoserve emulated GPU";
 }  // namespace
 
@@ -24,8 +23,10 @@ FAKE_CUDA_EXPORT Result cuInit(unsigned flags) {
 }
 
 FAKE_CUDA_EXPORT Result cuDriverGetVersion(int* version) {
-    *version = kDriverVersion;
-    return kSuccess;
+    return call(Needs::kNothing, [&](Driver& driver) {
+        *version = driver.device.driver_version;
+        return kSuccess;
+    });
 }
 
 FAKE_CUDA_EXPORT Result cuDeviceGetCount(int* count) {

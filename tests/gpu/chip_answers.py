@@ -1,7 +1,7 @@
 """Prints what an engine answers on the device that NANOSERVE_FAKE_CUDA_CAPABILITY names: a process knows one device only.
 
-`python -m tests.gpu.chip_answers llama bfloat16 wgmma 48`: a model of test_cuda_engine, a precision, what multiplies, and how
-many tokens of a prompt a step computes at most.
+`python -m tests.gpu.chip_answers llama bfloat16 wgmma 48 in-turn`: a model of test_cuda_engine, a precision, what multiplies,
+how many tokens of a prompt a step computes at most, and whether kernels wait for each other's end.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from nanoserve.cuda.executor import CudaExecutor, CudaStarted
 from nanoserve.models.weights import random_weights
 
 
-def main(name: str, precision: str, gemm: str = "mma", chunk: str = "48") -> None:
+def main(name: str, precision: str, gemm: str = "mma", chunk: str = "48", how: str = "early") -> None:
     make, start = backend.CudaBackend.make_executor, CudaExecutor.start
     rows: list[int] = []
 
     def make_executor(self: Any, *args: Any, **options: Any) -> CudaExecutor:
-        return make(self, *args, image=image_of, **options)
+        return make(self, *args, image=image_of, start_early=how == "early", **options)
 
     def counted(self: CudaExecutor, batch: Batch, *args: Any) -> CudaStarted:
         rows.append(len(batch.input_ids))
@@ -45,7 +45,8 @@ def main(name: str, precision: str, gemm: str = "mma", chunk: str = "48") -> Non
     told = answers(engine.generate(prompts, GREEDY))
     ptx = "".join(artifact.ptx for artifact in executor.artifacts.values())
     instructions = {"wgmma": "wgmma." in ptx, "tma": "cp.async.bulk.tensor" in ptx}
-    print(json.dumps({"chip": executor.chip.name, **instructions, "most_rows": max(rows), "answers": told}))
+    about = {"chip": executor.chip.name, "most_rows": max(rows), "counts": executor.counts}
+    print(json.dumps({**about, **instructions, "answers": told}))
 
 
 if __name__ == "__main__":

@@ -44,8 +44,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., NanoServingEngine]:
 
     def made(name: str, precision: Precision = F32, **options: Any) -> NanoServingEngine:
         changes.clear()
-        if "buckets" in options:
-            changes["buckets"] = options.pop("buckets")
+        changes.update({name: options.pop(name) for name in ("buckets", "start_early") if name in options})
         config = configs()[name]
         return NanoServingEngine(
             config, random_weights(config, 1), precision=precision, **{**OPTIONS, **options}
@@ -101,7 +100,7 @@ def test_an_answer_has_the_same_bits_whatever_else_runs(
         return engine("qwen3", precision, **options)
 
     ways = list(ways_to_answer(make, prompts))
-    assert len(ways) == 4
+    assert len(ways) == 5
     for way, found, wanted, was_so in ways:
         assert found == wanted, way
         assert was_so, way

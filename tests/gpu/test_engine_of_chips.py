@@ -15,10 +15,12 @@ from tests.gpu.conftest import ROOT
 
 
 @cache
-def on(capability: str, *arguments: str) -> dict[str, Any]:
+def on(capability: str, *arguments: str, version: str = "12080") -> dict[str, Any]:
+    """What chip_answers tells of a device of that capability, under a driver of that version."""
     paths = [str(ROOT), str(ROOT / "python"), str(ROOT / "tests"), *sys.path]
     env = {
-        **os.environ, "NANOSERVE_FAKE_CUDA_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(paths),
+        **os.environ, "NANOSERVE_FAKE_CUDA_CAPABILITY": capability, "NANOSERVE_FAKE_CUDA_VERSION": version,
+        "PYTHONPATH": os.pathsep.join(paths),
     }  # fmt: skip
     command = [sys.executable, "-m", "tests.gpu.chip_answers", "llama", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)

@@ -26,6 +26,7 @@ from tools.gpu_check.gpu import Gpu
 from tools.gpu_check.manifest import sources_digest
 from tools.gpu_check.places import KERNELS, MANIFEST
 from tools.gpu_check.record import Record
+from tools.gpu_check.switches import IN_TURN
 
 from nanoserve.compiler.gpu.artifact import ArtifactStore
 from nanoserve.compiler.gpu.chip import parse_chip
@@ -65,6 +66,7 @@ def test_it_runs_whole_on_the_emulator(prepared: Path, tmp_path: Path) -> None:
         "gemm_f32 f32 x f32, gated: the CPU's bits",
         "gpt2: the tokens of ours on the CPU",
         "bfloat16, mma: after a preemption, the same bits",
+        "bfloat16, mma: each kernel after the one in front, the same bits",
         "bfloat16, wgmma: alone, launched kernel by kernel, the same bits",
         "bfloat16, mma: temperature, running ahead, the host's tokens",
         "tiny: alone and among 4, the same bits",
@@ -84,7 +86,7 @@ def test_it_runs_whole_on_the_emulator(prepared: Path, tmp_path: Path) -> None:
         "chunk attention", "prefill attention",
     }  # fmt: skip
     switched = results["parts"]["switches"]["tables"]["decode"]
-    assert [row["products"] for row in switched] == ["mma", "cublas", "wgmma"]
+    assert [row["products"] for row in switched] == ["mma", IN_TURN, "cublas", "wgmma"]
     lines = done.stdout.strip().splitlines()
     assert lines[-1] == "every part ran and passed"
     assert len(show.shown(results).splitlines()) <= 60

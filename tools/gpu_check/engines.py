@@ -60,18 +60,21 @@ def make_engine(
     weights: Mapping[str, Any],
     precision: Precision,
     buckets: list[int] | None = None,
+    start_early: bool = True,
     overlaps: bool = True,
     **options: Any,
 ) -> NanoServingEngine:
     """As NanoServingEngine on the GPU, with the folder's kernels.
 
     Args:
-        buckets: the executor's. overlaps: the device chooses tokens and steps are started ahead, as ever; else neither.
+        buckets, start_early: the executor's. overlaps: the device chooses tokens and steps are started ahead, as ever; else neither.
     """
     make = backend.CudaBackend.make_executor
 
     def make_executor(self: Any, *args: Any, **given: Any) -> Any:
-        made = make(self, *args, store=gpu.store, image=gpu.image, buckets=buckets, **given)
+        made = make(
+            self, *args, store=gpu.store, image=gpu.image, buckets=buckets, start_early=start_early, **given
+        )
         made.chooses_tokens = made.chooses_tokens and overlaps
         return made
 

@@ -90,6 +90,16 @@ def ways_to_answer(
     alone = make(enable_prefix_cache=False, buckets=[])
     each = [answers(alone.generate([prompt], GREEDY))[0] for prompt in prompts]
     yield "alone, launched kernel by kernel", each, reference, alone.executor.counts["graphs"] == 0  # type: ignore[union-attr]
+    in_turn = make(start_early=False)
+    found = answers(in_turn.generate(prompts, GREEDY))
+    executors: list[Any] = [in_turn.executor, alone.executor]
+    early, other = (executor.counts["early_launches"] > 0 for executor in reversed(executors))
+    yield (
+        "each kernel after the one in front",
+        found,
+        reference,
+        not other and early == executors[0].device.starts_early,
+    )
     chunks = make(max_chunk_size=7, max_num_batched_tokens=16)
     yield "in chunks", answers(chunks.generate(prompts, GREEDY)), reference, True
     cached = answers(chunks.generate(prompts, GREEDY))
