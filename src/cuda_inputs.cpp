@@ -21,6 +21,7 @@ std::int64_t bytes_of(std::int64_t count) {
 Limits checked(const Limits& limits) {
     require_at_least("max_sequences", limits.max_sequences, 1);
     require_at_least("max_tokens", limits.max_tokens, limits.max_sequences);
+    require_at_least("max_pieces", limits.max_pieces, limits.max_sequences);
     require_range("max_samples", limits.max_samples, limits.max_sequences, limits.max_tokens);
     require_at_least("chunk_rows", limits.chunk_rows, 1);
     require_at_least("segment", limits.segment, 1);
@@ -40,7 +41,8 @@ InputLayout::InputLayout(const Limits& limits, std::int64_t page_size)
       draws_(sample_rows_ + bytes_of<std::int32_t>(limits.max_samples)),
       draw_ints_(draws_ + bytes_of<float>(kDrawFields * limits.max_samples)),
       decodes_(draw_ints_ + bytes_of<std::int32_t>(kDrawFields * limits.max_samples)),
-      chunks_(decodes_ + bytes_of<AttentionSpan>(limits.max_sequences)),
+      pieces_(decodes_ + bytes_of<Decode>(limits.max_sequences)),
+      chunks_(pieces_ + bytes_of<Piece>(limits.max_pieces)),
       max_chunks_(limits.max_tokens / limits.chunk_rows + limits.max_sequences),
       table_(chunks_ + bytes_of<AttentionSpan>(max_chunks_)),
       // As append_block_table pads it.
@@ -66,12 +68,53 @@ Inputs::Inputs(const std::shared_ptr<const Device>& device, const Limits& limits
     }
 }
 
-std::int64_t Inputs::bucket_of(const Sizes& sizes) const {
+void Inputs::stage_attention(const StepBatch& batch, Sizes& sizes) {
+    const auto decodes = at_offset<Decode>(decodes_, at(limits_.max_sequences));
+    const auto pieces = at_offset<Piece>(pieces_, at(limits_.max_pieces));
+    const auto chunks = at_offset<AttentionSpan>(chunks_, at(max_chunks_));
+    for (const SequenceSpan& sequence : batch.sequences()) {
+        const std::int64_t segments = ceil_div(sequence.start + sequence.count, limits_.segment);
+        if (sequence.count == 1 && sizes.pieces + segments <= limits_.max_pieces) {
+            const auto row = static_cast<std::int32_t>(sequence.first_row);
+            decodes[at(sizes.decodes++)] = {.row = row,
+                                            .keys = static_cast<std::int32_t>(sequence.start + 1),
+                                            .first_piece = static_cast<std::int32_t>(sizes.pieces)};
+            for (std::int32_t segment = 0; segment < segments; ++segment) {
+                pieces[at(sizes.pieces++)] = {.row = row,
+                                              .segment = segment,
+                                              .position = static_cast<std::int32_t>(sequence.start),
+                                              .table_off = static_cast<std::int32_t>(sequence.table_off)};
+            }
+            continue;
+        }
+        for (std::int64_t done = 0; done < sequence.count; done += limits_.chunk_rows) {
+            chunks[at(sizes.chunks++)] = {
+                .first_row = static_cast<std::int32_t>(sequence.first_row + done),
+                .count = static_cast<std::int32_t>(std::min(limits_.chunk_rows, sequence.count - done)),
+                .start = static_cast<std::int32_t>(sequence.start + done),
+                .table_off = static_cast<std::int32_t>(sequence.table_off)};
+        }
+    }
+    // What takes longest begins first.
+    std::ranges::sort(chunks.first(at(sizes.chunks)), std::greater{}, &AttentionSpan::start);
+}
+
+std::int64_t Inputs::pad_attention(Sizes& sizes) {
     if (sizes.chunks != 0 || sizes.samples != sizes.rows) {
         return 0;  // prompts, or decoding rows that nobody samples
     }
     const auto found = std::lower_bound(buckets_.begin(), buckets_.end(), sizes.rows);
-    return found == buckets_.end() ? 0 : *found;
+    if (found == buckets_.end()) {
+        return 0;
+    }
+    const auto decodes = at_offset<Decode>(decodes_, at(limits_.max_sequences));
+    std::fill(decodes.begin() + sizes.decodes, decodes.begin() + *found, Decode{});
+    const auto pieces = at_offset<Piece>(pieces_, at(limits_.max_pieces));
+    const auto padded = static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(sizes.pieces)));
+    const std::int64_t filled = std::min(padded, limits_.max_pieces);
+    std::fill(pieces.begin() + sizes.pieces, pieces.begin() + filled, Piece{});
+    sizes.pieces = filled;
+    return *found;
 }
 
 Staged Inputs::stage(const StepBatch& batch, const Choices& choices, std::size_t turn) {
@@ -82,30 +125,9 @@ Staged Inputs::stage(const StepBatch& batch, const Choices& choices, std::size_t
                                     std::to_string(max_table_) + " fit");
     }
     Sizes sizes{
-        .rows = batch.num_rows(), .samples = batch.num_samples(), .decodes = 0, .chunks = 0, .segments = 0};
-    const auto decodes = at_offset<AttentionSpan>(decodes_, at(limits_.max_sequences));
-    const auto chunks = at_offset<AttentionSpan>(chunks_, at(max_chunks_));
-    std::int64_t longest = 0;
-    for (const SequenceSpan& sequence : batch.sequences()) {
-        for (std::int64_t done = 0; done < sequence.count; done += limits_.chunk_rows) {
-            const AttentionSpan span{
-                .first_row = static_cast<std::int32_t>(sequence.first_row + done),
-                .count = static_cast<std::int32_t>(std::min(limits_.chunk_rows, sequence.count - done)),
-                .start = static_cast<std::int32_t>(sequence.start + done),
-                .table_off = static_cast<std::int32_t>(sequence.table_off)};
-            if (sequence.count == 1) {
-                decodes[at(sizes.decodes++)] = span;
-                longest = std::max(longest, sequence.start + 1);
-            } else {
-                chunks[at(sizes.chunks++)] = span;
-            }
-        }
-    }
-    // What takes longest begins first.
-    std::ranges::sort(chunks.first(at(sizes.chunks)), std::greater{}, &AttentionSpan::start);
-    sizes.segments = static_cast<std::int64_t>(
-        std::bit_ceil(static_cast<std::uint64_t>(ceil_div(longest, limits_.segment))));
-    const std::int64_t bucket = bucket_of(sizes);
+        .rows = batch.num_rows(), .samples = batch.num_samples(), .decodes = 0, .chunks = 0, .pieces = 0};
+    stage_attention(batch, sizes);
+    const std::int64_t bucket = pad_attention(sizes);
     const std::int64_t rows = std::max(sizes.rows, bucket);
     const std::int64_t samples = std::max(sizes.samples, bucket);
     put<std::int32_t>(0, batch.ids(), rows, 0);
@@ -116,10 +138,6 @@ Staged Inputs::stage(const StepBatch& batch, const Choices& choices, std::size_t
     put<float>(draws_, choices.draws, kDrawFields * samples, 0.0F);
     put<std::int32_t>(draw_ints_, choices.draw_ints, kDrawFields * samples, 0);
     put<std::int32_t>(table_, batch.table(), 0, 0);
-    for (std::int64_t padded = sizes.decodes; padded < bucket; ++padded) {
-        decodes[at(padded)] = {
-            .first_row = static_cast<std::int32_t>(padded), .count = 0, .start = 0, .table_off = 0};
-    }
     return {.sizes = sizes,
             .bucket = bucket,
             .used = table_ + static_cast<std::int64_t>(batch.table().size_bytes())};
@@ -148,6 +166,8 @@ DevicePtr Inputs::address(Source array) const {
                 return draw_ints_;
             case Source::decodes:
                 return decodes_;
+            case Source::pieces:
+                return pieces_;
             case Source::chunks:
                 return chunks_;
             case Source::table:

@@ -24,10 +24,26 @@ struct AttentionSpan {
     std::int32_t table_off;  // where the sequence's pages begin in the flat table
 };
 
+// One segment of the keys that a sequence's only row attends to. Four int32.
+struct Piece {
+    std::int32_t row = 0;        // of the step
+    std::int32_t segment = -1;   // -1 is padding
+    std::int32_t position = 0;   // of the row
+    std::int32_t table_off = 0;  // as AttentionSpan's
+};
+
+// That row, whose pieces lie one behind the other. Three int32.
+struct Decode {
+    std::int32_t row = 0;
+    std::int32_t keys = 0;  // it attends to; 0 is padding
+    std::int32_t first_piece = 0;
+};
+
 struct Limits {
     std::int64_t max_tokens;     // rows of a step
     std::int64_t max_positions;  // rows of the model's position tables
     std::int64_t max_sequences;  // of a step
+    std::int64_t max_pieces;     // of all sequences of one row; a sequence for which none are left is a span
     std::int64_t max_samples;    // rows whose logits are wanted
     std::int64_t chunk_rows;     // most rows of an AttentionSpan
     std::int64_t segment;        // tokens of a sequence that one program reads
@@ -37,7 +53,7 @@ struct Limits {
 
 // The numbers of a step that grids and kernels depend on.
 struct Sizes {
-    std::int64_t rows, samples, decodes, chunks, segments;
+    std::int64_t rows, samples, decodes, chunks, pieces;
 };
 
 // How the samples' tokens are chosen, and which rows wait for the tokens of the step before.
@@ -64,8 +80,8 @@ class InputLayout {
     [[nodiscard]] std::int64_t num_bytes() const { return num_bytes_; }
 
   protected:
-    const std::int64_t positions_, slots_, sources_, sample_rows_, draws_, draw_ints_, decodes_, chunks_,
-        max_chunks_, table_, max_table_, num_bytes_;
+    const std::int64_t positions_, slots_, sources_, sample_rows_, draws_, draw_ints_, decodes_, pieces_,
+        chunks_, max_chunks_, table_, max_table_, num_bytes_;
 };
 
 class Inputs : private InputLayout {
@@ -83,7 +99,10 @@ class Inputs : private InputLayout {
     [[nodiscard]] DevicePtr address(Source array) const;
 
   private:
-    [[nodiscard]] std::int64_t bucket_of(const Sizes& sizes) const;
+    // Writes down what attends, and counts it in `sizes`.
+    void stage_attention(const StepBatch& batch, Sizes& sizes);
+    // Rows of the graph for a step of those sizes, 0 if there is none; fills what attends up to it.
+    [[nodiscard]] std::int64_t pad_attention(Sizes& sizes);
 
     // Arrays of the host block that is being staged.
     template <typename T>

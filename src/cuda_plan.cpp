@@ -20,6 +20,7 @@ constexpr std::array kSources = {
     Name{"slots", Source::slots},
     Name{"table", Source::table},
     Name{"decodes", Source::decodes},
+    Name{"pieces", Source::pieces},
     Name{"chunks", Source::chunks},
     Name{"sample_rows", Source::sample_rows},
     Name{"sources", Source::sources},
@@ -32,7 +33,7 @@ constexpr std::array kSources = {
     Name{"num_samples", Source::num_samples},
     Name{"num_decodes", Source::num_decodes},
     Name{"num_chunks", Source::num_chunks},
-    Name{"num_segments", Source::num_segments},
+    Name{"num_pieces", Source::num_pieces},
     Name{"number", Source::number},
 };
 

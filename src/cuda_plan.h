@@ -25,7 +25,8 @@ enum class Source : std::uint8_t {
     positions,    // int32 per row
     slots,        // int32 per row: where its keys and values go, -1 for padding
     table,        // int32, the flat block table
-    decodes,      // AttentionSpan per sequence of one row
+    decodes,      // Decode per sequence of one row
+    pieces,       // Piece per segment of its keys
     chunks,       // AttentionSpan per tile of rows of a longer one
     sample_rows,  // int32 per sample: its row
     sources,      // int32 per row: the sample of the step before whose token is its id, -1: none
@@ -39,8 +40,8 @@ enum class Source : std::uint8_t {
     num_samples,
     num_decodes,
     num_chunks,
-    num_segments,  // of the longest sequence among the decodes, rounded up to a power of two
-    number,        // the index itself
+    num_pieces,
+    number,  // the index itself
 };
 
 [[nodiscard]] Source source_from_name(std::string_view name);

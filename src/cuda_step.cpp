@@ -72,6 +72,7 @@ std::int64_t CudaStep::value_of(const Arg& arg, const Sizes& sizes) const {
         case Source::slots:
         case Source::table:
         case Source::decodes:
+        case Source::pieces:
         case Source::chunks:
         case Source::sources:
         case Source::sample_rows:
@@ -92,8 +93,8 @@ std::int64_t CudaStep::value_of(const Arg& arg, const Sizes& sizes) const {
             return sizes.decodes;
         case Source::num_chunks:
             return sizes.chunks;
-        case Source::num_segments:
-            return sizes.segments;
+        case Source::num_pieces:
+            return sizes.pieces;
         case Source::number:
             return arg.index;
     }
@@ -192,8 +193,8 @@ void CudaStep::warm_products(const Sizes& sizes) {
 void CudaStep::launch_graph(const GraphKey& key) {
     auto found = graphs_.find(key);
     if (found == graphs_.end()) {
-        const auto [rows, segments] = key;
-        const Sizes sizes{.rows = rows, .samples = rows, .decodes = rows, .chunks = 0, .segments = segments};
+        const auto [rows, pieces] = key;
+        const Sizes sizes{.rows = rows, .samples = rows, .decodes = rows, .chunks = 0, .pieces = pieces};
         warm_products(sizes);
         stream_->begin_capture();
         try {
@@ -220,7 +221,7 @@ std::int64_t CudaStep::start() {
     const Staged& staged = flight.staged;
     inputs_.copy(*stream_, staged, turn);
     if (staged.bucket > 0) {
-        launch_graph({staged.bucket, staged.sizes.segments});
+        launch_graph({staged.bucket, staged.sizes.pieces});
     } else {
         launch_all(staged.sizes);
     }

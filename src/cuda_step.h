@@ -3,7 +3,7 @@
 // A plan is a list of kernels, where their arguments come from, and how their grids follow from the step's
 // sizes; it names no batch. What differs from step to step is written to one block of device memory in one
 // copy: token ids, positions, slots, page tables, and the work of attention. So a step of nothing but
-// decoding rows is captured once per bucket of rows (and of their longest context) and then launched whole;
+// decoding rows is captured once per bucket of rows (and of their segments) and then launched whole;
 // rows up to the bucket are padding that writes no keys, and whose logits nobody reads.
 //
 // A step may be started while the one before it runs: rows whose ids the host does not know yet take them
@@ -72,7 +72,7 @@ class CudaStep {
     [[nodiscard]] const Counts& counts() const { return counts_; }
 
   private:
-    using GraphKey = std::pair<std::int64_t, std::int64_t>;  // rows, segments
+    using GraphKey = std::pair<std::int64_t, std::int64_t>;  // rows, pieces
 
     // A step that was started.
     struct Flight {

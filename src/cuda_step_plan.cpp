@@ -42,7 +42,7 @@ std::int64_t CudaStep::weight_bytes() const {
 }
 
 void CudaStep::check_args(std::span<const Arg> args) const {
-    constexpr Sizes kOne{.rows = 1, .samples = 1, .decodes = 1, .chunks = 1, .segments = 1};
+    constexpr Sizes kOne{.rows = 1, .samples = 1, .decodes = 1, .chunks = 1, .pieces = 1};
     for (const Arg& arg : args) {
         static_cast<void>(value_of(arg, kOne));
     }

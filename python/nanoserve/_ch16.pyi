@@ -272,6 +272,7 @@ class CudaLimits:
         max_tokens: int,
         max_positions: int,
         max_sequences: int,
+        max_pieces: int,
         max_samples: int,
         chunk_rows: int,
         segment: int,

@@ -262,11 +262,13 @@ void populate_cuda(py::module_& m) {
 
     py::class_<Limits>(m, "CudaLimits", "The most there can be of everything in a step.")
         .def(py::init([](std::int64_t max_tokens, std::int64_t max_positions, std::int64_t max_sequences,
-                         std::int64_t max_samples, std::int64_t chunk_rows, std::int64_t segment,
-                         std::int64_t vocab, std::int64_t logits_stride, std::int64_t num_blocks) {
+                         std::int64_t max_pieces, std::int64_t max_samples, std::int64_t chunk_rows,
+                         std::int64_t segment, std::int64_t vocab, std::int64_t logits_stride,
+                         std::int64_t num_blocks) {
                  return Limits{.max_tokens = max_tokens,
                                .max_positions = max_positions,
                                .max_sequences = max_sequences,
+                               .max_pieces = max_pieces,
                                .max_samples = max_samples,
                                .chunk_rows = chunk_rows,
                                .segment = segment,
@@ -275,8 +277,8 @@ void populate_cuda(py::module_& m) {
                                .num_blocks = num_blocks};
              }),
              py::kw_only(), py::arg("max_tokens"), py::arg("max_positions"), py::arg("max_sequences"),
-             py::arg("max_samples"), py::arg("chunk_rows"), py::arg("segment"), py::arg("vocab"),
-             py::arg("logits_stride"), py::arg("num_blocks"));
+             py::arg("max_pieces"), py::arg("max_samples"), py::arg("chunk_rows"), py::arg("segment"),
+             py::arg("vocab"), py::arg("logits_stride"), py::arg("num_blocks"));
 
     py::class_<CudaStep>(m, "CudaStep", "Runs a plan of kernels over a ragged batch, on a device.")
         .def_property_readonly_static("blas_workspace_bytes",

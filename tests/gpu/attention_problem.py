@@ -90,26 +90,25 @@ class AttentionProblem:
     def split(self, order: int = 0, launch: Callable[..., None] = emulated) -> np.ndarray:
         """The last row of each sequence."""
         form, out = self.form, self.empty()
-        spans = self.spans((1,) * len(self.lengths), 1)
-        segments = -(-max(self.lengths) // paged_attention.SEGMENT) + 1  # one more than anybody needs
-        parts = np.full((len(spans), form.heads, segments, form.head_dim), np.nan, np.float32)
-        sums = np.full((len(spans), form.heads, segments, 2), np.nan, np.float32)
+        decodes, pieces = self.pieces()
+        parts = np.full((len(pieces), form.heads, form.head_dim), np.nan, np.float32)
+        sums = np.full((len(pieces), form.heads, 2), np.nan, np.float32)
         launch(
-            form.split_spec(), self.q, self.stored(self.k), self.stored(self.v), self.table, spans, parts, sums,
-            segments, len(spans), *SCRATCH, order=order,
+            form.split_spec(), self.q, self.stored(self.k), self.stored(self.v), self.table, pieces, parts, sums, len(pieces),
+            *SCRATCH, order=order,
         )  # fmt: skip
-        launch(
-            form.merge_spec(),
-            parts,
-            sums,
-            spans,
-            out,
-            segments,
-            len(spans),
-            *SCRATCH,
-            order=order,
-        )
+        launch(form.merge_spec(), parts, sums, decodes, out, len(decodes), *SCRATCH, order=order)
         return out
+
+    def pieces(self) -> tuple[np.ndarray, np.ndarray]:
+        """Decodes and pieces for the last row of each sequence, and padding of both."""
+        decodes, pieces = [], []
+        for row, length, table_off in zip(self.last, self.lengths, self.table_off, strict=True):
+            decodes.append((row, length, len(pieces)))
+            for segment in range(-(-length // paged_attention.SEGMENT)):
+                pieces.append((row, segment, length - 1, table_off))
+        padding = [(0, -1, 0, 0)] * 3
+        return np.array([*decodes, (0, 0, 0)], np.int32), np.array([*pieces, *padding], np.int32)
 
     def rows(self, counts: tuple[int, ...]) -> list[int]:
         return [

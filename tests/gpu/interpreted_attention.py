@@ -19,7 +19,6 @@ from tests.gpu.attention_problem import FORMS, AttentionProblem, form_of, number
 from triton.runtime import interpreter
 
 from nanoserve.kernels.cuda import paged_attention_triton as kernels
-from nanoserve.kernels.cuda.paged_attention import SEGMENT
 
 INTERPRETED = {
     **{name: form for name, form in FORMS.items() if not form.narrow},
@@ -59,15 +58,15 @@ def distances(problem: AttentionProblem) -> dict[str, float]:
         "attend": np.abs(numbers(form, out[problem.rows(counts)]) - problem.reference(counts)).max()
     }  # NaN, which is not below any bound, where a foreign page was read
     ones, merged = (1,) * len(LENGTHS), problem.empty()
-    spans, segments = problem.spans(ones, 1), -(-max(LENGTHS) // SEGMENT) + 1
-    parts = np.full((len(spans), form.heads, segments, form.head_dim), np.nan, np.float32)
-    sums = np.full((len(spans), form.heads, segments, 2), np.nan, np.float32)
-    kernels.split[(len(spans), form.kv_heads, segments)](
-        *inputs, tensor(spans), tensor(parts), tensor(sums), segments, len(spans), **form.constants("split")
-    )  # fmt: skip
-    kernels.merge[(len(spans), form.heads)](
-        tensor(parts), tensor(sums), tensor(spans), tensor(merged), segments, len(spans), **form.constants("merge")
-    )  # fmt: skip
+    decodes, pieces = problem.pieces()
+    parts = np.full((len(pieces), form.heads, form.head_dim), np.nan, np.float32)
+    sums = np.full((len(pieces), form.heads, 2), np.nan, np.float32)
+    kernels.split[(len(pieces), form.kv_heads)](
+        *inputs, tensor(pieces), tensor(parts), tensor(sums), len(pieces), **form.constants("split")
+    )
+    kernels.merge[(len(decodes), form.heads)](
+        tensor(parts), tensor(sums), tensor(decodes), tensor(merged), len(decodes), **form.constants("merge")
+    )
     found["split and merge"] = np.abs(numbers(form, merged[problem.last]) - problem.reference(ones)).max()
     return {name: float(value) for name, value in found.items()}
 

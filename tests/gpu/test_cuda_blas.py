@@ -211,7 +211,7 @@ def test_wheels_come_before_the_systems_loader(tmp_path: Any) -> None:
 
 
 LIMITS = CudaLimits(
-    max_tokens=4, max_positions=4, max_sequences=4, max_samples=4, chunk_rows=16, segment=512, vocab=8, logits_stride=8, num_blocks=1
+    max_tokens=4, max_positions=4, max_sequences=4, max_pieces=4, max_samples=4, chunk_rows=16, segment=512, vocab=8, logits_stride=8, num_blocks=1
 )  # fmt: skip
 
 

@@ -24,8 +24,9 @@ from tools.gpu_check.tiny_models import (
 
 from nanoserve import NanoServingEngine, SamplingParams
 from nanoserve.compiler.gpu.chip import CHIPS
-from nanoserve.cuda import backend
+from nanoserve.cuda import backend, step_sizes
 from nanoserve.cuda.executor import CudaExecutor, chip_of, default_buckets
+from nanoserve.cuda.step_sizes import StepSizes
 from nanoserve.models.weights import random_weights
 from nanoserve.native import CudaDevice, CudaError, CudaKernel, cuda_layer_cache
 from nanoserve.precision import Precision
@@ -237,3 +238,31 @@ def test_the_chip_is_the_devices() -> None:
         assert chip_of(Device(capability)) == CHIPS[name]  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"A GPU has compute capability 7\.5"):
         chip_of(Device(75))  # type: ignore[arg-type]
+
+
+def test_who_has_no_room_among_the_pieces_is_a_chunk(
+    engine: Callable[..., NanoServingEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two sequences of two segments each, the second, where three pieces fit; no bit tells."""
+    prompts = random_prompts((520, 515))
+    options = {"kv_cache_pages": 80, "max_batch_size": 2, "max_chunk_size": 128}
+    roomy = engine("llama", **options)
+    wanted = answers(roomy.generate(prompts, GREEDY))
+    monkeypatch.setattr(step_sizes, "_MORE_PIECES", 1)
+    tight = engine("llama", **options)
+    assert answers(tight.generate(prompts, GREEDY)) == wanted
+    executors: list[Any] = [roomy.executor, tight.executor]
+    launches = [each.counts["graph_launches"] for each in executors]
+    # A step with a chunk is no graph: only those of the first alone, before or after the second, are.
+    assert launches[0] >= GREEDY.max_tokens - 2 > launches[1] + 2
+
+
+@pytest.mark.parametrize(
+    ("longest", "sequences", "pieces"),
+    [(512, 4, 4), (513, 4, 8), (131072, 256, 4096 + 256), (131072, 4, 1024)],
+)
+def test_room_for_pieces_is_what_sequences_can_have_or_enough(
+    longest: int, sequences: int, pieces: int
+) -> None:
+    sizes = StepSizes.of(configs()["llama"], F32, 2048, sequences, longest)
+    assert sizes.max_pieces == pieces

@@ -72,30 +72,36 @@ class Decoding:
 
     def __init__(self, gpu: Gpu, form: AttentionForm, lengths: Sequence[int]) -> None:
         self.gpu, self.form, self.keys = gpu, form, PagedKeys(gpu, form, lengths)
-        batch, self._segments = len(lengths), -(-max(lengths) // SEGMENT)
+        batch, segments = len(lengths), [-(-length // SEGMENT) for length in lengths]
+        self._num_pieces = sum(segments)
         self.q, self.out = (
             random_rows(gpu, batch, form.ld_q, dtype="f32"),
             random_rows(gpu, batch, form.ld_out),
         )
-        many = batch * form.heads * self._segments
+        many = self._num_pieces * form.heads
         self._parts = random_rows(gpu, many, form.head_dim, dtype="f32")
         self._sums = random_rows(gpu, many, 2, dtype="f32")
-        self._spans = [
+        firsts = np.cumsum([0, *segments[:-1]])
+        self._decodes = gpu.memory(np.column_stack([np.arange(batch), lengths, firsts]).astype(np.int32))
+        self._pieces = [
             gpu.memory(
-                np.array([(row, 1, lengths[row] - 1, offset) for row, offset in enumerate(mine)], np.int32)
+                np.array(
+                    [(row, segment, lengths[row] - 1, offset) for row, offset in enumerate(mine) for segment in range(segments[row])],
+                    np.int32,
+                )
             )
             for mine in self.keys.offsets
-        ]
+        ]  # fmt: skip
 
     def put(self, i: int) -> None:
-        keys, mine = self.keys, self._spans[i % self.keys.count]
-        batch = len(keys.lengths)
+        keys, mine, count = self.keys, self._pieces[i % self.keys.count], self._num_pieces
         self.gpu.put(
             self.form.split_spec(),
-            [self.q, keys.k, keys.v, keys.table, mine, self._parts, self._sums, self._segments, batch, 0, 0],
+            [self.q, keys.k, keys.v, keys.table, mine, self._parts, self._sums, count, 0, 0],
         )
         self.gpu.put(
-            self.form.merge_spec(), [self._parts, self._sums, mine, self.out, self._segments, batch, 0, 0]
+            self.form.merge_spec(),
+            [self._parts, self._sums, self._decodes, self.out, len(keys.lengths), 0, 0],
         )
 
     def seconds(self) -> float:

@@ -76,7 +76,7 @@ class CudaOpBinder:
             rows = sizes.max_samples if name == "last" else sizes.max_tokens
             size = rows * self._strides[name] * ELEMENT_BYTES[buffer.element]
             self._buffers[name] = ("buffer", native.buffer(size))
-        results = sizes.max_sequences * config.n_head * sizes.max_segments
+        results = sizes.max_pieces * config.n_head
         self._parts: Arg = ("buffer", native.buffer(results * config.dim_per_head * 4))
         self._sums: Arg = ("buffer", native.buffer(results * 2 * 4))
 
@@ -240,11 +240,9 @@ class CudaOpBinder:
                 f"{name}.attend", form.attend_spec(), q, *pages, ("chunks",), out, ("num_chunks",), *null
             ),
             BoundLaunch.of(
-                f"{name}.split", form.split_spec(), q, *pages, ("decodes",), self._parts, self._sums, ("num_segments",),
-                ("num_decodes",), *null,
+                f"{name}.split", form.split_spec(), q, *pages, ("pieces",), self._parts, self._sums, ("num_pieces",), *null,
             ),
             BoundLaunch.of(
-                f"{name}.merge", form.merge_spec(), self._parts, self._sums, ("decodes",), out, ("num_segments",),
-                ("num_decodes",), *null,
+                f"{name}.merge", form.merge_spec(), self._parts, self._sums, ("decodes",), out, ("num_decodes",), *null,
             ),
         ]  # fmt: skip

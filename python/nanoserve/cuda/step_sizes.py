@@ -12,6 +12,8 @@ from nanoserve.models.config import ModelConfig
 from nanoserve.native import CudaLimits
 from nanoserve.precision import Precision
 
+_MORE_PIECES = 4096  # than sequences: two million tokens of context in a step
+
 
 @dataclass(frozen=True, slots=True)
 class StepSizes:
@@ -20,7 +22,8 @@ class StepSizes:
     Attributes:
         max_tokens, max_sequences, max_samples: rows, sequences, and rows with logits of a step.
         max_model_len: longest sequence. switch_len: longer ones use a second half of the rotary tables.
-        max_segments: of the longest sequence, a power of two.
+        max_pieces: segments of all sequences of one row together, for which attention has a program each. What has no room
+            among them is computed as a prompt's rows are.
         chunk_rows: what attention's tiles have room for.
         vocab, logits_stride, num_blocks: of a row of logits: numbers, numbers to the next row, and maxima.
     """
@@ -30,7 +33,7 @@ class StepSizes:
     max_samples: int
     max_model_len: int
     switch_len: int
-    max_segments: int
+    max_pieces: int
     chunk_rows: int
     vocab: int
     logits_stride: int
@@ -49,7 +52,7 @@ class StepSizes:
             max_tokens=max_num_batched_tokens, max_sequences=sequences,
             max_samples=min(sequences + MAX_PROMPT_LOGPROB_ROWS, max_num_batched_tokens), max_model_len=longest,
             switch_len=longest if config.switch_len is None else config.switch_len,
-            max_segments=1 << (segments - 1).bit_length(), chunk_rows=_chunk_rows(config, precision), vocab=config.vocab_size,
+            max_pieces=min(sequences * segments, sequences + _MORE_PIECES), chunk_rows=_chunk_rows(config, precision), vocab=config.vocab_size,
             logits_stride=row_stride(config.vocab_size), num_blocks=num_blocks(config.vocab_size),
         )  # fmt: skip
 
@@ -59,7 +62,7 @@ class StepSizes:
         halves = 2 if self.max_model_len > self.switch_len else 1
         return CudaLimits(
             max_tokens=self.max_tokens, max_positions=halves * self.max_model_len, max_sequences=self.max_sequences,
-            max_samples=self.max_samples, chunk_rows=self.chunk_rows, segment=SEGMENT, vocab=self.vocab,
+            max_pieces=self.max_pieces, max_samples=self.max_samples, chunk_rows=self.chunk_rows, segment=SEGMENT, vocab=self.vocab,
             logits_stride=self.logits_stride, num_blocks=self.num_blocks,
         )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Specifications of attention over pages; the kernels are in paged_attention_triton.py.
 
-Rows that attend come as spans (src/cuda_step.h's AttentionSpan). One row of a sequence is a span for `split` and `merge`, a
-program per SEGMENT keys; several are spans of at most `chunk_rows` for `attend`. Whichever computes a row, its bits are the same.
+Rows that attend come as spans of at most `chunk_rows` for `attend` (src/cuda_inputs.h's AttentionSpan). One row of a sequence may
+come as pieces instead, one per SEGMENT keys, for `split` and `merge` (Piece, Decode). Whichever computes a row, its bits are the
+same.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class AttentionForm:
             pointer(UNBOUNDED, element="i32"),
             pages(self.kv_heads, self.page_size, self.head_dim, self.dtype),
         )
-        return {"Q": pointer(UNBOUNDED, self.ld_q), "K": kv, "V": kv, "table": i32, "spans": i32}
+        return {"Q": pointer(UNBOUNDED, self.ld_q), "K": kv, "V": kv, "table": i32}
 
     def _spec(self, part: str, arguments: dict[str, str], grid: tuple[Extent, ...]) -> GpuKernelSpec:
         return GpuKernelSpec.make(
@@ -143,27 +144,32 @@ class AttentionForm:
     def attend_spec(self) -> GpuKernelSpec:
         """Args: Q, K, V, table, spans, out, num_spans, and two null pointers."""
         out = pointer(UNBOUNDED, self.ld_out, element=self.out)
-        arguments = {**self._inputs(), "out": out, "num_spans": SCALAR}
+        arguments = {
+            **self._inputs(),
+            "spans": pointer(UNBOUNDED, element="i32"),
+            "out": out,
+            "num_spans": SCALAR,
+        }
         return self._spec("attend", arguments, (Extent("num_spans"), Extent(times=self.kv_heads)))
 
     def split_spec(self) -> GpuKernelSpec:
-        """Args: Q, K, V, table, spans, parts, sums, num_segments, num_spans, and two null pointers.
+        """Args: Q, K, V, table, pieces, parts, sums, num_pieces, and two null pointers.
 
-        parts: float32 [spans][heads][num_segments][head_dim]; sums: [spans][heads][num_segments][2].
+        parts: float32 [pieces][heads][head_dim]; sums: [pieces][heads][2].
         """
         arguments = {
-            **self._inputs(), "parts": pointer(UNBOUNDED), "sums": pointer(UNBOUNDED), "num_segments": SCALAR, "num_spans": SCALAR,
+            **self._inputs(), "pieces": pointer(UNBOUNDED, element="i32"), "parts": pointer(UNBOUNDED), "sums": pointer(UNBOUNDED),
+            "num_pieces": SCALAR,
         }  # fmt: skip
-        grid = (Extent("num_spans"), Extent(times=self.kv_heads), Extent("num_segments"))
-        return self._spec("split", arguments, grid)
+        return self._spec("split", arguments, (Extent("num_pieces"), Extent(times=self.kv_heads)))
 
     def merge_spec(self) -> GpuKernelSpec:
-        """Args: parts, sums, spans, out, num_segments, num_spans, and two null pointers."""
+        """Args: parts, sums, decodes, out, num_decodes, and two null pointers."""
         arguments = {
-            "parts": pointer(UNBOUNDED), "sums": pointer(UNBOUNDED), "spans": pointer(UNBOUNDED, element="i32"),
-            "out": pointer(UNBOUNDED, self.ld_out, element=self.out), "num_segments": SCALAR, "num_spans": SCALAR,
+            "parts": pointer(UNBOUNDED), "sums": pointer(UNBOUNDED), "decodes": pointer(UNBOUNDED, element="i32"),
+            "out": pointer(UNBOUNDED, self.ld_out, element=self.out), "num_decodes": SCALAR,
         }  # fmt: skip
-        return self._spec("merge", arguments, (Extent("num_spans"), Extent(times=self.heads)))
+        return self._spec("merge", arguments, (Extent("num_decodes"), Extent(times=self.heads)))
 
 
 def triton_source(spec: GpuKernelSpec, chip: Chip, *, part: str, **fields: Any) -> TritonSource:

@@ -2,9 +2,9 @@
 
     attend   a program has a tile of rows of one KV head: rows x the query heads that share it. It walks the keys in blocks of
              BLOCK and merges what each segment of SEGMENT keys gave, in order.
-    split    the same for spans of one row, a program per segment, so that few long sequences fill a device: leaves the sums of
-             its segment for
-    merge    which adds segments up, in the same order and with the same operations.
+    split    the same for one row of a sequence and one segment, a piece, so that few long sequences fill a device: leaves its
+             sums for
+    merge    which adds a sequence's pieces up, in the same order and with the same operations.
 
 Bits: blocks and segments begin at absolute positions, so a row's sums are the same sums whoever computes them: alone or among
 others, in a chunk or as the last token, in one program or in many. What a row does not see contributes exactly nothing. Sums
@@ -12,8 +12,8 @@ over a block are all matrix products, the sum of the weights too (times a column
 instruction, while that of tl.sum belongs to how a tile is spread over threads. Products and sums are fused only where fma says
 so (`enable_fp_fusion=False`), or each kernel could be fused differently.
 
-Layouts: queries float32 [rows][ld_q], head after head; keys and values [page][kv_head][slot][dim]; spans int32 [n][4] as
-src/cuda_step.h's AttentionSpan; the flat block table as src/attention_work.h's. Source of the online softmax: Milakov and
+Layouts: queries float32 [rows][ld_q], head after head; keys and values [page][kv_head][slot][dim]; spans int32 [n][4], pieces
+[n][4] and decodes [n][3] as src/cuda_inputs.h's AttentionSpan, Piece and Decode; the flat block table as src/attention_work.h's. Source of the online softmax: Milakov and
 Gimelshein, "Online normalizer calculation for softmax" (2018); of splitting keys: "Flash-Decoding" (Dao et al., 2023).
 """
 
@@ -90,36 +90,34 @@ def _segment(
 
 @triton.jit
 def _rows(
-    spans, span, kv_head,
+    record, count, kv_head,
     ROWS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """A tile: its rows of the step and their heads, which of it count, and how many rows the span has.
+    """A tile of `count` rows from the record's first on: its rows of the step and their heads, and which of it count.
 
     Volatile: asked for again behind the products, all is read and computed again (the minimum, which is 0, is there to make it
     so). What was kept would take registers from them.
     """
-    first_row = tl.load(spans + 4 * span, volatile=NARROW)
-    count = tl.load(spans + 4 * span + 1, volatile=NARROW)
-    index = tl.arange(0, ROWS) + tl.minimum(count, 0)
+    first_row = tl.load(record, volatile=NARROW)
+    index = tl.arange(0, ROWS) + tl.minimum(first_row, 0)
     valid = (index // GROUP < count)[:, None] & (tl.arange(0, DIM_PAD) < DIM)[None, :]
-    return (first_row + index // GROUP).to(tl.int64), kv_head * GROUP + index % GROUP, valid, count
+    return (first_row + index // GROUP).to(tl.int64), kv_head * GROUP + index % GROUP, valid
 
 
 @triton.jit
 def _queries(
-    Q, spans, span, kv_head,
+    Q, record, count, start, kv_head,
     LD_Q: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """A tile: its queries, their positions (-1: none); the span's begin, end and table."""
-    row, head, valid, count = _rows(spans, span, kv_head, ROWS, GROUP, DIM, DIM_PAD, NARROW)
-    start, table_off = tl.load(spans + 4 * span + 2), tl.load(spans + 4 * span + 3)
+    """A tile: its queries, and their positions, of which the first is `start` (-1: none)."""
+    row, head, valid = _rows(record, count, kv_head, ROWS, GROUP, DIM, DIM_PAD, NARROW)
     index = tl.arange(0, ROWS) // GROUP
     q = tl.load(
         Q + (row * LD_Q + head * DIM)[:, None] + tl.arange(0, DIM_PAD)[None, :], mask=valid, other=0.0
     )
     if NARROW:
         q = q.to(tl.bfloat16)
-    return q, tl.where(index < count, start + index, -1), start, start + count, table_off
+    return q, tl.where(index < count, start + index, -1)
 
 
 @triton.jit
@@ -131,9 +129,10 @@ def attend(
 ):  # fmt: skip
     """Grid: spans, KV heads. A span has at most ROWS // GROUP rows."""
     kv_head = tl.program_id(1)
-    q, positions, start, keys, table_off = _queries(
-        Q, spans, tl.program_id(0), kv_head, LD_Q, ROWS, GROUP, DIM, DIM_PAD, NARROW
-    )
+    span = spans + 4 * tl.program_id(0)
+    count, start, table_off = tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
+    keys = start + count
+    q, positions = _queries(Q, span, count, start, kv_head, LD_Q, ROWS, GROUP, DIM, DIM_PAD, NARROW)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
@@ -147,7 +146,8 @@ def attend(
             SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, DIM_PAD, PAGE, BLOCK, NARROW,
         )  # fmt: skip
         m, total, acc = _merged(m, total, acc, more[0], more[1], more[2])
-    row, head, valid, _count = _rows(spans, tl.program_id(0), kv_head, ROWS, GROUP, DIM, DIM_PAD, NARROW)
+    again = tl.load(span + 1, volatile=NARROW)
+    row, head, valid = _rows(span, again, kv_head, ROWS, GROUP, DIM, DIM_PAD, NARROW)
     dims = tl.arange(0, DIM_PAD)
     result = acc / tl.broadcast_to(tl.where(total > 0.0, total, 1.0)[:, None], acc.shape)
     tl.store(
@@ -159,31 +159,29 @@ def attend(
 
 @triton.jit
 def split(
-    Q, K, V, table, spans, parts, sums, num_segments, num_spans,
+    Q, K, V, table, pieces, parts, sums, num_pieces,
     LD_Q: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """Grid: spans of one row, KV heads, segments. parts [span][head][segment][DIM], sums the same with (largest, sum)."""
-    kv_head, segment = tl.program_id(1), tl.program_id(2)
-    span = spans + 4 * tl.program_id(0)
-    keys = tl.load(span + 1) + tl.load(span + 2)
-    # Before anything else is read: most segments of a short context are not there. None of a padding's are, whose
-    # count and start are 0.
-    is_seen = segment * SEGMENT < keys
+    """Grid: pieces, KV heads. parts [piece][head][DIM], sums the same with (largest, sum)."""
+    kv_head = tl.program_id(1)
+    piece = pieces + 4 * tl.program_id(0)
+    segment, position = tl.load(piece + 1), tl.load(piece + 2)
+    is_seen = segment >= 0  # no padding
     if WINDOW > 0:
-        is_seen = is_seen & ((segment + 1) * SEGMENT > keys - WINDOW)
+        is_seen = is_seen & ((segment + 1) * SEGMENT > position + 1 - WINDOW)
     if is_seen:
-        q, positions, _start, _keys, table_off = _queries(
-            Q, spans, tl.program_id(0), kv_head, LD_Q, ROWS, GROUP, DIM, DIM_PAD, NARROW
-        )
+        keys = position + 1
+        table_off = tl.load(piece + 3)
+        q, positions = _queries(Q, piece, 1, position, kv_head, LD_Q, ROWS, GROUP, DIM, DIM_PAD, NARROW)
         last = tl.minimum(tl.cdiv(keys, BLOCK), (segment + 1) * (SEGMENT // BLOCK))
         m, total, acc = _segment(
             q, positions, keys, K, V, table + table_off, kv_head, segment * (SEGMENT // BLOCK), last,
             SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, DIM_PAD, PAGE, BLOCK, NARROW,
         )  # fmt: skip
-        _row, head, valid, _count = _rows(spans, tl.program_id(0), kv_head, ROWS, GROUP, DIM, DIM_PAD, NARROW)
-        at = (tl.program_id(0).to(tl.int64) * (KV_HEADS * GROUP) + head) * num_segments + segment
+        _row, head, valid = _rows(piece, 1, kv_head, ROWS, GROUP, DIM, DIM_PAD, NARROW)
+        at = tl.program_id(0).to(tl.int64) * (KV_HEADS * GROUP) + head
         dims = tl.arange(0, DIM_PAD)
         tl.store(parts + at[:, None] * DIM + dims[None, :], acc, mask=valid)
         tl.store(sums + 2 * at, m, mask=positions >= 0)
@@ -192,14 +190,13 @@ def split(
 
 @triton.jit
 def merge(
-    parts, sums, spans, out, num_segments, num_spans,
+    parts, sums, decodes, out, num_decodes,
     LD_OUT: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: spans of one row, heads."""
-    span, head = tl.program_id(0), tl.program_id(1)
-    first_row, count = tl.load(spans + 4 * span), tl.load(spans + 4 * span + 1)
-    keys = tl.load(spans + 4 * span + 2) + count
-    if count > 0:
+    """Grid: decodes, heads."""
+    decode, head = decodes + 3 * tl.program_id(0), tl.program_id(1)
+    first_row, keys, first_piece = tl.load(decode), tl.load(decode + 1), tl.load(decode + 2)
+    if keys > 0:
         first = 0
         if WINDOW > 0:
             first = tl.maximum(keys - WINDOW, 0) // SEGMENT
@@ -208,7 +205,7 @@ def merge(
         total = tl.zeros([1], tl.float32)
         acc = tl.zeros([1, DIM_PAD], tl.float32)
         for segment in range(first, tl.cdiv(keys, SEGMENT)):
-            at = (span.to(tl.int64) * HEADS + head) * num_segments + segment
+            at = (first_piece + segment).to(tl.int64) * HEADS + head
             more = tl.load(parts + at * DIM + dims[None, :], mask=(dims < DIM)[None, :], other=0.0)
             m_more = tl.load(sums + 2 * at + tl.zeros([1], tl.int32))
             total_more = tl.load(sums + 2 * at + 1 + tl.zeros([1], tl.int32))
