@@ -16,6 +16,7 @@ from nanoserve.kernels.cuda.norm import norm_spec
 
 # Three blocks of 128 threads, two of 128, two of 288 use up 64 Ki registers at this many each.
 LARGE_F32, LARGE_MMA, LARGE_TMA = 168, 255, 112
+FEW_OUTPUTS = 160  # of 128 threads, few of whose blocks run at once: shared memory is what they are short of
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def examples(chip: Chip) -> dict[str, Example]:
         "f32 of bf16": (f32, gemm_plan(2048, 2048, 2048, 2048, chip, dtype="bf16", bias=True)),
         "f32 gated": (f32, gemm_plan(4096, 11008, 4096, 11008, chip, gated=True, activation="silu")),
         "bf16": (mma, gemm_plan(4096, 4096, 4096, 4096, chip, residual=True, **narrow)),
+        "bf16 of few outputs": (mma, gemm_plan(8192, 2048, 8192, 2048, chip, residual=True, **narrow)),
         "bf16 gated": (
             mma, gemm_plan(4096, 11008, 4096, 11008, chip, gated=True, activation="gelu_erf", bias=True, y="bf16",
             **narrow),
@@ -101,6 +103,8 @@ def examples(chip: Chip) -> dict[str, Example]:
             found[f"{name}, {most or 'any'} rows"] = (
                 Example(spec, LARGE_TMA, tma)
                 if spec.kind == "gemm_tma"
-                else Example(spec, large if most is None else 128, instructions)
+                else Example(
+                    spec, large if most is None else FEW_OUTPUTS if "few" in name else 128, instructions
+                )
             )
     return found

@@ -39,15 +39,15 @@ def await_previous() -> None:
     _assembly(AWAIT_PREVIOUS, [], _MEMORY)
 
 
-def prefetch(source: Array, row: Value, row_bytes: int, num_bytes: int) -> None:
-    """Asks for the beginning of a row to be brought to the L2 cache: a hint, nothing waits for it.
+def prefetch(source: Array, row: Value, row_bytes: int, num_bytes: int, begin: Value) -> None:
+    """Asks for a piece of a row to be brought to the L2 cache: a hint, nothing waits for it.
 
     Args:
-        row_bytes: from one row to the next. num_bytes: a multiple of 16, within the row.
+        row_bytes: from one row to the next. num_bytes, begin: of the piece, multiples of 16, within the row.
     """
     if num_bytes % LINE or not 0 < num_bytes <= row_bytes:
         raise ValueError(f"prefetch: {num_bytes} bytes must be a multiple of {LINE}, at most {row_bytes}")
-    address = address_of(source) + integer(row) * row_bytes
+    address = address_of(source) + integer(row) * row_bytes + integer(begin)
     _assembly(f"cp.async.bulk.prefetch.L2.global [$0], {num_bytes};", [address.ir], "l")
 
 

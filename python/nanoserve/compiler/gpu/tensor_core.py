@@ -39,6 +39,14 @@ def mma_bf16(x: Value, w: Value, sums: Value) -> Value:
     return Value(nvgpu.mma_sync(type_of("vector<2x2xf32>"), x.ir, w.ir, sums.ir, [16, 8, 16]))
 
 
+def row_pairs(first: Value, second: Value) -> Value:
+    """Sums of the lane's two rows."""
+    whole = no_sums().ir
+    for at, pair in enumerate((first, second)):
+        whole = vector.insert(pair.ir, whole, [], [at])
+    return Value(whole)
+
+
 def row_pair(sums: Value, half: int) -> Value:
     """Two neighbouring sums: of the lane's first row, or of its second."""
     return Value(vector.extract(sums.ir, [], [half]))

@@ -15,7 +15,7 @@ from nanoserve.compiler.control import when
 from nanoserve.compiler.gpu.chip import WARP
 from nanoserve.compiler.gpu.memory import Array
 
-gpu = mlir_gpu().gpu
+gpu, nvvm = mlir_gpu().gpu, mlir_gpu().nvvm
 
 
 def thread_id() -> Value:
@@ -38,6 +38,11 @@ def only_where(condition: Value | None, body: Callable[[], None]) -> None:
 def barrier() -> None:
     """Wait for all threads of the block; what they wrote to memory is visible afterwards. All must get here."""
     gpu.barrier()
+
+
+def barrier_of(group: Value, threads: int) -> None:
+    """The same for `threads` of a block, whole warps, that name the same group, 0 to 14. All of the group must get here."""
+    nvvm.barrier(barrier_id=i32(group + 1).ir, number_of_threads=const(threads, "i32").ir)
 
 
 def shuffle_xor(value: Value, distance: int) -> Value:

@@ -9,9 +9,10 @@ is what every chip has.
 
 Kernels of one plan differ in the shape of their tiles, which no bit depends on: in all of them, an output is one chain of
 the same instruction along k. The shape follows from the weight and the chip; the rows choose among shapes, never
-among arithmetics. Nothing is split along k, so what keeps a large GPU busy is the number of tiles: they are as large as
-leaves one for each multiprocessor, and have so many stages that reading the weight is not waited for: its bytes on their
-way, over all multiprocessors, are what memory delivers in the time of one access (some 3 MB on an H200).
+among arithmetics. What keeps a large GPU busy is the number of tiles: they are as large as leaves one for each
+multiprocessor, and have so many stages that reading the weight is not waited for: its bytes on their way, over all
+multiprocessors, are what memory delivers in the time of one access (some 3 MB on an H200). A weight of few outputs has few
+tiles, each with a chain of products as long as k: gemm_mma cuts it in four, for any number of rows.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
 from nanoserve.kernels.cuda import gemm_f32, gemm_mma, gemm_tma, gemm_wgmma, wgmma_tile
 from nanoserve.kernels.cuda.epilogue import Epilogue
+from nanoserve.kernels.cuda.gemm_tile import TILE_K
 
 WEIGHTS_OF = {"f32": ("f32", "bf16", "f16"), "bf16": ("bf16",)}  # what x can be multiplied with
 _MULTIPROCESSORS = 128  # of a large GPU, about
 _LARGE = 2048  # rows; more are many, whatever the weight
 # A weight of fewer outputs than this gives too few tiles of 32 for them.
 _MANY_OUTPUTS = 32 * _MULTIPROCESSORS
+_CUTS = 4  # of k, for those
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +84,12 @@ def gemm_plan(
         }
         steps[None] = gemm_tma.gemm_tma_spec(*sizes, TMA_SHAPE, epilogue, y=y)
     else:
+        # Parts of k for a weight of few outputs, each a tile at least.
+        cuts = 1 if outputs >= _MANY_OUTPUTS else min(_CUTS, -(-n_in // TILE_K["bf16"]))
+        shapes = _mma_shapes(chip, outputs, gated) if cuts == 1 else _cut_shapes(chip, outputs, gated, cuts)
         steps = {
-            most: gemm_mma.gemm_mma_spec(*sizes, shape, epilogue, y=y)
-            for most, shape in _mma_shapes(chip, outputs, gated).items()
+            most: gemm_mma.gemm_mma_spec(*sizes, shape, epilogue, y=y, cuts=cuts)
+            for most, shape in shapes.items()
         }
     return GemmPlan(tuple(steps.items()))
 
@@ -112,6 +118,21 @@ def _mma_shapes(chip: Chip, outputs: int, gated: bool) -> dict[int | None, gemm_
         shapes[min(enough, _LARGE) - 1] = gemm_mma.Shape(2, 2, 2, 4 if has_many else 2, 6)
     # A warp's 64 x 64 outputs: with fewer, reading them from shared memory takes longer than multiplying. Two blocks fit.
     shapes[None] = gemm_mma.Shape(2, 2, 4, 8, 3 if chip.capability >= 90 else 2)
+    return shapes
+
+
+def _cut_shapes(chip: Chip, outputs: int, gated: bool, cuts: int) -> dict[int | None, gemm_mma.Shape]:
+    """The same where k is cut: up to 64 rows, a group of warps has a part; with more rows there are tiles enough."""
+    has_room = chip.shared_bytes > 128 * 1024
+    shapes: dict[int | None, gemm_mma.Shape] = {
+        16: gemm_mma.Shape(1, 1, 1, 1 + gated, 5, cuts),
+        32: gemm_mma.Shape(1, 1, 2, 2, 4 if has_room else 3, cuts),
+        64: gemm_mma.Shape(1, 1, 4, 2, 3 if has_room else 2, cuts),
+    }
+    enough = 128 * (_MULTIPROCESSORS // -(-outputs // 128))
+    shapes[min(enough, _LARGE) - 1] = gemm_mma.Shape(2, 2, 2, 2, 6)
+    # Two sums of each output take a warp's registers: its 64 x 32, and eight of them for one of those tiles.
+    shapes[None] = gemm_mma.Shape(2, 4, 4, 4, 4 if has_room else 3)
     return shapes
 
 

@@ -2,10 +2,13 @@
 
 One instruction shape, m16n8k16, k ascending in steps of 16 into one accumulator per output, for any number of rows: a
 tensor core's sum depends on the shape of its instruction, so that few rows have to take the same one, with the tile's
-other rows unused. Nothing is split along k: what hides the latency of reading a weight is how many of its tiles are
-on their way.
+other rows unused. What hides the latency of reading a weight is how many of its tiles are on their way.
 
 A block has WM x WN warps, a warp 16 * I rows and 8 * J columns. One kernel serves few rows and many, by its shape.
+
+An output is one chain of such instructions, each of which waits for the one before: a weight of few outputs has no other work
+meanwhile. So k may be cut, at places that follow from k alone; the sums of the parts are added up in their order. With
+few rows, as many groups of warps take a part each; with many, all take one part after the other. The bits are the same.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from nanoserve.compiler.gpu.chip import WARP, Chip
 from nanoserve.compiler.gpu.spec import SCALAR, UNBOUNDED, Extent, GpuKernelSpec, pointer
 from nanoserve.kernels.cuda.epilogue import Epilogue
-from nanoserve.kernels.cuda.gemm_tile import TILE_K, Tile, pipeline, prefetch_weight, weight_row
-from nanoserve.kernels.cuda.layout import check_stride, weight_stride
+from nanoserve.kernels.cuda.gemm_tile import TILE_K, Tile, pipeline, prefetch_weight, total, weight_row
+from nanoserve.kernels.cuda.layout import ELEMENT_BYTES, check_stride, weight_stride
 
 if TYPE_CHECKING:
     from nanoserve.compiler.builder import Value
@@ -29,13 +32,22 @@ _M, _N, _K = 16, 8, 16  # of the instruction
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of a block: wm x wn warps with i x j instructions' outputs each, tiles of `stages` places. j is 1 or even."""
+    """Of a block: wm x wn warps with i x j instructions' outputs each, tiles of `stages` places. j is 1 or even.
+
+    groups: of so many warps, which take a part of k each.
+    """
 
     wm: int
     wn: int
     i: int
     j: int
     stages: int
+    groups: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Of a group."""
+        return self.wm * self.wn * WARP
 
     @property
     def rows(self) -> int:
@@ -48,9 +60,20 @@ class Shape:
 
 
 def gemm_mma_spec(
-    n_in: int, n_out: int, ldx: int, ldy: int, shape: Shape, epilogue: Epilogue, *, y: str = "f32"
+    n_in: int,
+    n_out: int,
+    ldx: int,
+    ldy: int,
+    shape: Shape,
+    epilogue: Epilogue,
+    *,
+    y: str = "f32",
+    cuts: int = 1,
 ) -> GpuKernelSpec:
-    """Args: x[.][ldx] of bf16, w[n_out][weight_stride] of bf16, (bias[n_out]), y[.][ldy] of type y, m rows."""
+    """Args: x[.][ldx] of bf16, w[n_out][weight_stride] of bf16, (bias[n_out]), y[.][ldy] of type y, m rows.
+
+    cuts: parts of k, part of every output's bits.
+    """
     if n_in < 1 or n_out < 1:
         raise ValueError(f"gemm_mma: n_in={n_in} and n_out={n_out} must be positive")
     check_stride("gemm_mma", n_in, ldx=ldx)
@@ -59,6 +82,10 @@ def gemm_mma_spec(
         raise ValueError(f"gemm_mma: y {y!r} must be f32 or bf16")
     if (shape.j != 1 and shape.j % 2) or (epilogue.gated and shape.j % 2):
         raise ValueError(f"gemm_mma: j={shape.j} must be even, or 1 where not gated")
+    if not 1 <= cuts <= -(-n_in // _K_TILE):
+        raise ValueError(f"gemm_mma: cuts={cuts} must be in [1, {-(-n_in // _K_TILE)}], a tile each")
+    if shape.groups not in (1, cuts):
+        raise ValueError(f"gemm_mma: groups={shape.groups} must be 1, or cuts={cuts}")
     parts = 1 + epilogue.gated
     arguments = {
         "x": pointer(UNBOUNDED, ldx, element="bf16"),
@@ -68,19 +95,24 @@ def gemm_mma_spec(
         arguments["bias"] = pointer(parts * n_out)
     arguments |= {"y": pointer(UNBOUNDED, ldy, element=y), "m": SCALAR}
     grid = (Extent("m", shape.rows), Extent(times=-(-n_out * parts // shape.columns)))
-    size = sum(tile.bytes for tile in _tiles(shape, n_in))
+    size = sum(tile.bytes for tile in _tiles(shape, n_in)) + _sums_bytes(shape)
     return GpuKernelSpec.make(
-        "gemm_mma", arguments, grid, shape.wm * shape.wn * WARP, size, k=n_in, n=n_out, wm=shape.wm, wn=shape.wn,
-        i=shape.i, j=shape.j, stages=shape.stages, **epilogue.params,
+        "gemm_mma", arguments, grid, shape.groups * shape.threads, size, k=n_in, n=n_out, wm=shape.wm, wn=shape.wn,
+        i=shape.i, j=shape.j, stages=shape.stages, groups=shape.groups, cuts=cuts, **epilogue.params,
     )  # fmt: skip
 
 
 def _tiles(shape: Shape, k: int) -> tuple[Tile, Tile]:
     """Of x and of the weight."""
     return (
-        Tile(shape.rows, k, _K_TILE, "bf16", shape.stages),
-        Tile(shape.columns, k, _K_TILE, "bf16", shape.stages),
+        Tile(shape.rows, k, _K_TILE, "bf16", shape.groups * shape.stages),
+        Tile(shape.columns, k, _K_TILE, "bf16", shape.groups * shape.stages),
     )
+
+
+def _sums_bytes(shape: Shape) -> int:
+    """What all groups but the first leave for it."""
+    return (shape.groups - 1) * shape.i * shape.j * 4 * shape.threads * ELEMENT_BYTES["f32"]
 
 
 def build(
@@ -94,46 +126,62 @@ def build(
     i: int,
     j: int,
     stages: int,
+    groups: int,
+    cuts: int,
     **options: Any,
 ) -> None:
     from nanoserve.compiler.builder import imin, index, shuffle
     from nanoserve.compiler.control import when
     from nanoserve.compiler.gpu.kernel import device_kernel
     from nanoserve.compiler.gpu.memory import SharedMemory
-    from nanoserve.compiler.gpu.tensor_core import halves, load_matrices, mma_bf16, no_sums, row_pair
-    from nanoserve.compiler.gpu.threads import block_id, only_where, thread_id
+    from nanoserve.compiler.gpu.tensor_core import (
+        halves,
+        load_matrices,
+        mma_bf16,
+        no_sums,
+        row_pair,
+        row_pairs,
+    )
+    from nanoserve.compiler.gpu.threads import barrier, barrier_of, block_id, only_where, thread_id
 
-    epilogue, shape = Epilogue(**options), Shape(wm, wn, i, j, stages)
+    epilogue, shape = Epilogue(**options), Shape(wm, wn, i, j, stages, groups)
     parts = 1 + epilogue.gated
     x_tile, w_tile = _tiles(shape, k)
 
     def weight_source(row: Value) -> Value:
         return weight_row(row, block_id("y") * (shape.columns // parts), _N, n, epilogue.gated)
 
-    @device_kernel(spec, chip, early=lambda _, w, *__: prefetch_weight(w_tile, w, weight_source, thread_id()))
+    @device_kernel(
+        spec, chip, early=lambda _, w, *__: prefetch_weight(w_tile, w, weight_source, thread_id(), groups)
+    )
     def _(*values: Any) -> None:
         given = dict(zip(dict(spec.arguments), values, strict=True))
         x, w, y, m = given["x"], given["w"], given["y"], given["m"]
         shared = SharedMemory(spec.shared_bytes)
         x_shared, w_shared = x_tile.allocate(shared), w_tile.allocate(shared)
-        thread = thread_id()
+        thread, part = thread_id(), None
+        if groups > 1:
+            part, thread = thread // shape.threads, thread % shape.threads
         warp, lane = thread // WARP, thread % WARP
         warp_row, warp_column = warp // wn * (i * _M), warp % wn * (j * _N)  # in the tiles
         first_row = block_id("x") * shape.rows
         first_column = block_id("y") * (shape.columns // parts)
 
-        copy_x = x_tile.copier(x, lambda row: imin(first_row + row, m - 1), x_shared, thread, spec.block)
-        copy_w = w_tile.copier(w, weight_source, w_shared, thread, spec.block)
+        copy_x = x_tile.copier(x, lambda row: imin(first_row + row, m - 1), x_shared, thread, shape.threads)
+        copy_w = w_tile.copier(w, weight_source, w_shared, thread, shape.threads)
+
+        def place(stage: Value) -> Value:
+            return stage if part is None else part * stages + stage
 
         def copy(k0: Value, stage: Value) -> None:
-            copy_x(k0, stage)
-            copy_w(k0, stage)
+            copy_x(k0, place(stage))
+            copy_w(k0, place(stage))
 
         def load(memory: Array, tile: Tile, stage: Value, row: Value, line: Value, count: int) -> Value:
             return load_matrices(memory, (stage, row, tile.place(row, line) * tile.line), count)
 
         def multiply(stage: Value, sums: list[Value]) -> list[Value]:
-            sums = [*sums]
+            sums, stage = [*sums], place(stage)
             for step in range(_K_TILE // _K):
                 # Lane l names row l % 8 of matrix l / 8. Of x: rows 0-7 and 8-15, then the next 8 k; of w: the k first.
                 of_x = [
@@ -152,7 +200,28 @@ def build(
                         sums[a * j + b] = mma_bf16(of_x[a], of_w[b], sums[a * j + b])
             return sums
 
-        sums = pipeline(k, _K_TILE, stages, copy, multiply, [no_sums() for _ in range(i * j)])
+        zeros = [no_sums() for _ in range(i * j)]
+        sums = pipeline(
+            k, _K_TILE, stages, copy, multiply, zeros, cuts=cuts, part=part,
+            wait_for_all=None if part is None else lambda: barrier_of(part, shape.threads),
+        )  # fmt: skip
+        if part is not None:
+            left = shared.array(groups - 1, i * j, 2, shape.threads, 2)
+
+            @when(part > 0)
+            def _() -> None:
+                for at, value in enumerate(sums):
+                    for half in range(2):
+                        left.store(row_pair(value, half), part - 1, at, half, thread, 0)
+
+            barrier()
+            sums = total(zeros, sums)
+            for group in range(groups - 1):
+                more = [
+                    row_pairs(*(left.load(group, at, half, thread, 0, width=2) for half in range(2)))
+                    for at in range(i * j)
+                ]
+                sums = total(sums, more)
 
         # Lane l has columns 2 * (l % 4) and the next, of rows l / 4 and l / 4 + 8.
         in_pairs = n % 2 == 0
@@ -175,8 +244,9 @@ def build(
         for a in range(i):
             for half in range(2):
                 row = first_row + warp_row + (lane // 4 + (a * _M + half * 8))
+                here = row < m if part is None else (row < m) & (part < 1)
 
-                @when(row < m)
+                @when(here)
                 def _(a: int = a, half: int = half, row: Value = row) -> None:
                     for b in range(0, j, parts):
                         column = first_column + warp_column // parts + (b // parts * _N) + lane % 4 * 2

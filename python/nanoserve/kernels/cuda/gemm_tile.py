@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypeVar
 
 from nanoserve.kernels.cuda.layout import ELEMENT_BYTES, weight_stride
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from nanoserve.compiler.builder import Operand, Value
     from nanoserve.compiler.gpu.memory import Array, SharedMemory
 
+Cut = TypeVar("Cut", int, "Value")
 LINE = 16  # bytes
 EARLY_BYTES = 32 * 1024  # of a block's rows of a weight, asked for before the kernel in front has ended
 TILE_K = {"f32": 32, "bf16": 64}  # k of a tile, by the type of x: 128 bytes of it
@@ -106,37 +108,55 @@ class Tile:
         return copy
 
 
-def prefetch_weight(tile: Tile, source: Array, source_row: Callable[[Value], Value], thread: Value) -> None:
+def cut(at: Cut, k: int, k_tile: int, cuts: int) -> Cut:
+    """The first tile of part `at`, of `cuts` along k; of part `cuts`, one behind the last. No bit depends on anything else."""
+    return at * -(-k // k_tile) // cuts
+
+
+def prefetch_weight(
+    tile: Tile, source: Array, source_row: Callable[[Value], Value], thread: Value, cuts: int = 1
+) -> None:
     """Asks for the beginning of the tile's rows to be brought to the L2 cache, one row a thread: no kernel writes weights.
 
     Args:
         source_row: row of the weight for a row of the tile.
+        cuts: of k, whose parts are read at once: the beginning of each.
     """
     from nanoserve.compiler.builder import index
     from nanoserve.compiler.control import when
     from nanoserve.compiler.gpu.early_start import prefetch
 
     size = ELEMENT_BYTES[tile.dtype]
-    num_bytes = min(EARLY_BYTES // tile.rows, tile.k * size) // LINE * LINE
+    firsts = [cut(part, tile.k, tile.k_tile, cuts) * tile.k_tile for part in range(cuts)]
+    least = min(end - begin for begin, end in pairwise([*firsts, tile.k]))
+    num_bytes = min(EARLY_BYTES // (tile.rows * cuts), least * size) // LINE * LINE
     if num_bytes == 0:
         return
 
-    @when(thread < index(tile.rows))
+    @when(thread < index(tile.rows * cuts))
     def _() -> None:
-        prefetch(source, source_row(thread), weight_stride(tile.k, tile.dtype) * size, num_bytes)
+        begin = cut(thread // tile.rows, tile.k, tile.k_tile, cuts) * (tile.k_tile * size)
+        prefetch(
+            source, source_row(thread % tile.rows), weight_stride(tile.k, tile.dtype) * size, num_bytes, begin
+        )
 
 
 def pipeline(
     k: int, k_tile: int, stages: int, copy: Callable[[Value, Value], None],
     multiply: Callable[[Value, list[Value]], list[Value]], sums: list[Value],
-    publish: Callable[[], None] = lambda: None,
+    publish: Callable[[], None] = lambda: None, *, cuts: int = 1, part: Value | None = None,
+    wait_for_all: Callable[[], None] | None = None,
 ) -> list[Value]:  # fmt: skip
     """Sums after all tiles along k, in their order: copy(k0, stage) and sums = multiply(stage, sums) for each.
 
-    `publish` says of what this thread's copies have brought what a barrier alone does not say.
-
     While a tile is multiplied, stages - 1 others are on their way. The one barrier of a turn says both that the tile
     has come, for every thread's part, and that everybody is done with the last one, whose place the next copy takes.
+
+    Args:
+        sums: what sums begin with, zeros.
+        publish: says of what this thread's copies have brought what a barrier alone does not say.
+        cuts: parts of k whose sums are made by themselves, and added up in their order, as `total` does.
+        part: this one alone. wait_for_all: a barrier of those who take it; None: of the block.
     """
     from nanoserve.compiler.builder import index, select
     from nanoserve.compiler.control import loop, when
@@ -144,30 +164,52 @@ def pipeline(
     from nanoserve.compiler.gpu.threads import barrier
 
     turns, ahead = -(-k // k_tile), stages - 1
+    first, last = index(0), index(turns)
+    if part is not None:
+        first, last = cut(part, k, k_tile, cuts), cut(part + 1, k, k_tile, cuts)
     group = None
     for i in range(ahead):
-        if i < turns:
-            copy(index(i * k_tile), index(i))
+
+        def begin(i: int = i) -> None:
+            copy((first + i) * k_tile, index(i))
+
+        if part is not None:
+            when(first + i < last)(begin)
+        elif i < turns:
+            begin()
         group = commit()  # maybe of nothing: the groups are counted
 
     def next_stage(stage: Value) -> Value:
         return select(stage < index(ahead), stage + 1, index(0))
 
-    @loop(0, turns, carry=[index(0), index(ahead), *sums])
-    def result(turn: Value, carried: list[Value]) -> list[Value]:
+    def take_turn(turn: Value, carried: list[Value]) -> list[Value]:
         stage, free, *sums = carried
         wait_until(ahead - 1, group)
         publish()
-        barrier()
+        (wait_for_all or barrier)()
 
-        @when(turn + ahead < index(turns))
+        @when(turn + ahead < last)
         def _() -> None:
             copy((turn + ahead) * k_tile, free)
 
         commit()
         return [next_stage(stage), next_stage(free), *multiply(stage, sums)]
 
-    return list(result[2:])
+    def take_part(number: Value, carried: list[Value]) -> list[Value]:
+        stage, free, *totals = carried
+        bounds = cut(number, k, k_tile, cuts), cut(number + 1, k, k_tile, cuts)
+        stage, free, *more = loop(*bounds, carry=[stage, free, *sums])(take_turn)
+        return [stage, free, *total(totals, more)]
+
+    places = [index(0), index(ahead)]
+    if part is None and cuts > 1:
+        return list(loop(0, cuts, carry=[*places, *sums])(take_part)[2:])
+    return list(loop(first, last, carry=[*places, *sums])(take_turn)[2:])
+
+
+def total(sums: list[Value], more: list[Value]) -> list[Value]:
+    """Sums of the parts before, zeros at first, and those of the next."""
+    return [a + b for a, b in zip(sums, more, strict=True)]
 
 
 def weight_row(row: Value, first: Value, unit: int, n: int, gated: bool) -> Value:
