@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <functional>
+#include <numeric>
 #include <stdexcept>
 
 #include "attention_work.h"
@@ -68,17 +69,48 @@ Inputs::Inputs(const std::shared_ptr<const Device>& device, const Limits& limits
     }
 }
 
+std::int64_t Inputs::segments_of(const SequenceSpan& sequence) const {
+    return ceil_div(sequence.start + sequence.count, limits_.segment);
+}
+
+std::vector<bool> Inputs::choose_pieces(const StepBatch& batch) const {
+    const auto& sequences = batch.sequences();
+    std::vector<bool> chosen(sequences.size());
+    std::int64_t room = limits_.max_pieces;
+    for (std::size_t number = 0; number < sequences.size(); ++number) {
+        chosen[number] = sequences[number].count == 1;
+        room -= chosen[number] ? segments_of(sequences[number]) : 0;
+    }
+    if (room >= 0) {
+        return chosen;
+    }
+    // The longest gain most by being shared out.
+    std::vector<std::size_t> order(sequences.size());
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::ranges::stable_sort(order, std::greater{},
+                             [&](std::size_t number) { return segments_of(sequences[number]); });
+    room = limits_.max_pieces;
+    for (const std::size_t number : order) {
+        const std::int64_t segments = segments_of(sequences[number]);
+        chosen[number] = chosen[number] && segments <= room;
+        room -= chosen[number] ? segments : 0;
+    }
+    return chosen;
+}
+
 void Inputs::stage_attention(const StepBatch& batch, Sizes& sizes) {
     const auto decodes = at_offset<Decode>(decodes_, at(limits_.max_sequences));
     const auto pieces = at_offset<Piece>(pieces_, at(limits_.max_pieces));
     const auto chunks = at_offset<AttentionSpan>(chunks_, at(max_chunks_));
-    for (const SequenceSpan& sequence : batch.sequences()) {
-        const std::int64_t segments = ceil_div(sequence.start + sequence.count, limits_.segment);
-        if (sequence.count == 1 && sizes.pieces + segments <= limits_.max_pieces) {
+    const std::vector<bool> has_pieces = choose_pieces(batch);
+    for (std::size_t number = 0; number < batch.sequences().size(); ++number) {
+        const SequenceSpan& sequence = batch.sequences()[number];
+        if (has_pieces[number]) {
             const auto row = static_cast<std::int32_t>(sequence.first_row);
             decodes[at(sizes.decodes++)] = {.row = row,
                                             .keys = static_cast<std::int32_t>(sequence.start + 1),
                                             .first_piece = static_cast<std::int32_t>(sizes.pieces)};
+            const std::int64_t segments = segments_of(sequence);
             for (std::int32_t segment = 0; segment < segments; ++segment) {
                 pieces[at(sizes.pieces++)] = {.row = row,
                                               .segment = segment,

@@ -43,10 +43,10 @@ struct Limits {
     std::int64_t max_tokens;     // rows of a step
     std::int64_t max_positions;  // rows of the model's position tables
     std::int64_t max_sequences;  // of a step
-    std::int64_t max_pieces;     // of all sequences of one row; a sequence for which none are left is a span
-    std::int64_t max_samples;    // rows whose logits are wanted
-    std::int64_t chunk_rows;     // most rows of an AttentionSpan
-    std::int64_t segment;        // tokens of a sequence that one program reads
+    std::int64_t max_pieces;   // of all sequences of one row; the shortest, for whom none are left, are spans
+    std::int64_t max_samples;  // rows whose logits are wanted
+    std::int64_t chunk_rows;   // most rows of an AttentionSpan
+    std::int64_t segment;      // tokens of a sequence that one program reads
     std::int64_t vocab;
     std::int64_t logits_stride, num_blocks;  // floats per sample
 };
@@ -72,8 +72,8 @@ struct Staged {
     std::int64_t used;    // bytes
 };
 
-// Where the arrays lie in the block, one behind the other, the table last: it alone has a length worth not
-// copying.
+// Where the arrays lie in the block, one behind the other, the table last: it can have megabytes, which are
+// not copied for nothing; the others' some hundred KiB are.
 class InputLayout {
   public:
     InputLayout(const Limits& limits, std::int64_t page_size);
@@ -99,6 +99,9 @@ class Inputs : private InputLayout {
     [[nodiscard]] DevicePtr address(Source array) const;
 
   private:
+    [[nodiscard]] std::int64_t segments_of(const SequenceSpan& sequence) const;
+    // Of each sequence, whether it is of one row and has room among the pieces.
+    [[nodiscard]] std::vector<bool> choose_pieces(const StepBatch& batch) const;
     // Writes down what attends, and counts it in `sizes`.
     void stage_attention(const StepBatch& batch, Sizes& sizes);
     // Rows of the graph for a step of those sizes, 0 if there is none; fills what attends up to it.

@@ -7,7 +7,8 @@ namespace nanoserve::cuda {
 namespace {
 
 // CUfunction_attribute.
-constexpr int kLocalBytes = 3, kNumRegisters = 4, kMaxDynamicShared = 8;
+constexpr int kLocalBytes = 3, kNumRegisters = 4, kMaxDynamicShared = 8, kSharedCarveout = 9;
+constexpr int kMostShared = 100;  // percent
 constexpr int kSharedWithoutAsking = 48 * 1024;
 constexpr int kMaxBlock = 1024;
 
@@ -39,6 +40,12 @@ Kernel::Kernel(std::shared_ptr<const Device> device, std::string_view image, std
     try {
         check(driver().module_function(&function_, module_, entry_.c_str()),
               "finding " + entry_ + " in its image");
+        if (starts_early_) {
+            // One division of a multiprocessor's memory for all: it is not changed while a block is there, so
+            // that a kernel which wants another one could not begin early.
+            check(driver().function_set_attribute(function_, kSharedCarveout, kMostShared),
+                  entry_ + ": asking for the most shared memory");
+        }
         if (shared_bytes > kSharedWithoutAsking) {
             check(driver().function_set_attribute(function_, kMaxDynamicShared, shared_bytes),
                   entry_ + ": asking for " + std::to_string(shared_bytes) + " bytes of shared memory");

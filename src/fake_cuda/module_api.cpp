@@ -61,16 +61,21 @@ struct LaunchAttribute {  // CUlaunchAttribute
 };
 
 constexpr int kProgrammaticStreamSerialization = 6;
+constexpr int kEarlyInCapture = 12030;
 
 // A launch that need not wait for what is in front of it is only for a kernel that does so itself. Here it
 // waits all the same.
 Result check_attributes(Driver& driver, const nvemu::KernelEntry& entry, const LaunchAttribute* attributes,
-                        unsigned num_attributes) {
+                        unsigned num_attributes, bool is_captured) {
     for (unsigned i = 0; i < num_attributes; ++i) {
         const bool is_early = attributes[i].id == kProgrammaticStreamSerialization &&
                               static_cast<int>(attributes[i].value[0]) != 0;
         if (is_early && driver.device.major < 9) {
             return driver.fail(kFeatureNotSupported, "programmatic launches need compute capability 9.0");
+        }
+        if (is_early && is_captured && driver.device.driver_version < kEarlyInCapture) {
+            return driver.fail(kStreamCaptureUnsupported,
+                               "programmatic launches are captured from CUDA 12.3 on");
         }
         if (is_early && entry.awaits_previous == 0) {
             return driver.fail(kInvalidValue, std::string("kernel ") + entry.name +
@@ -105,8 +110,8 @@ Result launch_kernel(void* handle, const LaunchConfig& config, void** params, vo
         if (const Result bad = check_launch(driver, launch)) {
             return bad;
         }
-        if (const Result bad =
-                check_attributes(driver, *launch.function->entry, config.attributes, config.num_attributes)) {
+        if (const Result bad = check_attributes(driver, *launch.function->entry, config.attributes,
+                                                config.num_attributes, stream->capture != nullptr)) {
             return bad;
         }
         if (const Result bad = take_params(driver, launch, params, extra)) {

@@ -243,12 +243,12 @@ def test_the_chip_is_the_devices() -> None:
 def test_who_has_no_room_among_the_pieces_is_a_chunk(
     engine: Callable[..., NanoServingEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two sequences of two segments each, the second, where three pieces fit; no bit tells."""
+    """Of two sequences of two segments each one, where three pieces fit; no bit tells."""
     prompts = random_prompts((520, 515))
     options = {"kv_cache_pages": 80, "max_batch_size": 2, "max_chunk_size": 128}
     roomy = engine("llama", **options)
     wanted = answers(roomy.generate(prompts, GREEDY))
-    monkeypatch.setattr(step_sizes, "_MORE_PIECES", 1)
+    monkeypatch.setattr(step_sizes, "_MORE_PIECES", 1)  # than sequences: three pieces
     tight = engine("llama", **options)
     assert answers(tight.generate(prompts, GREEDY)) == wanted
     executors: list[Any] = [roomy.executor, tight.executor]
@@ -259,7 +259,7 @@ def test_who_has_no_room_among_the_pieces_is_a_chunk(
 
 @pytest.mark.parametrize(
     ("longest", "sequences", "pieces"),
-    [(512, 4, 4), (513, 4, 8), (131072, 256, 4096 + 256), (131072, 4, 1024)],
+    [(512, 4, 4), (513, 4, 8), (131072, 256, 8192 + 256), (131072, 4, 1024)],
 )
 def test_room_for_pieces_is_what_sequences_can_have_or_enough(
     longest: int, sequences: int, pieces: int

@@ -13,7 +13,6 @@ from gpu.attention_problem import FORMS
 from gpu.fake_driver import CudaError, FakeDriver, own_library
 from gpu.kernel_examples import examples
 from gpu.llvm_kernel import Kernel
-from gpu.ptx_order import faults
 from gpu.run_kernel import artifact
 from nanoserve.compiler import jit
 from nanoserve.compiler.gpu import early_start
@@ -21,6 +20,7 @@ from nanoserve.compiler.gpu.chip import CHIPS, parse_chip
 from nanoserve.compiler.gpu.kernel import device_kernel
 from nanoserve.compiler.gpu.lowering import lower
 from nanoserve.compiler.gpu.ptx import ptx_from_llvm
+from nanoserve.compiler.gpu.ptx_order import TooEarly, check_early_start, faults
 from nanoserve.compiler.gpu.spec import ONE, UNBOUNDED, GpuKernelSpec, pointer
 from nanoserve.emulator import (
     DeviceArray,
@@ -70,6 +70,8 @@ BROKEN = {
     "a copy before": (f"\t{START}\n", f"\t{START}\n\tcp.async.cg.shared.global [%rd1], [%rd2], 16;\n", "cp.async.cg"),
     "an early end": (f"\t{START}\n", f"\t{START}\n\t@%p1 ret;\n", "ret before the wait"),
     "a way around": (f"\t{START}\n", f"\t{START}\n\t@%p1 bra $L__BB0_9;\n", "a branch past the wait"),
+    "a wait of some": (f"\t{WAIT}", f"\t@!%p1 {WAIT}", "a wait of some threads"),
+    "a way back": (f"\t{WAIT}\n", f"$L_again:\n\t{WAIT}\n\t@%p1 bra $L_again;\n", "a loop around the wait"),
     "a load of what never changes": (
         f"\t{WAIT}\n", f"\t{WAIT}\n\tld.global.nc.v4.b32 {{%r1, %r2, %r3, %r4}}, [%rd1];\n", "nobody writes",
     ),
@@ -82,6 +84,8 @@ def test_the_judge_finds(what: str) -> None:
     ptx = artifact(examples(HOPPER)["rmsnorm"].spec, "sm_90a").ptx
     assert ptx.count(whole) == 1
     assert any(why in fault for fault in faults(ptx.replace(whole, broken)))
+    with pytest.raises(TooEarly, match=why):
+        check_early_start(ptx.replace(whole, broken), "rmsnorm")
 
 
 def _copy_kernel(noalias: bool) -> str:
@@ -114,7 +118,7 @@ def test_products_ask_for_their_weight_before_the_wait() -> None:
     plan = gemm_plan(2048, 2048, 2048, 2048, HOPPER, x="bf16", dtype="bf16", y="bf16")
     before = artifact(plan.specs[0], "sm_90a").ptx.partition(WAIT)[0]
     assert "cp.async.bulk.prefetch.L2.global" in before
-    # 8 rows of 2,048 in bfloat16 are 32 KiB: all of it, a quarter of a row for each part of k.
+    # 16 rows of 2,048 in bfloat16 are 64 KiB: all of it, a quarter of a row for each part of k.
     assert "], 1024;" in before
 
 
@@ -212,13 +216,19 @@ class _Config(ctypes.Structure):
     ]  # fmt: skip
 
 
-def _launch_early(driver: FakeDriver, text: str, number: int = 6, value: int = 1) -> None:
-    x = driver.upload(np.zeros(32, np.int32))
+def _put_early(
+    driver: FakeDriver, function: int, x: int, stream: int = 0, number: int = 6, value: int = 1
+) -> None:
     attribute = _Attribute(number, 0, (ctypes.c_uint64 * 8)(value))
-    config = _Config((1, 1, 1), (32, 1, 1), 0, None, ctypes.pointer(attribute), 1)
+    config = _Config((1, 1, 1), (32, 1, 1), 0, stream, ctypes.pointer(attribute), 1)
     argument = ctypes.c_uint64(x)
     params = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-    driver.call("cuLaunchKernelEx", ctypes.byref(config), driver.load(image(text), "k"), params, 0)
+    driver.call("cuLaunchKernelEx", ctypes.byref(config), function, params, 0)
+
+
+def _launch_early(driver: FakeDriver, text: str, number: int = 6, value: int = 1) -> None:
+    x = driver.upload(np.zeros(32, np.int32))
+    _put_early(driver, driver.load(image(text), "k"), x, number=number, value=value)
     assert (driver.download(x, 32, np.int32) == 1).all()
 
 
@@ -232,6 +242,27 @@ def test_only_a_kernel_that_waits_is_launched_early(driver: FakeDriver) -> None:
     _launch_early(driver, without, number=8)  # another attribute
     with pytest.raises(CudaError, match=r"has no griddepcontrol\.wait"):
         _launch_early(driver, without)
+
+
+def test_an_older_driver_captures_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in (12020, 12030):
+        monkeypatch.setenv("NANOSERVE_FAKE_CUDA_VERSION", str(version))
+        driver = FakeDriver(own_library())
+        driver.open()
+        try:
+            x, stream = driver.upload(np.zeros(32, np.int32)), driver.stream()
+            function = driver.load(image(_waiting_kernel(all_threads=True)), "k")
+            driver.capture(stream)
+            if version == 12020:
+                with pytest.raises(CudaError, match=r"captured from CUDA 12\.3 on"):
+                    _put_early(driver, function, x, stream)
+            else:
+                _put_early(driver, function, x, stream)
+                driver.call("cuGraphLaunch", driver.end_capture(stream), stream)
+                driver.call("cuStreamSynchronize", stream)
+                assert (driver.download(x, 32, np.int32) == 1).all()
+        finally:
+            driver.close()
 
 
 # ---- the engine

@@ -1,6 +1,6 @@
 """Which of the decoder's matrix products runs by what: our kernels, Hopper's instructions, or cuBLAS.
 
-Ours are the default, because their outputs are one chain along k whatever the number of rows. cuBLAS chooses its algorithm
+Ours are the default, because their outputs are the same chains along k whatever the number of rows. cuBLAS chooses its algorithm
 by that number, so with it a row's bits may depend on its batch mates.
 """
 

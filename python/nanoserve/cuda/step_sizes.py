@@ -12,7 +12,7 @@ from nanoserve.models.config import ModelConfig
 from nanoserve.native import CudaLimits
 from nanoserve.precision import Precision
 
-_MORE_PIECES = 4096  # than sequences: two million tokens of context in a step
+_MORE_PIECES = 8192  # than sequences: four million tokens of context in a step
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from nanoserve.compiler.gpu import cubin
 from nanoserve.compiler.gpu.artifact import Artifact, Launch, Usage
 from nanoserve.compiler.gpu.chip import WARP, Chip
 from nanoserve.compiler.gpu.early_start import begin_early
+from nanoserve.compiler.gpu.ptx_order import check_early_start
 from nanoserve.compiler.gpu.spec import SCALAR, UNBOUNDED, GpuKernelSpec, pointer
 
 CAPABILITY = 80
@@ -89,7 +90,7 @@ def compile_source(spec: GpuKernelSpec, chip: Chip, source: TritonSource) -> Art
     """A kernel's artifact.
 
     Raises:
-        TritonMissing, AssemblerMissing: a compiler is not installed. AssemblyFailed: ptxas refuses it.
+        TritonMissing, AssemblerMissing: a compiler is not installed. AssemblyFailed: ptxas refuses it. TooEarly: as check_early_start.
         ValueError: more shared memory than the chip has.
     """
     made = run_triton(spec, source)
@@ -107,6 +108,7 @@ def compile_source(spec: GpuKernelSpec, chip: Chip, source: TritonSource) -> Art
     assembly, llvm_ir = made.asm["ptx"], made.asm["llir"]
     if chip.starts_early:
         assembly, llvm_ir = begin_early(assembly, llvm_ir, chip.name)
+        check_early_start(assembly, spec.symbol)
     code = cubin.assemble(assembly, chip, spec.symbol)
     usage = Usage(code.registers, code.spilled_bytes, code.static_shared_bytes)
     return Artifact(launch, usage, chip.name, toolchain() or "", code.code, assembly, llvm_ir)

@@ -7,13 +7,16 @@ takes a row.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import SCALAR, UNBOUNDED, Extent, GpuKernelSpec, pointer
 from nanoserve.kernels.cuda.epilogue import Epilogue
 from nanoserve.kernels.cuda.layout import check_stride
-from nanoserve.kernels.cuda.row_cover import RowCover, check_row
+from nanoserve.kernels.cuda.row_cover import Piece, RowCover, check_row
+
+if TYPE_CHECKING:
+    from nanoserve.compiler.builder import Value
 
 DTYPES = ("f32", "bf16")  # of out
 
@@ -55,10 +58,18 @@ def build(spec: GpuKernelSpec, chip: Chip, *, c: int, **options: Any) -> None:
     def _(*values: Any) -> None:
         given = dict(zip(dict(spec.arguments), values, strict=True))
         x, out, row = given["x"], given["out"], block_id()
-        for piece in cover.pieces():
 
-            def put(piece: Any = piece) -> None:
-                ups = cover.load(x, row, piece, first=c) if epilogue.gated else None
-                epilogue.store(cover.load(x, row, piece), ups, out, given.get("bias"), c, row, piece.at)
+        def finished(piece: Piece) -> Value:
+            ups = cover.load(x, row, piece, first=c) if epilogue.gated else None
+            return epilogue.finished(cover.load(x, row, piece), ups, out, given.get("bias"), c, row, piece.at)
+
+        whole = [piece for piece in cover.pieces() if piece.inside is None]
+        made = [finished(piece) for piece in whole]  # behind a store, loads would wait for each other
+        for piece, value in zip(whole, made, strict=True):
+            out.store(value, row, piece.at)
+        for piece in cover.pieces()[len(whole) :]:
+
+            def put(piece: Piece = piece) -> None:
+                out.store(finished(piece), row, piece.at)
 
             only_where(piece.inside, put)

@@ -72,10 +72,13 @@ def build(spec: GpuKernelSpec, chip: Chip, *, c: int, scale: float) -> None:
                 return [imax(index(given["tokens"][source]), 0)]
 
             token = known[0]
-        for piece in cover.pieces():
+        pieces, made = cover.pieces(), []
+        for piece in pieces:
             value = widen(cover.load(given["table"], token, piece))
             if scale != 1.0:
                 value = value * scale
             if "pos_table" in given:
                 value = value + cover.load(given["pos_table"], position, piece)
+            made.append(value)
+        for piece, value in zip(pieces, made, strict=True):  # behind a store, loads would wait for each other
             cover.store(value, given["x"], row, piece)

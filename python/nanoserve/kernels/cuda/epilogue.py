@@ -50,7 +50,16 @@ class Epilogue:
         self, sums: Value, ups: Value | None, y: Array, bias: Array | None, n: int, row: Value, column: Value,
         before: Value | None = None,
     ) -> None:  # fmt: skip
-        """Finishes neighbouring sums of a row, with those of `ups` where gated, and writes them; all are inside.
+        """Finishes neighbouring sums of a row and writes them, as `finished`."""
+        y.store(self.finished(sums, ups, y, bias, n, row, column, before), row, column)
+
+    def finished(
+        self, sums: Value, ups: Value | None, y: Array, bias: Array | None, n: int, row: Value, column: Value,
+        before: Value | None = None,
+    ) -> Value:  # fmt: skip
+        """Of neighbouring sums of a row, with those of `ups` where gated, what is written to y; all are inside.
+
+        Who has several takes all of them before it writes any: behind a store, each load would wait for memory by itself.
 
         before: what is there, of an epilogue that adds it, where it is known already.
         """
@@ -70,4 +79,4 @@ class Epilogue:
             value = soft_cap(value, self.softcap)
         if self.residual:
             value = value + widen(y.load(row, column, width=value.width) if before is None else before)
-        y.store(rounded(value, y.element), row, column)
+        return rounded(value, y.element)

@@ -7,8 +7,8 @@ Tensor cores may sum an instruction's products in an order of their own, which n
 other two are never in one plan. Whether they agree, and which is faster with few rows, is for a GPU to say; gemm_mma
 is what every chip has.
 
-Kernels of one plan differ in the shape of their tiles, which no bit depends on: in all of them, an output is one chain of
-the same instruction along k. The shape follows from the weight and the chip; the rows choose among shapes, never
+Kernels of one plan differ in the shape of their tiles, which no bit depends on: in all of them, an output is the same
+chains of the same instruction along k. The shape follows from the weight and the chip; the rows choose among shapes, never
 among arithmetics. What keeps a large GPU busy is the number of tiles: they are as large as leaves one for each
 multiprocessor, and have so many stages that reading the weight is not waited for: its bytes on their way, over all
 multiprocessors, are what memory delivers in the time of one access (some 3 MB on an H200). A weight of few outputs has few
@@ -122,16 +122,22 @@ def _mma_shapes(chip: Chip, outputs: int, gated: bool) -> dict[int | None, gemm_
 
 
 def _cut_shapes(chip: Chip, outputs: int, gated: bool, cuts: int) -> dict[int | None, gemm_mma.Shape]:
-    """The same where k is cut: up to 64 rows, a group of warps has a part; with more rows there are tiles enough."""
+    """The same where k is cut: up to 64 rows, a group of warps has a part; with more rows there are tiles enough.
+
+    A block reads all of x for its columns. So the fewer columns, the more of the weight's blocks run at once and the more
+    often x comes through the second cache, which with many rows takes longer than the weight from memory.
+    """
     has_room = chip.shared_bytes > 128 * 1024
+    is_wide = outputs >= _MANY_OUTPUTS // 2
     shapes: dict[int | None, gemm_mma.Shape] = {
-        16: gemm_mma.Shape(1, 1, 1, 1 + gated, 5, cuts),
-        32: gemm_mma.Shape(1, 1, 2, 2, 4 if has_room else 3, cuts),
-        64: gemm_mma.Shape(1, 1, 4, 2, 3 if has_room else 2, cuts),
+        16: gemm_mma.Shape(1, 1, 1, 2 if is_wide or gated else 1, 5, cuts),
+        32: gemm_mma.Shape(1, 1, 2, 4 if is_wide else 2, 4 if has_room else 2, cuts),
+        64: gemm_mma.Shape(1, 1, 4, 4 if is_wide and has_room else 2, 2, cuts),
     }
     enough = 128 * (_MULTIPROCESSORS // -(-outputs // 128))
     shapes[min(enough, _LARGE) - 1] = gemm_mma.Shape(2, 2, 2, 2, 6)
-    # Two sums of each output take a warp's registers: its 64 x 32, and eight of them for one of those tiles.
+    # Two sums of each output take a warp's registers, so it has 64 x 32. Eight of them for the same tile read shared memory
+    # for about as long as they multiply: what many rows pay for the cut.
     shapes[None] = gemm_mma.Shape(2, 4, 4, 4, 4 if has_room else 3)
     return shapes
 

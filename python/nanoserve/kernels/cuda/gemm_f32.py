@@ -167,13 +167,20 @@ def build(
 
             @when(row < m)
             def _(i: int = i, row: Value = row) -> None:
-                for j in range(0, c, parts):
-                    column = first_column + column_of + tx * (j // parts)
+                def finished(j: int, column: Value) -> Value:
+                    out = [splat(sums[i * c + j + part], 1) for part in range(parts)]
+                    ups = out[1] if epilogue.gated else None
+                    return epilogue.finished(out[0], ups, y, given.get("bias"), n, row, column)
+
+                columns = {j: first_column + column_of + tx * (j // parts) for j in range(0, c, parts)}
+                if n * parts % shape.columns == 0:  # all are inside
+                    made = [finished(j, column) for j, column in columns.items()]
+                    for value, column in zip(made, columns.values(), strict=True):
+                        y.store(value, row, column)
+                    return
+                for j, column in columns.items():
 
                     def store(j: int = j, column: Value = column) -> None:
-                        out = [splat(sums[i * c + j + part], 1) for part in range(parts)]
-                        epilogue.store(
-                            out[0], out[1] if epilogue.gated else None, y, given.get("bias"), n, row, column
-                        )
+                        y.store(finished(j, column), row, column)
 
                     when(column < index(n))(store)

@@ -14,6 +14,7 @@ few rows, as many groups of warps take a part each; with many, all take one part
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from nanoserve.compiler.gpu.chip import WARP, Chip
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _K_TILE = TILE_K["bf16"]
 _M, _N, _K = 16, 8, 16  # of the instruction
+_KNOWN_BEFORE = 8  # instructions' outputs of a warp: 32 registers of a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ def build(
     cuts: int,
     **options: Any,
 ) -> None:
-    from nanoserve.compiler.builder import imin, index, shuffle
+    from nanoserve.compiler.builder import imin, index, shuffle, widen
     from nanoserve.compiler.control import when
     from nanoserve.compiler.gpu.kernel import device_kernel
     from nanoserve.compiler.gpu.memory import SharedMemory
@@ -142,7 +144,7 @@ def build(
         row_pair,
         row_pairs,
     )
-    from nanoserve.compiler.gpu.threads import barrier, barrier_of, block_id, only_where, thread_id
+    from nanoserve.compiler.gpu.threads import barrier, barrier_of, block_id, thread_id
 
     epilogue, shape = Epilogue(**options), Shape(wm, wn, i, j, stages, groups)
     parts = 1 + epilogue.gated
@@ -200,6 +202,22 @@ def build(
                         sums[a * j + b] = mma_bf16(of_x[a], of_w[b], sums[a * j + b])
             return sums
 
+        # Lane l has columns 2 * (l % 4) and the next, of rows l / 4 and l / 4 + 8.
+        in_pairs = n % 2 == 0
+
+        def row_of(a: int, half: int) -> Value:
+            return first_row + warp_row + (lane // 4 + (a * _M + half * 8))
+
+        def column_of(b: int) -> Value:
+            return first_column + warp_column // parts + (b // parts * _N) + lane % 4 * 2
+
+        # What few sums are added to is asked for before the products, so that nobody waits for it behind them.
+        before: dict[tuple[int, int, int], Value] = {}
+        if epilogue.residual and in_pairs and i * j <= _KNOWN_BEFORE:
+            for a, half, b in product(range(i), range(2), range(j)):
+                at = imin(row_of(a, half), m - 1), imin(column_of(b), n - 2)
+                before[a, half, b] = widen(y.load(*at, width=2))
+
         zeros = [no_sums() for _ in range(i * j)]
         sums = pipeline(
             k, _K_TILE, stages, copy, multiply, zeros, cuts=cuts, part=part,
@@ -223,37 +241,45 @@ def build(
                 ]
                 sums = total(sums, more)
 
-        # Lane l has columns 2 * (l % 4) and the next, of rows l / 4 and l / 4 + 8.
-        in_pairs = n % 2 == 0
+        def finished(pair: list[Value], row: Value, column: Value, before: Value | None = None) -> Value:
+            ups = pair[1] if epilogue.gated else None
+            return epilogue.finished(pair[0], ups, y, given.get("bias"), n, row, column, before)
 
-        def write(pair: list[Value], row: Value, column: Value) -> None:
+        def write(pair: list[Value], row: Value, column: Value, before: Value | None) -> None:
             if in_pairs:
-                epilogue.store(
-                    pair[0], pair[1] if epilogue.gated else None, y, given.get("bias"), n, row, column
-                )
+                y.store(finished(pair, row, column, before), row, column)
                 return
             for at in range(2):
                 one = [shuffle(v, v, [at]) for v in pair]
 
                 @when(column + at < index(n))
                 def _(at: int = at, one: list[Value] = one) -> None:
-                    epilogue.store(
-                        one[0], one[1] if epilogue.gated else None, y, given.get("bias"), n, row, column + at
+                    y.store(finished(one, row, column + at), row, column + at)
+
+        for a, half in product(range(i), range(2)):
+            row = row_of(a, half)
+            here = row < m if part is None else (row < m) & (part < 1)
+
+            @when(here)
+            def _(a: int = a, half: int = half, row: Value = row) -> None:
+                found = [
+                    (
+                        [row_pair(sums[a * j + b + at], half) for at in range(parts)],
+                        column_of(b),
+                        before.get((a, half, b)),
                     )
+                    for b in range(0, j, parts)
+                ]
+                if n * parts % shape.columns == 0:  # all are inside
+                    made = [finished(pair, row, column, known) for pair, column, known in found]
+                    for value, (_, column, _) in zip(made, found, strict=True):
+                        y.store(value, row, column)
+                    return
+                for pair, column, known in found:
 
-        for a in range(i):
-            for half in range(2):
-                row = first_row + warp_row + (lane // 4 + (a * _M + half * 8))
-                here = row < m if part is None else (row < m) & (part < 1)
+                    def put(
+                        pair: list[Value] = pair, column: Value = column, known: Value | None = known
+                    ) -> None:
+                        write(pair, row, column, known)
 
-                @when(here)
-                def _(a: int = a, half: int = half, row: Value = row) -> None:
-                    for b in range(0, j, parts):
-                        column = first_column + warp_column // parts + (b // parts * _N) + lane % 4 * 2
-                        pair = [row_pair(sums[a * j + b + part], half) for part in range(parts)]
-                        inside = None if n * parts % shape.columns == 0 else column < index(n)
-
-                        def put(pair: list[Value] = pair, row: Value = row, column: Value = column) -> None:
-                            write(pair, row, column)
-
-                        only_where(inside, put)
+                    when(column < index(n))(put)

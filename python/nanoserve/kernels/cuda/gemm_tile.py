@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Cut = TypeVar("Cut", int, "Value")
 LINE = 16  # bytes
-EARLY_BYTES = 32 * 1024  # of a block's rows of a weight, asked for before the kernel in front has ended
+EARLY_BYTES = 64 * 1024  # of a block's rows of a weight, asked for before the kernel in front has ended
 TILE_K = {"f32": 32, "bf16": 64}  # k of a tile, by the type of x: 128 bytes of it
 
 
@@ -114,28 +114,28 @@ def cut(at: Cut, k: int, k_tile: int, cuts: int) -> Cut:
 
 
 def prefetch_weight(
-    tile: Tile, source: Array, source_row: Callable[[Value], Value], thread: Value, cuts: int = 1
+    tile: Tile, source: Array, source_row: Callable[[Value], Value], thread: Value, groups: int = 1
 ) -> None:
     """Asks for the beginning of the tile's rows to be brought to the L2 cache, one row a thread: no kernel writes weights.
 
     Args:
         source_row: row of the weight for a row of the tile.
-        cuts: of k, whose parts are read at once: the beginning of each.
+        groups: of warps that take a part of k each: the beginning of each part.
     """
     from nanoserve.compiler.builder import index
     from nanoserve.compiler.control import when
     from nanoserve.compiler.gpu.early_start import prefetch
 
     size = ELEMENT_BYTES[tile.dtype]
-    firsts = [cut(part, tile.k, tile.k_tile, cuts) * tile.k_tile for part in range(cuts)]
+    firsts = [cut(part, tile.k, tile.k_tile, groups) * tile.k_tile for part in range(groups)]
     least = min(end - begin for begin, end in pairwise([*firsts, tile.k]))
-    num_bytes = min(EARLY_BYTES // (tile.rows * cuts), least * size) // LINE * LINE
+    num_bytes = min(EARLY_BYTES // (tile.rows * groups), least * size) // LINE * LINE
     if num_bytes == 0:
         return
 
-    @when(thread < index(tile.rows * cuts))
+    @when(thread < index(tile.rows * groups))
     def _() -> None:
-        begin = cut(thread // tile.rows, tile.k, tile.k_tile, cuts) * (tile.k_tile * size)
+        begin = cut(thread // tile.rows, tile.k, tile.k_tile, groups) * (tile.k_tile * size)
         prefetch(
             source, source_row(thread % tile.rows), weight_stride(tile.k, tile.dtype) * size, num_bytes, begin
         )

@@ -168,7 +168,7 @@ def build(
 
             @loop(warp, kv, warps)
             def _(head: Value) -> None:
-                x = rotated(normed(load(qkv, (row,), head * d + h * d), head, k_norm, k_scale))
-                store(x, given["k"], (page, head, offset), index(0))
+                x = load(qkv, (row,), head * d + h * d)
                 v = load(qkv, (row,), head * d + (h + kv) * d)
+                store(rotated(normed(x, head, k_norm, k_scale)), given["k"], (page, head, offset), index(0))
                 store(v, given["v"], (page, head, offset), index(0))

@@ -17,6 +17,7 @@ from nanoserve.compiler import bindings, jit
 from nanoserve.compiler.gpu import cubin, ptx, triton_kernel
 from nanoserve.compiler.gpu.artifact import Artifact, ArtifactStore, Usage, launch_of
 from nanoserve.compiler.gpu.chip import Chip
+from nanoserve.compiler.gpu.ptx_order import check_early_start
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
 
 _COMPILER_SOURCES = (
@@ -112,13 +113,15 @@ def compile_kernel(spec: GpuKernelSpec, chip: Chip) -> Artifact:
 
     Raises:
         MlirMissing, TritonMissing, PtxCompilerMissing, AssemblerMissing: a compiler is not installed.
-        NotLowered, AssemblyFailed: the kernel cannot be compiled.
+        NotLowered, AssemblyFailed, TooEarly: the kernel cannot be compiled.
     """
     source = triton_source_of(spec, chip)
     if source is not None:
         return triton_kernel.compile_source(spec, chip, source)
     text = lower_kernel(spec, chip)
     assembly = ptx.ptx_from_llvm(text, chip)
+    if chip.starts_early:
+        check_early_start(assembly, spec.symbol)
     made = cubin.assemble(assembly, chip, spec.symbol)
     usage = Usage(made.registers, made.spilled_bytes, made.static_shared_bytes)
     return Artifact(launch_of(spec, chip), usage, chip.name, toolchain() or "", made.code, assembly, text)
@@ -135,7 +138,7 @@ def load_artifacts(
     Raises:
         KernelMissing: one must be compiled, and a compiler is not installed.
         CacheRefused: the directory is not safe to run code from.
-        NotLowered, AssemblyFailed: a kernel cannot be compiled.
+        NotLowered, AssemblyFailed, TooEarly: a kernel cannot be compiled.
     """
     kept = ArtifactStore() if store is None else store
     found: dict[GpuKernelSpec, Artifact] = {}

@@ -64,6 +64,10 @@ def build(spec: GpuKernelSpec, chip: Chip, *, norm: str, c: int, eps: float, res
         source = index(given["rows"][row]) if "rows" in given else row
         pieces = cover.pieces()
         x = [cover.load(given["x"], source, piece) for piece in pieces]
+        # All is asked for before anything is written: behind a store, each load would wait for memory by itself.
+        weight = [cover.load(given["weight"], None, piece) for piece in pieces]
+        bias = [cover.load(given["bias"], None, piece) for piece in pieces] if "bias" in given else None
+        before = [cover.load(out, row, piece) for piece in pieces] if residual else None
 
         def total(term: Callable[[Value, Value], Value]) -> Value:
             return cover.sum(pieces, lambda i, acc: term(x[i], acc), slots.pop())
@@ -72,10 +76,10 @@ def build(spec: GpuKernelSpec, chip: Chip, *, norm: str, c: int, eps: float, res
             mean = total(lambda v, acc: acc + v) * (1.0 / c)
             x = [v - mean for v in x]
         scale = const(1.0, "f32") / sqrt(total(lambda v, acc: fma(v, v, acc)) * (1.0 / c) + eps)
-        for piece, v in zip(pieces, x, strict=True):
-            v = v * scale * cover.load(given["weight"], None, piece)
-            if "bias" in given:
-                v = v + cover.load(given["bias"], None, piece)
-            if residual:
-                v = cover.load(out, row, piece) + v
+        for i, piece in enumerate(pieces):
+            v = x[i] * scale * weight[i]
+            if bias is not None:
+                v = v + bias[i]
+            if before is not None:
+                v = before[i] + v
             cover.store(rounded(v, out.element), out, row, piece)
