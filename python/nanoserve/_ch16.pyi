@@ -370,5 +370,9 @@ class CudaTimeMark:
     def until(self, later: CudaTimeMark) -> float: ...
 
 def cuda_launch(
-    stream: CudaStream, kernel: CudaKernel, grid: Sequence[int], args: Sequence[int | tuple[int, int]]
+    stream: CudaStream,
+    kernel: CudaKernel,
+    grid: Sequence[int],
+    args: Sequence[int | tuple[int, int]],
+    early: bool = False,
 ) -> None: ...

@@ -59,7 +59,7 @@ void copy(const Memory& to, const Memory& from, std::int64_t num_bytes) {
 using LaunchArg = std::variant<std::int64_t, std::pair<cuda::DevicePtr, std::int64_t>>;
 
 void launch(Stream& stream, const Kernel& kernel, const std::vector<unsigned>& grid,
-            std::vector<LaunchArg> values) {
+            std::vector<LaunchArg> values, bool early) {
     require_range("dimensions of a grid", std::ssize(grid), 1, 3);
     std::array<unsigned, 3> blocks{1, 1, 1};
     std::copy(grid.begin(), grid.end(), blocks.begin());
@@ -84,7 +84,9 @@ void launch(Stream& stream, const Kernel& kernel, const std::vector<unsigned>& g
     if (std::count(args.begin(), args.end(), nullptr) != 0) {
         throw std::invalid_argument(kernel.entry() + ": an argument is memory, and taken by its address");
     }
-    stream.launch(kernel.function(), kernel.entry().c_str(), kernel.shape(blocks), args);
+    cuda::LaunchShape shape = kernel.shape(blocks);
+    shape.early = early && kernel.starts_early() && stream.device()->starts_early();
+    stream.launch(kernel.function(), kernel.entry().c_str(), shape, args);
 }
 
 // What `work` puts into the stream, as one graph.
@@ -138,9 +140,11 @@ void populate_cuda_tools(py::module_& m) {
              py::call_guard<py::gil_scoped_release>(), "Milliseconds to a later mark, which is waited for.");
 
     m.def("cuda_launch", &launch, py::arg("stream").none(false), py::arg("kernel").none(false),
-          py::arg("grid"), py::arg("args"),
+          py::arg("grid"), py::arg("args"), py::arg("early") = false,
           "Puts one launch into the stream; args: addresses and integers, 64 bits each, and (address, bytes) "
-          "of what the kernel takes by a tensor map, in its order.");
+          "of what the kernel takes by a tensor map, in its order. early: what is in front is a kernel of "
+          "ours, "
+          "and this one may begin before it has ended, if it can.");
 }
 
 }  // namespace nanoserve::bind

@@ -63,7 +63,7 @@ def test_the_kernels_of_decoding_real_models_have_cases() -> None:
 
     def shape(spec: Any) -> tuple[Any, ...]:
         fields = dict(spec.params)
-        return tuple(fields[name] for name in ("wm", "wn", "i", "j", "stages"))
+        return tuple(fields[name] for name in ("wm", "wn", "i", "j", "stages", "groups"))
 
     cased = {
         shape(spec)

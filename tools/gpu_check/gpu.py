@@ -52,6 +52,8 @@ class Gpu:
         self.chip = chip_of(self.device)
         self.store = ArtifactStore(folder / KERNELS)
         self._kernels: dict[GpuKernelSpec, CudaKernel] = {}
+        # Whether launches follow each other with nothing else between them, and whether the next one follows one.
+        self._is_series = self._is_behind = False
         # What was prepared is what is checked: nothing is compiled here, whatever is installed.
         library.toolchain = lambda spec=None: None
         self.torch = None if self.tiny else _torch()
@@ -99,7 +101,8 @@ class Gpu:
             arg if isinstance(arg, int) else (arg.address, arg.num_bytes) if name in by_map else arg.address
             for name, arg in zip(names, args, strict=True)
         ]
-        cuda_launch(self.stream, self.kernel(spec), spec.grid_of(scalars), values)
+        cuda_launch(self.stream, self.kernel(spec), spec.grid_of(scalars), values, self._is_behind)
+        self._is_behind = self._is_series
 
     def launch(
         self, spec: GpuKernelSpec, *args: np.ndarray[Any, Any] | int, order: int = 0, chip: str = ""
@@ -114,13 +117,18 @@ class Gpu:
     def seconds(self, work: Callable[[int], None], launches: int, rounds: int = 7) -> float:
         """Of one call of work(i), i < launches, which puts something into the stream: the median over rounds, from a graph.
 
-        A graph of several launches shrinks the gaps between them; i lets them take turns among buffers that no cache holds.
-        As _timed says, no host's time is in it.
+        A graph of several launches shrinks the gaps between them, and as in an engine's step, all but the first may begin before
+        the one in front has ended; i lets them take turns among buffers that no cache holds. As _timed says, no host's time is
+        in it.
         """
 
         def all_of_it() -> None:
-            for i in range(launches):
-                work(i)
+            self._is_series = True
+            try:
+                for i in range(launches):
+                    work(i)
+            finally:
+                self._is_series = self._is_behind = False
 
         all_of_it()  # loads kernels
         self.stream.synchronize()

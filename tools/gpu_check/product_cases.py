@@ -23,11 +23,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "gated": {"gated": True, "activation": "silu"},
     "cap": {"scale": 0.7, "softcap": 3.0},
 }
-# Plans have other kernels for few rows where there are many outputs.
+# Plans have other kernels for few rows where there are many outputs, and where there are half as many.
 _WIDE_OPTIONS: dict[str, dict[str, Any]] = {
     "wide, plain": {},
     "wide, residual": {"residual": True},
     "wide, gated": {"gated": True, "activation": "silu"},
+    "half as wide, residual": {"residual": True},
 }
 _WIDE_OUTPUTS, _WIDE_INPUTS = 4120, 520
 # By kind: types of x and of the weight, and what asks for it in a plan.
@@ -53,10 +54,11 @@ class GemmCase:
         return [wide(self.problem.run(self.plan.spec_for(m), m=m, launch=launch))]
 
 
-def _problem(x: str, dtype: str, options: dict[str, Any], is_wide: bool) -> MatrixProblem:
+def _problem(x: str, dtype: str, name: str, options: dict[str, Any], is_wide: bool) -> MatrixProblem:
     """bfloat16 results of a gated one, as layers have it."""
     y = "bf16" if x == "bf16" and options.get("gated") else "f32"
-    m, k, n = (WIDE_ROWS, _WIDE_INPUTS, _WIDE_OUTPUTS) if is_wide else (MOST_ROWS, 328, 157)
+    outputs = _WIDE_OUTPUTS // 2 if name.startswith("half") else _WIDE_OUTPUTS
+    m, k, n = (WIDE_ROWS, _WIDE_INPUTS, outputs) if is_wide else (MOST_ROWS, 328, 157)
     return MatrixProblem(m, k, n, x=x, dtype=dtype, y=y, **options)
 
 
@@ -68,7 +70,7 @@ def gemm_cases(kind: str, chip: Chip, *, is_wide: bool = False) -> list[GemmCase
     made = []
     for x, dtype, asked in GEMMS[kind]:
         for name, options in (_WIDE_OPTIONS if is_wide else _OPTIONS).items():
-            p = _problem(x, dtype, options, is_wide)
+            p = _problem(x, dtype, name, options, is_wide)
             plan = gemm_plan(p.k, p.n, p.ldx, p.ldy, chip, x=x, dtype=dtype, y=p.y_type, **options, **asked)
             made.append(GemmCase(f"{kind} {x} x {dtype}, {name}", p, plan))
     return made
@@ -85,6 +87,15 @@ def _without_tma(cases: list[GemmCase]) -> list[GemmCase]:
     return made
 
 
+def _of_any_rows(cases: list[GemmCase]) -> list[GemmCase]:
+    """The first again, by the kernel for more rows than cases have."""
+    return [
+        GemmCase(f"{one.name}, the kernel for any rows", one.problem, GemmPlan(one.plan.steps[-1:]))
+        for one in cases[:1]
+        if one.plan.steps[-1][1].kind != "gemm_tma"
+    ]
+
+
 def _many_rows(p: MatrixProblem, make: Callable[..., GpuKernelSpec]) -> GpuKernelSpec:
     return make(p.k, p.n, p.ldx, p.ldy, TMA_SHAPE, Epilogue(**p.options), y=p.y_type)
 
@@ -96,7 +107,7 @@ def tma_cases(chip: Chip) -> Iterable[Case]:
     problems = [(name, options, False) for name, options in _OPTIONS.items()]
     problems += [(name, options, True) for name, options in _WIDE_OPTIONS.items()]
     for name, options, is_wide in problems:
-        p = _problem("bf16", "bf16", options, is_wide)
+        p = _problem("bf16", "bf16", name, options, is_wide)
         spec, other = (_many_rows(p, make) for make in (gemm_tma_spec, gemm_wgmma_spec))
 
         def run(
@@ -120,7 +131,7 @@ def product_cases(kind: str) -> Callable[[Chip], Iterable[Case]]:
     def cases(chip: Chip) -> Iterable[Case]:
         for is_wide in (False, True):
             found = gemm_cases(kind, chip, is_wide=is_wide)
-            for one in [*_without_tma(found), *found]:
+            for one in [*_without_tma(found), *found, *_of_any_rows(found)]:
                 tolerance = 1e-2 if one.problem.y_type == "bf16" else 2e-5
                 yield Case(
                     one.name, one.plan.specs, one.outputs, lambda m, one=one: [one.problem.expected()[:m]], tolerance,
