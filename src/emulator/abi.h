@@ -13,14 +13,15 @@
 
 namespace nvemu {
 
-inline constexpr std::uint32_t kAbiVersion = 2;
+inline constexpr std::uint32_t kAbiVersion = 3;
 
 // "Device" memory lies in one reserved range and shared memory at one fixed 32-bit address, so that compiled
 // code checks an address with constants, and so that pointers to shared memory fit the 32-bit registers and
-// the 18-bit descriptor fields that kernels put them into. Far from where Linux places anything itself.
+// the 18-bit descriptor fields that kernels put them into. Far from where Linux places anything itself, but
+// for the heap of a program that is not position-independent, which grows towards it from below.
 inline constexpr std::uint64_t kDeviceBase = 0x2000'0000'0000;
 inline constexpr std::uint64_t kDeviceBytes = std::uint64_t{1} << 40;
-inline constexpr std::uint64_t kSharedBase = 0x3000'0000;
+inline constexpr std::uint64_t kSharedBase = 0x7000'0000;
 inline constexpr std::uint64_t kSharedBytes = 256 * 1024;
 inline constexpr std::uint64_t kShadowBase =
     kSharedBase + 0x10'0000;  // one byte for every four: see shared_memory.h

@@ -17,6 +17,10 @@ bool map_at(std::uint64_t address, std::uint64_t num_bytes) {
                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0) == wanted;
 }
 
+// Mapped when the library is loaded: the longer a process runs, the more of its low addresses are taken. (The
+// heap of a program that is not position-independent begins there.)
+[[maybe_unused]] const SharedMemory* const early = SharedMemory::instance();
+
 }  // namespace
 
 SharedMemory* SharedMemory::instance() {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import doctest
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -256,3 +258,15 @@ attributes #1 = { nounwind "nvvm.reqntid"="96" }
         emulator.launch("most", 1, 129, 0, [])
     with pytest.raises(InvalidLaunch, match="exactly 96"):
         emulator.launch("exactly", 1, 64, 0, [])
+
+
+def test_shared_memory_has_its_place_from_the_beginning() -> None:
+    """Not when a kernel first runs: by then, the heap of a long process may lie there."""
+    code = (
+        "from nanoserve.emulator.library import library\n"
+        "from nanoserve.emulator.access_checks import SHARED_BASE\n"
+        "library()\n"
+        "assert any(line.startswith(f'{SHARED_BASE:x}-') for line in open('/proc/self/maps'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from nanoserve.emulator.ir_text import leading_type, split_list, type_bytes
 # As in src/emulator/abi.h and shared_memory.h.
 DEVICE_BASE = 0x2000_0000_0000
 DEVICE_BYTES = 1 << 40
-SHARED_BASE = 0x3000_0000
+SHARED_BASE = 0x7000_0000
 SHARED_BYTES = 256 * 1024
 _SHADOW_BASE = SHARED_BASE + 0x10_0000
 _GRANULE = 4

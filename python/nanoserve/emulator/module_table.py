@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nanoserve.emulator.ir_text import type_bytes
 from nanoserve.emulator.shared_layout import SharedLayout
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 SYMBOL = "nvemu_module"
 
 
