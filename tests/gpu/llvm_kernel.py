@@ -241,3 +241,15 @@ def without(text: str, tag: str) -> str:
 def replaced(text: str, old: str, new: str) -> str:
     assert old in text, f"{old!r} is not in the module"
     return text.replace(old, new)
+
+
+def without_call(function: str, which: int = 0) -> Callable[[str], str]:
+    """Of a text, the same without one of the calls of a function that has no result."""
+
+    def mutate(text: str) -> str:
+        lines = text.splitlines()
+        found = [i for i, line in enumerate(lines) if f"call void @{function}" in line]
+        del lines[found[which]]
+        return "\n".join(lines)
+
+    return mutate

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gpu.llvm_kernel import replaced
+from gpu.llvm_kernel import replaced, without_call
 from gpu.matrix_problem import MatrixProblem
 from gpu.run_kernel import artifact
 from nanoserve.compiler.gpu.chip import parse_chip
@@ -34,18 +34,6 @@ Mutation = Callable[[str], str]
 
 def spec_of() -> GpuKernelSpec:
     return gemm_tma_spec(PROBLEM.k, PROBLEM.n, PROBLEM.ldx, PROBLEM.ldy, SHAPE, Epilogue())
-
-
-def drop(call: str, which: int = 0) -> Mutation:
-    """Without a call that has no result."""
-
-    def mutate(text: str) -> str:
-        lines = text.splitlines()
-        found = [i for i, line in enumerate(lines) if f"call void @{call}" in line]
-        del lines[found[which]]
-        return "\n".join(lines)
-
-    return mutate
 
 
 def swap(old: str, new: str) -> Mutation:
@@ -92,9 +80,9 @@ def no_arrival(text: str) -> str:
 COPY_CALL = "llvm.nvvm.cp.async.bulk.tensor.g2s.tile.2d"
 INIT = "llvm.nvvm.mbarrier.init.shared"
 MUTANTS: dict[str, tuple[Mutation, type[Exception] | None]] = {
-    "no fence after the mbarriers are made": (drop("llvm.nvvm.fence.mbarrier_init.release.cluster"), AsyncRace),
-    "no barrier after the mbarriers are made": (drop("llvm.nvvm.barrier.cta.sync.aligned.all"), None),
-    "an mbarrier is not made": (drop(INIT), InvalidOperand),
+    "no fence after the mbarriers are made": (without_call("llvm.nvvm.fence.mbarrier_init.release.cluster"), AsyncRace),
+    "no barrier after the mbarriers are made": (without_call("llvm.nvvm.barrier.cta.sync.aligned.all"), None),
+    "an mbarrier is not made": (without_call(INIT), InvalidOperand),
     "multiplies without a wait": (no_wait(MULTIPLY), AsyncRace),
     "multiplies after a wait for the other parity": (other_parity(MULTIPLY), None),
     "multiplies after asking once": (asks_once(MULTIPLY), AsyncRace),
@@ -107,10 +95,10 @@ MUTANTS: dict[str, tuple[Mutation, type[Exception] | None]] = {
     "two must fill a place": (swap(" i32 1)\n", " i32 2)\n"), Deadlock),
     "fewer bytes are expected": (swap(f"i32 {STAGE_BYTES})", f"i32 {STAGE_BYTES - 128})"), InvalidOperand),
     "more bytes are expected": (swap(f"i32 {STAGE_BYTES})", f"i32 {STAGE_BYTES + 128})"), Deadlock),
-    "the weight is not copied": (drop(COPY_CALL), Deadlock),
-    "x is not copied": (drop(COPY_CALL, 1), Deadlock),
-    "no wait for the products": (drop("llvm.nvvm.wgmma.wait_group.sync.aligned"), AsyncRace),
-    "no fence before the products": (drop("llvm.nvvm.wgmma.fence.sync.aligned"), InvalidOperand),
+    "the weight is not copied": (without_call(COPY_CALL), Deadlock),
+    "x is not copied": (without_call(COPY_CALL, 1), Deadlock),
+    "no wait for the products": (without_call("llvm.nvvm.wgmma.wait_group.sync.aligned"), AsyncRace),
+    "no fence before the products": (without_call("llvm.nvvm.wgmma.fence.sync.aligned"), InvalidOperand),
 }  # fmt: skip
 
 
@@ -163,7 +151,7 @@ def test_tiles_without_the_swizzle_are_noticed() -> None:
 def test_a_deadlock_names_what_is_waited_for() -> None:
     spec = spec_of()
     made = artifact(spec, "sm_90a")
-    kernel = EmulatedKernel(spec, made, drop(COPY_CALL, 1)(made.llvm_ir))
+    kernel = EmulatedKernel(spec, made, without_call(COPY_CALL, 1)(made.llvm_ir))
     with pytest.raises(
         Deadlock,
         match=r"256 at mbarrier\.try_wait \(line \d+\), the mbarrier at offset 53248 of shared memory, which lacks 0 "

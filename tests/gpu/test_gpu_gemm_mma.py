@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from gpu.llvm_kernel import without_call
 from gpu.matrix_problem import MatrixProblem
 from gpu.run_kernel import ORDERS, artifact
 from nanoserve.compiler.gpu.chip import parse_chip
@@ -106,23 +107,13 @@ def test_as_many_parts_as_tiles_and_groups_as_parts() -> None:
         spec_of(problem, CUT_SHAPES["few rows"], cuts=2)
 
 
-def _drop(call: str, which: int):
-    def mutate(text: str) -> str:
-        lines = text.splitlines()
-        found = [i for i, line in enumerate(lines) if f"call void @{call}" in line]
-        del lines[found[which]]
-        return "\n".join(lines)
-
-    return mutate
-
-
 GROUPS, BLOCK = "llvm.nvvm.barrier.cta.sync.aligned.count", "llvm.nvvm.barrier.cta.sync.aligned.all"
 MUTANTS = {
     "as it is": ("groups of four", lambda text: text),
-    "nobody waits for the group": ("groups of four", _drop(GROUPS, 0)),
-    "a lane does not wait for its warp": ("some rows", _drop(GROUPS, 0)),
-    "sums are taken before they are there": ("groups of four", _drop(BLOCK, 0)),
-    "nobody waits for the copies": ("groups of four", _drop("llvm.nvvm.cp.async.wait.group", 0)),
+    "nobody waits for the group": ("groups of four", without_call(GROUPS, 0)),
+    "a lane does not wait for its warp": ("some rows", without_call(GROUPS, 0)),
+    "sums are taken before they are there": ("groups of four", without_call(BLOCK, 0)),
+    "nobody waits for the copies": ("groups of four", without_call("llvm.nvvm.cp.async.wait.group", 0)),
     "groups share a barrier": (
         "groups of four",
         lambda text: re.sub(rf"({re.escape(GROUPS)})\(i32 %\d+", r"\1(i32 1", text),
