@@ -30,9 +30,12 @@ class Kernel {
     [[nodiscard]] unsigned block() const { return block_; }
     [[nodiscard]] unsigned shared_bytes() const { return shared_bytes_; }
     [[nodiscard]] const std::vector<TensorForm>& tensors() const { return tensors_; }
-    [[nodiscard]] bool starts_early() const { return starts_early_; }
-    [[nodiscard]] LaunchShape shape(const std::array<unsigned, 3>& grid) const {
-        return {.grid = grid, .block = block_, .shared_bytes = shared_bytes_};
+    // early: what is in front is a kernel, and this one may begin before it has ended, if it can.
+    [[nodiscard]] LaunchShape shape(const std::array<unsigned, 3>& grid, bool early) const {
+        return {.grid = grid,
+                .block = block_,
+                .shared_bytes = shared_bytes_,
+                .early = early && starts_early_ && device_->starts_early()};
     }
     // As the driver has it: registers per thread, and bytes of them that a thread keeps in memory.
     [[nodiscard]] int num_registers() const;

@@ -34,7 +34,7 @@ CudaStep::CudaStep(std::shared_ptr<KVCachePool> pool, const Limits& limits, std:
       pages_(device_pages(*pool_)),
       stream_(pages_.stream()),
       limits_(limits),
-      start_early_(start_early && device()->starts_early()),
+      start_early_(start_early),
       inputs_(device(), limits, pool_->shape().page_size, std::move(buckets)),
       logits_(device(), "the logits", row_bytes(limits_, limits_.logits_stride)),
       block_max_(device(), "the logits' maxima", row_bytes(limits_, limits_.num_blocks)),
@@ -153,13 +153,11 @@ void CudaStep::run(const Op& op, const Sizes& sizes) {
     for (std::size_t i = 0; i < variant.maps.size(); ++i) {
         args[variant.kernel->tensors()[i].argument] = variant.maps[i].value();
     }
-    if (std::ranges::count(grid, 0U) != 0) {
+    const LaunchShape shape = variant.kernel->shape(grid, start_early_ && behind_kernel_);
+    if (!stream_->launch(variant.kernel->function(), op.name.c_str(), shape,
+                         std::span<void* const>(args.data(), op.args.size()))) {
         return;
     }
-    LaunchShape shape = variant.kernel->shape(grid);
-    shape.early = start_early_ && behind_kernel_ && variant.kernel->starts_early();
-    stream_->launch(variant.kernel->function(), op.name.c_str(), shape,
-                    std::span<void* const>(args.data(), op.args.size()));
     behind_kernel_ = true;
     ++counts_.kernel_launches;
     counts_.early_launches += shape.early ? 1 : 0;

@@ -94,11 +94,11 @@ void Stream::zero(DevicePtr data, std::int64_t num_bytes) {
     }
 }
 
-void Stream::launch(Handle function, const char* name, const LaunchShape& shape,
+bool Stream::launch(Handle function, const char* name, const LaunchShape& shape,
                     std::span<void* const> args) {
     const auto& [x, y, z] = shape.grid;
     if (x == 0 || y == 0 || z == 0) {
-        return;
+        return false;
     }
     void** const values = const_cast<void**>(args.data());
     int result = 0;
@@ -121,6 +121,7 @@ void Stream::launch(Handle function, const char* name, const LaunchShape& shape,
                           std::to_string(shape.block) + " threads and " + std::to_string(shape.shared_bytes) +
                           " bytes of shared memory");
     }
+    return true;
 }
 
 void Stream::launch(const Graph& graph) {

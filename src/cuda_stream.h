@@ -78,8 +78,8 @@ class Stream {
     };
     void copy_row(const RowOfBlocks& to, const RowOfBlocks& from, std::int64_t row_bytes, std::int64_t count);
     void zero(DevicePtr data, std::int64_t num_bytes);
-    // args[i] points at the i-th argument's value. A grid with no blocks launches nothing.
-    void launch(Handle function, const char* name, const LaunchShape& shape, std::span<void* const> args);
+    // args[i] points at the i-th argument's value. A grid with no blocks launches nothing; false then.
+    bool launch(Handle function, const char* name, const LaunchShape& shape, std::span<void* const> args);
     void launch(const Graph& graph);
 
     // Everything between the two is recorded instead of run. An exception in between: `abandon_capture`.

@@ -84,9 +84,7 @@ void launch(Stream& stream, const Kernel& kernel, const std::vector<unsigned>& g
     if (std::count(args.begin(), args.end(), nullptr) != 0) {
         throw std::invalid_argument(kernel.entry() + ": an argument is memory, and taken by its address");
     }
-    cuda::LaunchShape shape = kernel.shape(blocks);
-    shape.early = early && kernel.starts_early() && stream.device()->starts_early();
-    stream.launch(kernel.function(), kernel.entry().c_str(), shape, args);
+    stream.launch(kernel.function(), kernel.entry().c_str(), kernel.shape(blocks, early), args);
 }
 
 // What `work` puts into the stream, as one graph.

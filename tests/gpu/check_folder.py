@@ -1,4 +1,4 @@
-"""A folder that `prepare` has filled for the emulator, once for all tests, and the commands."""
+"""A folder that `prepare` has filled for the emulator, once for all tests, the commands, and a record to check into."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from tools.gpu_check.places import FOLDER, KERNELS, MANIFEST, ROOT
+from tools.gpu_check.record import Record
 
 WITHOUT_GPU = "environment,numerics,end_to_end,ceilings,engine_speed,kernel_speed,switches"
 
@@ -39,3 +40,12 @@ def damaged(prepared: Path, tmp_path: Path) -> Path:
     shutil.copytree(prepared / KERNELS, folder / KERNELS)
     shutil.copy(prepared / MANIFEST, folder)
     return folder
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    return Record(tmp_path / "record.json", 60)
+
+
+def failed(record: Record) -> list[str]:
+    return [check["name"] for check in record.data["checks"] if not check["passed"]]

@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from tests.gpu.check_folder import damaged, prepared
+from tests.gpu.check_folder import damaged, prepared, record
 
 from nanoserve.emulator.library import library
 
-__all__ = ["damaged", "prepared"]  # fixtures
+__all__ = ["damaged", "prepared", "record"]  # fixtures
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "x64-release"

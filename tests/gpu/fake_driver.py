@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -131,3 +132,14 @@ class FakeDriver:
         executable = self.handle("cuGraphInstantiateWithFlags", out.value, 0)
         self.call("cuGraphDestroy", out.value)
         return executable
+
+
+@contextmanager
+def own_driver() -> Iterator[FakeDriver]:
+    """Of own_library(), open; the device is what the environment says now."""
+    driver = FakeDriver(own_library())
+    driver.open()
+    try:
+        yield driver
+    finally:
+        driver.close()

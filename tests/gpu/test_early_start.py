@@ -10,7 +10,7 @@ import pytest
 from tests.gpu.test_engine_of_chips import on
 
 from gpu.attention_problem import FORMS
-from gpu.fake_driver import CudaError, FakeDriver, own_library
+from gpu.fake_driver import CudaError, FakeDriver, own_driver
 from gpu.kernel_examples import examples
 from gpu.llvm_kernel import Kernel
 from gpu.run_kernel import artifact
@@ -199,10 +199,8 @@ def test_a_hint_about_memory_that_is_not_there_is_found() -> None:
 
 @pytest.fixture
 def driver() -> Iterator[FakeDriver]:
-    made = FakeDriver(own_library())
-    made.open()
-    yield made
-    made.close()
+    with own_driver() as made:
+        yield made
 
 
 class _Attribute(ctypes.Structure):
@@ -247,9 +245,7 @@ def test_only_a_kernel_that_waits_is_launched_early(driver: FakeDriver) -> None:
 def test_an_older_driver_captures_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in (12020, 12030):
         monkeypatch.setenv("NANOSERVE_FAKE_CUDA_VERSION", str(version))
-        driver = FakeDriver(own_library())
-        driver.open()
-        try:
+        with own_driver() as driver:
             x, stream = driver.upload(np.zeros(32, np.int32)), driver.stream()
             function = driver.load(image(_waiting_kernel(all_threads=True)), "k")
             driver.capture(stream)
@@ -261,8 +257,6 @@ def test_an_older_driver_captures_none(monkeypatch: pytest.MonkeyPatch) -> None:
                 driver.call("cuGraphLaunch", driver.end_capture(stream), stream)
                 driver.call("cuStreamSynchronize", stream)
                 assert (driver.download(x, 32, np.int32) == 1).all()
-        finally:
-            driver.close()
 
 
 # ---- the engine

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpu.fake_driver import CudaError, FakeDriver, own_library
+from gpu.fake_driver import CudaError, FakeDriver, own_driver
 from gpu.llvm_kernel import Kernel
 from nanoserve.emulator import FAKE_DRIVER, image, library_path
 
@@ -56,10 +56,8 @@ def add_image() -> bytes:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     monkeypatch.setenv("NANOSERVE_FAKE_CUDA_MEMORY", str(MEMORY))
-    fake = FakeDriver(own_library())
-    fake.open()
-    yield fake
-    fake.close()
+    with own_driver() as fake:
+        yield fake
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.gpu.check_folder import failed
 from tools.gpu_check import (
     attention_cases,
     engines,
@@ -25,15 +25,6 @@ from gpu.run_kernel import launch
 from nanoserve.compiler.gpu.chip import parse_chip
 
 CHIP = parse_chip("sm_90a")
-
-
-@pytest.fixture
-def record(tmp_path: Path) -> Record:
-    return Record(tmp_path / "record.json", 60)
-
-
-def failed(record: Record) -> list[str]:
-    return [check["name"] for check in record.data["checks"] if not check["passed"]]
 
 
 def launch_there(spec: Any, *args: Any, order: int = 0, chip: str = "") -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.gpu.check_folder import failed
 from tools.gpu_check import (
     end_to_end,
     engine_work,
@@ -33,21 +34,12 @@ CHIP = parse_chip("sm_90a")
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> Record:
-    return Record(tmp_path / "record.json", 60)
-
-
-@pytest.fixture
 def engine() -> NanoServingEngine:
     """On the CPU."""
     config = configs()["llama"]
     return NanoServingEngine(
         config, random_weights(config, 1), kv_cache_pages=64, max_batch_size=4, max_model_len=256
     )
-
-
-def failed(record: Record) -> list[str]:
-    return [check["name"] for check in record.data["checks"] if not check["passed"]]
 
 
 # ---- an engine that fails gives no numbers

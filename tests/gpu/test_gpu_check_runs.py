@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.gpu.check_folder import failed
 from tools.gpu_check import (
     manifest,
     prepare,
@@ -24,15 +25,6 @@ from bench import run as bench_run
 from nanoserve.compiler.gpu.chip import parse_chip
 
 CHIP = parse_chip("sm_90a")
-
-
-@pytest.fixture
-def record(tmp_path: Path) -> Record:
-    return Record(tmp_path / "record.json", 60)
-
-
-def failed(record: Record) -> list[str]:
-    return [check["name"] for check in record.data["checks"] if not check["passed"]]
 
 
 # ---- what was not done is no pass

@@ -18,7 +18,7 @@ from tests.gpu.test_cuda_blas import LIMITS
 from tests.gpu.test_cuda_engine import BF16, answers, configs
 
 from gpu.fake_driver import CudaError as DriverError
-from gpu.fake_driver import FakeDriver, own_library
+from gpu.fake_driver import FakeDriver, own_driver
 from gpu.matrix_problem import MatrixProblem
 from gpu.run_kernel import artifact
 from gpu.test_emulator_tensor import MADE, Copying
@@ -52,10 +52,8 @@ ENCODE = "cuTensorMapEncodeTiled"
 
 @pytest.fixture
 def driver() -> Iterator[FakeDriver]:
-    fake = FakeDriver(own_library())
-    fake.open()
-    yield fake
-    fake.close()
+    with own_driver() as fake:
+        yield fake
 
 
 def encoded(driver: FakeDriver, address: int, *, skew: int = 0, **changes: Any) -> bytes:
@@ -125,14 +123,10 @@ def test_other_types_and_swizzles_are_taken(driver: FakeDriver) -> None:
 
 def test_devices_before_hopper_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOSERVE_FAKE_CUDA_CAPABILITY", "8.9")
-    fake = FakeDriver(own_library())
-    fake.open()
-    try:
+    with own_driver() as fake:
         with pytest.raises(DriverError, match=r"compute capability 9\.0 and higher") as refused:
             encoded(fake, ADDRESS)
         assert refused.value.code == NOT_SUPPORTED
-    finally:
-        fake.close()
 
 
 def copying_image() -> bytes:

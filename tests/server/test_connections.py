@@ -203,22 +203,15 @@ def test_a_large_body_stops_nobody(start: Callable[..., Running]) -> None:
                 client.get("/health/live")
                 slowest[0] = max(slowest[0], time.monotonic() - begin)
 
-    for _ in range(3):  # an idle moment of the machine is not the server's
-        slowest[0] = 0.0
-        stop.clear()
-        worker = threading.Thread(target=look)
-        worker.start()
-        began = time.monotonic()
-        answer = served.client.post(
-            "/v1/completions", content=body, headers={"Content-Type": "application/json"}
-        )
-        took = time.monotonic() - began
-        stop.set()
-        worker.join()
-        assert answer.status_code == 200
-        if slowest[0] < max(0.1, took / 2):
-            return
-    raise AssertionError((slowest, took))
+    worker = threading.Thread(target=look)
+    worker.start()
+    began = time.monotonic()
+    answer = served.client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    took = time.monotonic() - began
+    stop.set()
+    worker.join()
+    assert answer.status_code == 200
+    assert slowest[0] < max(0.1, took / 2), (slowest, took)
 
 
 def test_connections_have_a_limit(start: Callable[..., Running]) -> None:

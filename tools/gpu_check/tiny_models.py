@@ -82,6 +82,10 @@ def tokens_of(done: list[Any]) -> list[list[int]]:
     return [request.output_tokens for request in done]
 
 
+def _begin_early(engine: NanoServingEngine) -> bool:
+    return engine.executor.counts["early_launches"] > 0  # type: ignore[union-attr]
+
+
 def ways_to_answer(
     make: Callable[..., NanoServingEngine], prompts: list[list[int]]
 ) -> Iterator[tuple[str, Answers, Answers, bool]]:
@@ -92,14 +96,8 @@ def ways_to_answer(
     yield "alone, launched kernel by kernel", each, reference, alone.executor.counts["graphs"] == 0  # type: ignore[union-attr]
     in_turn = make(start_early=False)
     found = answers(in_turn.generate(prompts, GREEDY))
-    executors: list[Any] = [in_turn.executor, alone.executor]
-    early, other = (executor.counts["early_launches"] > 0 for executor in reversed(executors))
-    yield (
-        "each kernel after the one in front",
-        found,
-        reference,
-        not other and early == executors[0].device.starts_early,
-    )
+    was_so = not _begin_early(in_turn) and _begin_early(alone) == in_turn.executor.device.starts_early  # type: ignore[union-attr]
+    yield "each kernel after the one in front", found, reference, was_so
     chunks = make(max_chunk_size=7, max_num_batched_tokens=16)
     yield "in chunks", answers(chunks.generate(prompts, GREEDY)), reference, True
     cached = answers(chunks.generate(prompts, GREEDY))

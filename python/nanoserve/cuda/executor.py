@@ -4,9 +4,9 @@ Construction copies the weights to the device, loads (or compiles) the kernels f
 A step is one native call: inputs in one copy, launches or a graph. Its last kernel chooses the tokens; they, or rows of logits where the
 host is to choose, come back when they are asked for.
 
-Every output row's bits depend on its own tokens only, as on the CPU: an output of a product is chains along k that are cut where k says, attention has
-fixed blocks and segments, and kernels are chosen by number of rows only among those that give the same bits. That ends where
-cuBLAS is asked for (`gemm`): it is there to compare with, and for whoever wants its speed more than the same bits.
+Every output row's bits depend on its own tokens only, as on the CPU: an output of a product is chains along k that are cut where k
+says, attention has fixed blocks and segments, and kernels are chosen by number of rows only among those that give the same bits.
+That ends where cuBLAS is asked for (`gemm`): it is there to compare with, and for whoever wants its speed more than the same bits.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Artifact:
 
 
 def launch_of(spec: GpuKernelSpec, chip: Chip) -> Launch:
-    """Of a kernel that device_kernel made."""
+    """By the spec: of a kernel that device_kernel made, or that waits for those in front as it does."""
     arguments = tuple(zip((name for name, _ in spec.arguments), spec.pointers, strict=True))
     return Launch(
         spec.symbol, arguments, spec.grid, spec.block, spec.shared_bytes, spec.tensors, chip.starts_early

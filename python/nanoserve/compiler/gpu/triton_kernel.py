@@ -12,11 +12,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanoserve.compiler.gpu import cubin
-from nanoserve.compiler.gpu.artifact import Artifact, Launch, Usage
+from nanoserve.compiler.gpu.artifact import Artifact, Usage, launch_of
 from nanoserve.compiler.gpu.chip import WARP, Chip
 from nanoserve.compiler.gpu.early_start import begin_early
 from nanoserve.compiler.gpu.ptx_order import check_early_start
@@ -101,10 +101,7 @@ def compile_source(spec: GpuKernelSpec, chip: Chip, source: TritonSource) -> Art
         raise ValueError(
             f"{spec.symbol}: {about.shared} bytes of shared memory, {chip.name} has {chip.shared_bytes}"
         )
-    arguments = tuple(zip((name for name, _ in spec.arguments), spec.pointers, strict=True))
-    launch = Launch(
-        about.name, arguments, spec.grid, spec.block, about.shared, starts_early=chip.starts_early
-    )
+    launch = replace(launch_of(spec, chip), entry=about.name, shared_bytes=about.shared)
     assembly, llvm_ir = made.asm["ptx"], made.asm["llir"]
     if chip.starts_early:
         assembly, llvm_ir = begin_early(assembly, llvm_ir, chip.name)

@@ -63,11 +63,12 @@ def build(spec: GpuKernelSpec, chip: Chip, *, c: int, **options: Any) -> None:
             ups = cover.load(x, row, piece, first=c) if epilogue.gated else None
             return epilogue.finished(cover.load(x, row, piece), ups, out, given.get("bias"), c, row, piece.at)
 
-        whole = [piece for piece in cover.pieces() if piece.inside is None]
+        pieces = cover.pieces()
+        whole = [piece for piece in pieces if piece.inside is None]
         made = [finished(piece) for piece in whole]  # behind a store, loads would wait for each other
         for piece, value in zip(whole, made, strict=True):
             out.store(value, row, piece.at)
-        for piece in cover.pieces()[len(whole) :]:
+        for piece in pieces[len(whole) :]:
 
             def put(piece: Piece = piece) -> None:
                 out.store(finished(piece), row, piece.at)

@@ -107,8 +107,11 @@ def build(
     parts = 1 + epilogue.gated
     x_tile, w_tile = _tiles(shape, k, dtype)
 
+    def first_output() -> Value:
+        return block_id("y") * (shape.columns // parts)
+
     def weight_source(row: Value) -> Value:
-        return weight_row(row, block_id("y") * (shape.columns // parts), tx, n, epilogue.gated)
+        return weight_row(row, first_output(), tx, n, epilogue.gated)
 
     @device_kernel(spec, chip, early=lambda _, w, *__: prefetch_weight(w_tile, w, weight_source, thread_id()))
     def _(*values: Any) -> None:
@@ -119,7 +122,7 @@ def build(
         thread = thread_id()
         row_of, column_of = thread // tx, thread % tx  # the first of this thread's
         first_row = block_id("x") * shape.rows
-        first_column = block_id("y") * (shape.columns // parts)
+        first_column = first_output()
 
         copy_x = x_tile.copier(x, lambda row: imin(first_row + row, m - 1), x_shared, thread, spec.block)
         copy_w = w_tile.copier(w, weight_source, w_shared, thread, spec.block)

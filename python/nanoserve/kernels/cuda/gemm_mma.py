@@ -150,8 +150,11 @@ def build(
     parts = 1 + epilogue.gated
     x_tile, w_tile = _tiles(shape, k)
 
+    def first_output() -> Value:
+        return block_id("y") * (shape.columns // parts)
+
     def weight_source(row: Value) -> Value:
-        return weight_row(row, block_id("y") * (shape.columns // parts), _N, n, epilogue.gated)
+        return weight_row(row, first_output(), _N, n, epilogue.gated)
 
     @device_kernel(
         spec, chip, early=lambda _, w, *__: prefetch_weight(w_tile, w, weight_source, thread_id(), groups)
@@ -167,7 +170,7 @@ def build(
         warp, lane = thread // WARP, thread % WARP
         warp_row, warp_column = warp // wn * (i * _M), warp % wn * (j * _N)  # in the tiles
         first_row = block_id("x") * shape.rows
-        first_column = block_id("y") * (shape.columns // parts)
+        first_column = first_output()
 
         copy_x = x_tile.copier(x, lambda row: imin(first_row + row, m - 1), x_shared, thread, shape.threads)
         copy_w = w_tile.copier(w, weight_source, w_shared, thread, shape.threads)

@@ -44,8 +44,11 @@ def build(
     epilogue, shape = Epilogue(**options), Shape(groups, columns, stages)
     w_tile, x_tile = shape.tiles(k)
 
+    def first_output() -> Value:
+        return block_id("y") * (shape.rows // (1 + epilogue.gated))
+
     def weight_source(row: Value) -> Value:
-        return weight_row(row, block_id("y") * (shape.rows // (1 + epilogue.gated)), GATES, n, epilogue.gated)
+        return weight_row(row, first_output(), GATES, n, epilogue.gated)
 
     @device_kernel(spec, chip, early=lambda _, w, *__: prefetch_weight(w_tile, w, weight_source, thread_id()))
     def _(*values: Any) -> None:
@@ -55,7 +58,7 @@ def build(
         w_shared, x_shared = w_tile.allocate(shared, ALIGNMENT), x_tile.allocate(shared, ALIGNMENT)
         thread = thread_id()
         first_row = block_id("x") * columns
-        first_column = block_id("y") * (shape.rows // (1 + epilogue.gated))
+        first_column = first_output()
 
         copy_w = w_tile.copier(w, weight_source, w_shared, thread, spec.block)
         copy_x = x_tile.copier(x, lambda row: imin(first_row + row, m - 1), x_shared, thread, spec.block)
