@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from bench.peers.limits import PEAK_OF_WIDTH, LimitsProbe, measured
 from bench.peers.roofline import ideal_timeline
 from bench.peers.rows import against_best_peer, rows
 from bench.peers.tables import peers_figure, peers_table
+from tests.support.processes import ends
 
 from nanoserve.compiler.target import Target, host
 from nanoserve.kernels import peak
@@ -164,11 +164,7 @@ def test_nothing_an_engine_started_stays(tmp_path: Path) -> None:
     child = int(process.facts["child"])
     os.kill(child, 0)
     process.stop()
-    status = Path(f"/proc/{child}/stat")
-    deadline = time.monotonic() + 10
-    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() < deadline, "the child still runs"
-        time.sleep(0.01)
+    assert ends(child)
 
 
 def test_an_engine_that_is_not_installed_is_left_out(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -239,6 +238,9 @@ def test_really_offline(tmp_path: Path) -> None:
     refs = make(tmp_path / "models--org--cached" / "refs")
     (refs / "main").write_text("a" * 40)
     program = (
+        "import socket\n"
+        "def refuse(*arguments, **options): raise SystemExit('a network was asked')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
         "from nanoserve.models.checkpoint import checkpoint_directory\n"
         "print(checkpoint_directory('org/cached'))\n"
         "try: checkpoint_directory('org/absent')\n"
@@ -250,16 +252,14 @@ def test_really_offline(tmp_path: Path) -> None:
         "HF_HUB_CACHE": str(tmp_path),
         "PYTHONPATH": str(ROOT / "python"),
     }
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=True,
     )
-    assert time.perf_counter() - start < 10  # the imports; nothing waits for a network
     found, message = done.stdout.strip().splitlines()
     assert Path(found) == snapshot
     assert message.startswith(

@@ -214,10 +214,10 @@ def test_thousands_of_tensors_open_at_once(tmp_path: Path) -> None:
     """20,000 tensors open in far less than a second (the limit is for a busy machine): nothing in the checks is quadratic."""
     shapes = {f"model.layers.{i}.weight": (4,) for i in range(20_000)}
     path = write_random_checkpoint(tmp_path, {}, shapes)
-    start = time.perf_counter()
+    start = time.process_time()
     tensors = load_weights(path)
     assert len(tensors) == 20_000
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 def test_symlinks_are_followed(tmp_path: Path) -> None:

@@ -77,12 +77,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("fields", "why"), REFUSED, ids=[why for _, why in REFUSED])
 def test_a_bad_spec_is_refused_with_field_value_and_limit(fields: dict[str, Any], why: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ValueError, match=why) as failure:
         StructuredOutputs(**fields)
     assert str(failure.value).startswith("structured_outputs")
     assert len(str(failure.value)) < 400
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_what_is_on_the_limit_is_taken() -> None:
@@ -146,19 +146,19 @@ COSTLY: dict[str, dict[str, Any]] = {
 def test_a_costly_spec_ends_in_bounded_time(name: str) -> None:
     """Compiled or refused, and every step of what is compiled is short, or the matcher gives up with a sentence."""
     spec = StructuredOutputs(**COSTLY[name])
-    began = time.perf_counter()
+    began = time.process_time()
     failure, steps = "", []
     try:
         matcher = COMPILER.compile(spec).matcher()
-        took = time.perf_counter() - began
+        took = time.process_time() - began
         while len(steps) < 200 and not matcher.must_end():
-            began = time.perf_counter()
+            began = time.process_time()
             mask = matcher.allowed()
             (word,) = mask.nonzero()[0][:1]
             matcher.accept(int(word) * 32 + int(mask[word]).bit_length() - 1)
-            steps.append(time.perf_counter() - began)
+            steps.append(time.process_time() - began)
     except ValueError as error:
-        took = time.perf_counter() - began if not steps else took
+        took = time.process_time() - began if not steps else took
         failure = str(error)
     assert took < 10
     assert max(steps, default=0) < 1
