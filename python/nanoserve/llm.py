@@ -53,8 +53,8 @@ class LLM:
         device: where the model runs: "cpu", or "cuda" (the first) or "cuda:N" for a GPU of NVIDIA's.
         gpu_memory_utilization: fraction of a GPU's memory that weights, activations and the KV pool together may take; None takes
             0.9, or what kv_cache_bytes says.
-        gemm: on a GPU, what multiplies: "mma", which None is, "wgmma" (bfloat16 on Hopper) or "cublas" (a request's bits may then
-            depend on its batch mates), or a mapping from the model's products (qkv, out, gate_up or up, down, head, "*" for the
+        gemm: on a GPU, what multiplies: "mma", which None is, "wgmma" (bfloat16 on Hopper, the same bits) or "cublas" (a request's
+            bits may then depend on its batch mates), or a mapping from the model's products (qkv, out, gate_up or up, down, head, "*" for the
             rest) to those.
         quantization: None, or "int8": weights per output channel, GEMM inputs per token; on the CPU.
         kv_cache_dtype: "float32", "bfloat16", or "auto": float32 where the arithmetic is.

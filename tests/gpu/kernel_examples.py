@@ -16,7 +16,7 @@ from nanoserve.kernels.cuda.norm import norm_spec
 
 # Three blocks of 128 threads, two of 128, two of 288 use up 64 Ki registers at this many each.
 LARGE_F32, LARGE_MMA, LARGE_TMA = 168, 255, 112
-FEW_OUTPUTS = 216  # of 128 threads, few of whose blocks run at once: shared memory is what they are short of
+FEW_OUTPUTS = 216  # of blocks few of which run at once: shared memory is what they are short of
 
 
 @dataclass(frozen=True)
@@ -73,38 +73,30 @@ def examples(chip: Chip) -> dict[str, Example]:
         "bf16 head": (mma, gemm_plan(768, 50257, 768, 50264, chip, softcap=30.0, **narrow)),
     }  # fmt: skip
     if chip.wgmma:
-        wgmma = (
-            "HGMMA.64x",
-            "LDGSTS.E.BYPASS.128",
-            "WARPGROUP.ARRIVE",
-            "WARPGROUP.DEPBAR",
-            "FENCE.VIEW.ASYNC",
-            "BAR",
-        )
         # No thread copies (LDGSTS), and who waits for tiles asks an mbarrier (SYNCS), not all others (DEPBAR, BAR).
         tma = (
-            "HGMMA.64x128x16.F32.BF16",
+            "HGMMA.64x",
             "UTMALDG",
             "SYNCS.ARRIVE",
             "SYNCS.PHASECHK.TRANS64.TRYWAIT",
             "WARPGROUP.DEPBAR",
         )
         narrow |= {"wgmma": True}
-        plans |= {
-            "wgmma": (wgmma, gemm_plan(4096, 4096, 4096, 4096, chip, residual=True, **narrow)),
-            "wgmma gated": (
-                wgmma,
-                gemm_plan(4096, 11008, 4096, 11008, chip, gated=True, activation="silu", y="bf16", **narrow),
+        hopper = {
+            "bf16": gemm_plan(4096, 4096, 4096, 4096, chip, residual=True, **narrow),
+            "bf16 of few outputs": gemm_plan(8192, 2048, 8192, 2048, chip, residual=True, **narrow),
+            "bf16 gated": gemm_plan(
+                4096, 11008, 4096, 11008, chip, gated=True, activation="silu", y="bf16", **narrow
             ),
         }
+        for name, plan in hopper.items():
+            for most, spec in plan.steps:
+                if spec.kind == "gemm_tma":
+                    most_registers = FEW_OUTPUTS if "few" in name else LARGE_TMA
+                    found[f"{name} by wgmma, {most or 'any'} rows"] = Example(spec, most_registers, tma)
     for name, (instructions, plan) in plans.items():
         large = LARGE_F32 if instructions is f32 else LARGE_MMA
         for most, spec in plan.steps:
-            found[f"{name}, {most or 'any'} rows"] = (
-                Example(spec, LARGE_TMA, tma)
-                if spec.kind == "gemm_tma"
-                else Example(
-                    spec, large if most is None else FEW_OUTPUTS if "few" in name else 128, instructions
-                )
-            )
+            most_registers = large if most is None else FEW_OUTPUTS if "few" in name else 128
+            found[f"{name}, {most or 'any'} rows"] = Example(spec, most_registers, instructions)
     return found

@@ -20,6 +20,8 @@ from nanoserve.cli.gpu_kernels import GPU_KERNELS
 from nanoserve.compiler.gpu import cubin
 from nanoserve.compiler.gpu.chip import CHIPS
 from nanoserve.compiler.gpu.lowering import STAGES
+from nanoserve.cuda import executor
+from nanoserve.cuda.same_bits import OtherBits
 from nanoserve.kernels.cuda import library
 from nanoserve.native import CudaDevice, CudaStep
 from support.text_checkpoint import make_text_checkpoint
@@ -91,6 +93,20 @@ def test_no_driver_is_a_sentence_and_exit_code_1(checkpoint: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: no CUDA driver: /nowhere/libcuda.so.1")
     assert done.stderr.endswith("Without a GPU, device='cpu' works\n")
+
+
+def test_a_device_whose_instructions_differ_is_a_sentence_and_exit_code_1(
+    run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["generate", checkpoint, "-p", "x", "--max-tokens", "1", *ON_GPU, "--dtype", "bfloat16", "--gemm", "wgmma"]  # fmt: skip
+    assert run(*words).exit_code == 0
+
+    def differ(*args: Any) -> None:
+        raise OtherBits("gemm: wgmma: it differs")
+
+    monkeypatch.setattr(executor, "check_same_bits", differ)
+    result = run(*words)
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "error: gemm: wgmma: it differs")
 
 
 # ---- plan
@@ -185,8 +201,9 @@ def test_a_triton_kernel_is_shown_by_tritons_stages(run: Run) -> None:
 def test_the_chip_is_the_devices_or_the_one_that_is_named(run: Run) -> None:
     assert ".target sm_90a" in run("explain", "norm", "--device", "cuda", "--stage", "ptx").stdout
     assert ".target sm_86" in run("explain", "norm", "--chip", "sm_86", "--stage", "ptx").stdout
-    assert "wgmma" in run("explain", "gemm_wgmma", "--chip", "sm_90a", "--stage", "ptx").stdout
-    assert "cp.async.bulk.tensor" in run("explain", "gemm_tma", "--chip", "sm_90a", "--stage", "ptx").stdout
+    text = run("explain", "gemm_tma", "--chip", "sm_90a", "--stage", "ptx").stdout
+    assert "cp.async.bulk.tensor" in text
+    assert "wgmma.mma_async" in text
 
 
 def test_every_gpu_kernel_is_listed_and_can_be_made(run: Run) -> None:
@@ -206,7 +223,6 @@ def test_every_gpu_kernel_is_listed_and_can_be_made(run: Run) -> None:
         (["softmax", "--device", "cuda"], "KERNEL: 'softmax' must be one of gemm_f32, gemm_mma, "),
         (["norm", "--chip", "sm_42"], "chip: 'sm_42' must be one of sm_80, "),
         (["norm", "--chip", "sm_80", "--stage", "magic"], "--stage: 'magic' must be one of written, simplify, "),
-        (["gemm_wgmma", "--chip", "sm_80"], "--chip: sm_80 has no warpgroup products, sm_90a has"),
         (["gemm_tma", "--chip", "sm_80"], "--chip: sm_80 has no warpgroup products, sm_90a has"),
         (["norm", "--device", "gpu"], "device: 'gpu' must be cpu, cuda or cuda:N"),
     ],

@@ -9,7 +9,6 @@ import sys
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 from tests.gpu.conftest import ROOT
 
@@ -33,7 +32,6 @@ def on(capability: str, *arguments: str, version: str = "12080") -> dict[str, An
 def test_answers_have_the_same_bits_on_every_chip(precision: str) -> None:
     old, new = on("8.0", precision), on("9.0", precision)
     assert (old["chip"], new["chip"]) == ("sm_80", "sm_90a")
-    assert not old["wgmma"]
     assert old["answers"] == new["answers"]
 
 
@@ -41,15 +39,6 @@ def test_tiles_brought_by_the_copy_engine_change_no_bit() -> None:
     """A prompt in steps of few rows, or in one of more than 64: another kernel, the same answers."""
     few, many = (on("9.0", "bfloat16", "wgmma", chunk) for chunk in ("48", "128"))
     assert few["most_rows"] <= 64 < many["most_rows"]
+    assert many["wgmma"]
     assert many["tma"]
-    assert few["answers"] == many["answers"]
-
-
-def test_warpgroup_products_are_near_the_others() -> None:
-    """Another instruction, whose order of adding is its own."""
-    plain, wgmma = on("9.0", "bfloat16"), on("9.0", "bfloat16", "wgmma")
-    assert wgmma["wgmma"]
-    for (tokens, logprobs), (others, near) in zip(plain["answers"], wgmma["answers"], strict=True):
-        same = next((at for at, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b), len(tokens))
-        assert same > 0
-        assert np.abs(np.subtract(logprobs[:same], near[:same])).max() < 0.02
+    assert few["answers"] == many["answers"] == on("9.0", "bfloat16")["answers"]

@@ -26,6 +26,7 @@ from nanoserve.kernels.cuda.wgmma_tile import Shape
 
 ORDERS = (0, 1, 2, 3, 4)
 SHAPE = Shape(2, 8, 3)
+CUTS = 3  # of two tiles, and of three
 STAGE_BYTES = (2 * 64 + 8) * 128
 PROBLEM = MatrixProblem(13, 64 * 8 - 3, 101, x="bf16", dtype="bf16")  # the ring is used more than twice
 MULTIPLY, COPY = 0, 1  # whose wait comes first in the text
@@ -33,7 +34,7 @@ Mutation = Callable[[str], str]
 
 
 def spec_of() -> GpuKernelSpec:
-    return gemm_tma_spec(PROBLEM.k, PROBLEM.n, PROBLEM.ldx, PROBLEM.ldy, SHAPE, Epilogue())
+    return gemm_tma_spec(PROBLEM.k, PROBLEM.n, PROBLEM.ldx, PROBLEM.ldy, SHAPE, Epilogue(), cuts=CUTS)
 
 
 def swap(old: str, new: str) -> Mutation:

@@ -140,9 +140,9 @@ def test_the_readme_gets_it_from_a_file(tmp_path: Path, monkeypatch: pytest.Monk
 def test_where_a_part_died_is_told() -> None:
     """What it was at is in its file before it is done; a part that ended says no such thing."""
     results = invented()
-    results["parts"]["numerics"] |= {"status": "died", "at": "gemm_wgmma, gated", "printed": "a\nCUDA error"}
+    results["parts"]["numerics"] |= {"status": "died", "at": "gemm_tma, gated", "printed": "a\nCUDA error"}
     results["parts"]["ceilings"] |= {"at": "copies"}
     lines = show.shown(results).splitlines()
-    assert [line.strip() for line in lines if "it was at" in line] == ["it was at: gemm_wgmma, gated"]
+    assert [line.strip() for line in lines if "it was at" in line] == ["it was at: gemm_tma, gated"]
     results["parts"]["numerics"]["status"] = "took too long"
-    assert "    it was at: gemm_wgmma, gated" in show.shown(results).splitlines()
+    assert "    it was at: gemm_tma, gated" in show.shown(results).splitlines()

@@ -28,7 +28,7 @@ class Arithmetic:
 
     Attributes:
         gemm: as the engine's option.
-        plan: options of a plan of our kernels (gemm_plan); None: a library's.
+        plan: options of a plan of our kernels (gemm_plan); None: a library's. All of ours have the same bits.
         needs_wgmma: runs on chips with warpgroup instructions only.
     """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tools.gpu_check.places import KERNELS
@@ -16,6 +16,7 @@ from tools.gpu_check.places import KERNELS
 from nanoserve.compiler.gpu.artifact import Artifact, ArtifactStore
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
 from nanoserve.cuda.executor import chip_of
+from nanoserve.cuda.launch import Placed, launch
 from nanoserve.kernels.cuda import library
 from nanoserve.native import (
     CudaDevice,
@@ -24,17 +25,7 @@ from nanoserve.native import (
     CudaMemory,
     CudaStream,
     CudaTimeMark,
-    cuda_launch,
 )
-
-
-class Placed(Protocol):
-    """What lies on a device."""
-
-    @property
-    def address(self) -> int: ...
-    @property
-    def num_bytes(self) -> int: ...
 
 
 class Gpu:
@@ -91,17 +82,7 @@ class Gpu:
 
     def put(self, spec: GpuKernelSpec, args: Sequence[int | Placed]) -> None:
         """One launch into the stream; args: what lies on the device, addresses and integers."""
-        names, by_map = [name for name, _ in spec.arguments], dict(spec.tensors)
-        scalars = {
-            name: arg
-            for name, pointer, arg in zip(names, spec.pointers, args, strict=True)
-            if isinstance(arg, int) and not pointer
-        }
-        values = [
-            arg if isinstance(arg, int) else (arg.address, arg.num_bytes) if name in by_map else arg.address
-            for name, arg in zip(names, args, strict=True)
-        ]
-        cuda_launch(self.stream, self.kernel(spec), spec.grid_of(scalars), values, self._is_behind)
+        launch(self.stream, self.kernel(spec), spec, args, is_behind=self._is_behind)
         self._is_behind = self._is_series
 
     def launch(

@@ -11,7 +11,6 @@ from pathlib import Path
 from tools.gpu_check import choice_cases, row_cases
 from tools.gpu_check.attention_cases import attention_cases
 from tools.gpu_check.case import Case
-from tools.gpu_check.engines import ARITHMETICS
 from tools.gpu_check.product_cases import GEMMS, product_cases, tma_cases
 
 from nanoserve.compiler.gpu.chip import Chip
@@ -28,7 +27,6 @@ CASES: dict[str, Callable[[Chip], Iterable[Case]]] = {
     "norm": row_cases.norm,
     "paged_attention": attention_cases,
 }
-_USUAL = next(iter(ARITHMETICS))
 
 
 def kinds() -> list[str]:
@@ -37,10 +35,10 @@ def kinds() -> list[str]:
     found = [path.stem for path in files if library._is_kernel(path, path.read_bytes())]
     return sorted(
         (stem for stem in found if not stem.endswith("_triton")),
-        key=lambda kind: (is_risky(kind), kind == "gemm_tma", kind),
+        key=lambda kind: (is_risky(kind), kind),
     )
 
 
 def is_risky(kind: str) -> bool:
-    """Whether it is a product by other instructions than the usual one's."""
-    return kind.startswith("gemm_") and kind not in ("gemm_f32", f"gemm_{_USUAL}")
+    """Whether it has instructions that no other has."""
+    return kind == "gemm_tma"

@@ -25,8 +25,6 @@ def specs(chip: Chip, tiny: bool, folder: Path) -> Iterable[GpuKernelSpec]:
         for made, _ in products(config).values():
             for one in arithmetics(chip, ours=True).values():
                 yield from product_speed.plan_of(made, chip, one).specs
-            if chip.wgmma:
-                yield product_speed.copied_by_threads(made)
         form = attention_form(config, chip)
         yield from (form.attend_spec(), form.split_spec(), form.merge_spec())
 
@@ -40,7 +38,7 @@ def run(gpu: Gpu, record: Record) -> None:
     for name, form in forms.items():
         if record.has_time(f"attention of {name}", 4):
             attention_speed.measure(gpu, record, name, form, ceilings)
-    usual, *others = product_speed.ways_of(gpu.chip)
+    usual, *others = arithmetics(gpu.chip, ours=True)
     _products(gpu, record, usual, ceilings)
     if gpu.torch is not None:
         for name, form in forms.items():

@@ -1,7 +1,7 @@
 """Every kind of kernel against a reference, and the bits of a row for any number of rows.
 
-Also whether different kernels for one thing agree to the bit: attention by whole rows or by segments must, the float32
-product and the CPU's must, the two products on tensor cores need not: that is told, not judged.
+Also whether different kernels for one thing agree to the bit: attention by whole rows and by segments, the float32 product and
+the CPU's, the two products on tensor cores (a case of gemm_tma's).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from tools.gpu_check.attention_cases import attention_problems
 from tools.gpu_check.case import Case
-from tools.gpu_check.engines import arithmetics
 from tools.gpu_check.gpu import Gpu
 from tools.gpu_check.kernel_cases import CASES, is_risky, kinds
 from tools.gpu_check.places import EXPECTED
@@ -45,10 +44,6 @@ def run(gpu: Gpu, record: Record) -> None:
             with record.attempt(name):
                 compare(gpu, record)
     _kinds(gpu, record, [kind for kind in kinds() if is_risky(kind)])
-    name = "products on tensor cores among each other"
-    if record.has_time(name, 1):
-        with record.attempt(name):
-            _tensor_cores(gpu, record)
 
 
 def _kinds(gpu: Gpu, record: Record, chosen: list[str]) -> None:
@@ -114,17 +109,3 @@ def _cpu_products(gpu: Gpu, record: Record) -> None:
             found, wanted = case.outputs(gpu.launch, m)[0], prepared[case.name][:m]
             differ = int((found.view(np.uint32) != wanted.view(np.uint32)).sum())
             record.check(f"{case.name}: the CPU's bits", differ == 0, f"{differ} of {found.size} differ")
-
-
-def _tensor_cores(gpu: Gpu, record: Record) -> None:
-    """Whether the kinds of bfloat16 products agree: how many of the outputs differ from the first one's."""
-    m = 65 if gpu.tiny else 300
-    known = [f"gemm_{name}" for name in arithmetics(gpu.chip, ours=True)]
-    results = {
-        kind: [case.outputs(gpu.launch, m)[0] for case in gemm_cases(kind, gpu.chip)] for kind in known
-    }
-    first, *others = known
-    for other in others:
-        differ = sum(int((a != b).sum()) for a, b in zip(results[first], results[other], strict=True))
-        total = sum(a.size for a in results[first])
-        record.fact(f"{first} and {other} differ in", f"{differ} of {total} outputs")

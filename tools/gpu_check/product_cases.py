@@ -8,15 +8,11 @@ from typing import Any
 
 import numpy as np
 from tools.gpu_check.case import MOST_ROWS, WIDE_ROWS, Array, Case, Launch, wide
-from tools.gpu_check.engines import ARITHMETICS, arithmetics
 
 from gpu.matrix_problem import MatrixProblem
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
-from nanoserve.kernels.cuda.epilogue import Epilogue
-from nanoserve.kernels.cuda.gemm import TMA_SHAPE, GemmPlan, gemm_plan
-from nanoserve.kernels.cuda.gemm_tma import gemm_tma_spec
-from nanoserve.kernels.cuda.gemm_wgmma import gemm_wgmma_spec
+from nanoserve.kernels.cuda.gemm import GemmPlan, gemm_plan
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "bias, gelu and residual": {"bias": True, "activation": "gelu_erf", "residual": True},
@@ -31,14 +27,10 @@ _WIDE_OPTIONS: dict[str, dict[str, Any]] = {
     "half as wide, residual": {"residual": True},
 }
 _WIDE_OUTPUTS, _WIDE_INPUTS = 4120, 520
-# By kind: types of x and of the weight, and what asks for it in a plan.
-GEMMS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
-    "gemm_f32": (("f32", "f32", {}), ("f32", "bf16", {}), ("f32", "f16", {})),
-    **{
-        f"gemm_{name}": (("bf16", "bf16", one.plan),)
-        for name, one in ARITHMETICS.items()
-        if one.plan is not None
-    },
+# By kind: types of x and of the weight.
+GEMMS = {
+    "gemm_f32": (("f32", "f32"), ("f32", "bf16"), ("f32", "f16")),
+    "gemm_mma": (("bf16", "bf16"),),
 }
 
 
@@ -63,28 +55,18 @@ def _problem(x: str, dtype: str, name: str, options: dict[str, Any], is_wide: bo
 
 
 def gemm_cases(kind: str, chip: Chip, *, is_wide: bool = False) -> list[GemmCase]:
-    """None where the chip has no such instructions."""
-    name = kind.removeprefix("gemm_")
-    if name in ARITHMETICS and name not in arithmetics(chip):
-        return []
     made = []
-    for x, dtype, asked in GEMMS[kind]:
+    for x, dtype in GEMMS[kind]:
         for name, options in (_WIDE_OPTIONS if is_wide else _OPTIONS).items():
             p = _problem(x, dtype, name, options, is_wide)
-            plan = gemm_plan(p.k, p.n, p.ldx, p.ldy, chip, x=x, dtype=dtype, y=p.y_type, **options, **asked)
-            made.append(GemmCase(f"{kind} {x} x {dtype}, {name}", p, plan))
+            made.append(GemmCase(f"{kind} {x} x {dtype}, {name}", p, _plan(p, chip)))
     return made
 
 
-def _without_tma(cases: list[GemmCase]) -> list[GemmCase]:
-    """The plans that have the copy engine, with tiles that threads copy in its place: faults of the two are told apart."""
-    made = []
-    for one in cases:
-        steps = [(most, spec) for most, spec in one.plan.steps if spec.kind != "gemm_tma"]
-        if len(steps) < len(one.plan.steps):
-            plan = GemmPlan((*steps, (None, _many_rows(one.problem, gemm_wgmma_spec))))
-            made.append(GemmCase(f"{one.name}, cp.async", one.problem, plan))
-    return made
+def _plan(p: MatrixProblem, chip: Chip, **asked: bool) -> GemmPlan:
+    return gemm_plan(
+        p.k, p.n, p.ldx, p.ldy, chip, x=p.x_type, dtype=p.dtype, y=p.y_type, **p.options, **asked
+    )
 
 
 def _of_any_rows(cases: list[GemmCase]) -> list[GemmCase]:
@@ -92,46 +74,45 @@ def _of_any_rows(cases: list[GemmCase]) -> list[GemmCase]:
     return [
         GemmCase(f"{one.name}, the kernel for any rows", one.problem, GemmPlan(one.plan.steps[-1:]))
         for one in cases[:1]
-        if one.plan.steps[-1][1].kind != "gemm_tma"
     ]
 
 
-def _many_rows(p: MatrixProblem, make: Callable[..., GpuKernelSpec]) -> GpuKernelSpec:
-    return make(p.k, p.n, p.ldx, p.ldy, TMA_SHAPE, Epilogue(**p.options), y=p.y_type)
-
-
 def tma_cases(chip: Chip) -> Iterable[Case]:
-    """For every number of rows, though plans have it for many; whether its bits are gemm_wgmma's is an output, too."""
+    """For every number of rows, though plans have it for many; whether its bits are gemm_mma's is an output, too."""
     if not chip.wgmma:
         return
     problems = [(name, options, False) for name, options in _OPTIONS.items()]
     problems += [(name, options, True) for name, options in _WIDE_OPTIONS.items()]
     for name, options, is_wide in problems:
         p = _problem("bf16", "bf16", name, options, is_wide)
-        spec, other = (_many_rows(p, make) for make in (gemm_tma_spec, gemm_wgmma_spec))
+        usual = _plan(p, chip)
+        for most, spec in _plan(p, chip, wgmma=True).steps:
+            if spec.kind != "gemm_tma":
+                continue
 
-        def run(
-            launch: Launch,
-            m: int,
-            p: MatrixProblem = p,
-            spec: GpuKernelSpec = spec,
-            other: GpuKernelSpec = other,
-        ) -> list[Array]:
-            found, same = (p.run(each, m=m, launch=launch) for each in (spec, other))
-            return [wide(found), np.full(m, float(found.tobytes() == same.tobytes()))]
+            def run(
+                launch: Launch,
+                m: int,
+                p: MatrixProblem = p,
+                spec: GpuKernelSpec = spec,
+                usual: GemmPlan = usual,
+            ) -> list[Array]:
+                found, same = (p.run(each, m=m, launch=launch) for each in (spec, usual.spec_for(m)))
+                return [wide(found), np.full(m, float(found.tobytes() == same.tobytes()))]
 
-        def expected(m: int, p: MatrixProblem = p) -> list[Array]:
-            return [p.expected()[:m], np.ones(m)]
+            def expected(m: int, p: MatrixProblem = p) -> list[Array]:
+                return [p.expected()[:m], np.ones(m)]
 
-        tolerance = 1e-2 if p.y_type == "bf16" else 2e-5
-        yield Case(f"gemm_tma, {name}", (spec, other), run, expected, tolerance, wide=is_wide)
+            title = f"gemm_tma, {name}" if most is None else f"gemm_tma, {name}, of few tiles"
+            tolerance = 1e-2 if p.y_type == "bf16" else 2e-5
+            yield Case(title, (spec, *usual.specs), run, expected, tolerance, wide=is_wide)
 
 
 def product_cases(kind: str) -> Callable[[Chip], Iterable[Case]]:
     def cases(chip: Chip) -> Iterable[Case]:
         for is_wide in (False, True):
             found = gemm_cases(kind, chip, is_wide=is_wide)
-            for one in [*_without_tma(found), *found, *_of_any_rows(found)]:
+            for one in [*found, *_of_any_rows(found)]:
                 tolerance = 1e-2 if one.problem.y_type == "bf16" else 2e-5
                 yield Case(
                     one.name, one.plan.specs, one.outputs, lambda m, one=one: [one.problem.expected()[:m]], tolerance,

@@ -13,16 +13,10 @@ from tools.gpu_check.shapes import Product
 
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
-from nanoserve.kernels.cuda.epilogue import Epilogue
-from nanoserve.kernels.cuda.gemm import TMA_SHAPE, GemmPlan, gemm_plan
-from nanoserve.kernels.cuda.gemm_wgmma import gemm_wgmma_spec
+from nanoserve.kernels.cuda.gemm import FEW_ROWS, GemmPlan, gemm_plan
 
 ROWS = (1, 8, 24, 32, 48, 64, 96, 128, 192, 256, 512, 2048)
 TORCH = "torch, no epilogue"
-CP_ASYNC, TMA = (
-    "wgmma, cp.async",
-    "wgmma, many rows",
-)  # the parts of wgmma's plan without and with the copy engine
 _MOST_HEAD_ROWS = 256  # a step has few rows of logits
 _NEAR = 2e-2  # bfloat16 results, with room; one wrong element of a row is further off
 
@@ -36,29 +30,12 @@ def plan_of(made: Product, chip: Chip, one: Arithmetic) -> GemmPlan:
     )  # fmt: skip
 
 
-def copied_by_threads(made: Product) -> GpuKernelSpec:
-    """What Hopper's plan would have for many rows if its tiles came by cp.async: to see whether the copy engine pays."""
-    op = made.op
-    epilogue = Epilogue(op.bias is not None, op.activation, op.residual, op.scale, op.softcap, op.gated)
-    return gemm_wgmma_spec(op.n_in, op.n_out, made.ldx, made.ldy, TMA_SHAPE, epilogue, y=made.y)
-
-
-def ways_of(chip: Chip) -> list[str]:
-    """Those of ours, what is likeliest to fault last: of wgmma's plan, first the rows whose tiles threads copy."""
-    names = list(arithmetics(chip, ours=True))
-    return [*names[:-1], CP_ASYNC, names[-1], TMA] if chip.wgmma else names
-
-
 def _specs_of(made: Product, chip: Chip, by: str, rows: list[int]) -> dict[int, GpuKernelSpec]:
-    """Kernels by number of rows; none by PyTorch."""
+    """Kernels by number of rows, of wgmma those that are not mma's; none by PyTorch."""
     if by == TORCH:
         return {}
-    plan = plan_of(made, chip, arithmetics(chip)[by.split(",")[0]])
-    found = {m: plan.spec_for(m) for m in rows}
-    if "wgmma" not in by:
-        return found
-    chosen = {m: spec for m, spec in found.items() if (spec.kind == "gemm_tma") == (by != "wgmma")}
-    return dict.fromkeys(chosen, copied_by_threads(made)) if by == CP_ASYNC else chosen
+    plan = plan_of(made, chip, arithmetics(chip)[by])
+    return {m: plan.spec_for(m) for m in rows if by != "wgmma" or m > FEW_ROWS}
 
 
 def rows_of(made: Product, tiny: bool) -> list[int]:
@@ -125,11 +102,9 @@ class ProductOperands:
 
 
 def measure(gpu: Gpu, record: Record, model: str, made: Product, by: str, ceilings: Ceilings | None) -> None:
-    """By one of `ways_of`, or by TORCH."""
+    """By one of our own arithmetics, or by TORCH."""
     operands = ProductOperands(gpu, made)
     specs = _specs_of(made, gpu.chip, by, operands.rows)
-    if by != TORCH and not specs:
-        return
     ends: dict[int, GpuKernelSpec] = {}  # each kernel with the fewest and the most rows it is for
     for spec in dict.fromkeys(specs.values()):
         mine = [m for m, one in specs.items() if one == spec]
@@ -151,8 +126,4 @@ def measure(gpu: Gpu, record: Record, model: str, made: Product, by: str, ceilin
         if ceilings is not None:
             row["of_bandwidth"] = size / seconds / ceilings.bandwidth
             row["of_products"] = made.flops(m) / seconds / ceilings.products
-        # The two parts of a plan are one line of a table.
-        shown = by if by != TMA else "wgmma"
-        record.row(
-            "products", model=model, product=made.name, k=made.op.n_in, n=made.rows, m=m, by=shown, **row
-        )
+        record.row("products", model=model, product=made.name, k=made.op.n_in, n=made.rows, m=m, by=by, **row)

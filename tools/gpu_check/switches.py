@@ -1,6 +1,6 @@
 """One way to run a whole model in bfloat16 against another: what choosing costs, and what bits do.
 
-Each of our own arithmetics gives a row the same bits whatever else runs. A library's product need not: the fastest of all
+Each of our own arithmetics gives a row the same bits, whatever else runs. A library's product need not: the fastest of all
 against the default is the price of that. And kernels that wait for each other's end, against those that begin early.
 """
 
@@ -41,6 +41,7 @@ def run(gpu: Gpu, record: Record) -> None:
     name, config = next(iter(models(gpu.tiny).items()))
     default: np.ndarray[Any, Any] | None = None
     ways: dict[str, dict[str, Any]] = {way: {"gemm": one.gemm} for way, one in arithmetics(gpu.chip).items()}
+    ours = {*arithmetics(gpu.chip, ours=True), IN_TURN}
     if gpu.device.starts_early:
         first, options = next(iter(ways.items()))
         ways = {first: options, IN_TURN: {**options, "start_early": False}, **ways}
@@ -51,6 +52,9 @@ def run(gpu: Gpu, record: Record) -> None:
                 _, logits = last_logits(engine, prompts_of(config, gpu.tiny))
                 if default is None:
                     default = logits
+                elif way in ours:
+                    differ = int((logits.view(np.uint32) != default.view(np.uint32)).sum())
+                    record.check(f"{way}: the default's logits, to the bit", differ == 0, f"{differ} of {logits.size} differ")  # fmt: skip
                 else:
                     check_near(record, f"{way}: the default's logits, nearly", logits, default)
                 batches = (1,) if gpu.tiny else BATCHES

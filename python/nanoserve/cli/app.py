@@ -56,11 +56,12 @@ class ErrorBoundary(TyperGroup):
             from nanoserve.compiler.gpu.triton_kernel import TritonMissing
             from nanoserve.compiler.jit import CompileError
             from nanoserve.compiler.object_cache import CacheRefused
+            from nanoserve.cuda.same_bits import OtherBits
             from nanoserve.kernels.cuda.library import KernelMissing
             from nanoserve.native import CudaDriverMissing, CudaError
 
             known = (
-                AssemblerMissing, CacheRefused, CompileError, CudaDriverMissing, CudaError, KernelMissing, TritonMissing,
+                AssemblerMissing, CacheRefused, CompileError, CudaDriverMissing, CudaError, KernelMissing, OtherBits, TritonMissing,
             )  # fmt: skip
             if not isinstance(error, known):
                 raise

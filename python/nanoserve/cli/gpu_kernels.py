@@ -27,10 +27,6 @@ def _gemm_mma(chip: Chip) -> GpuKernelSpec:
     return _gemm(chip, "gemm_mma", x="bf16", dtype="bf16")
 
 
-def _gemm_wgmma(chip: Chip) -> GpuKernelSpec:
-    return _gemm(chip, "gemm_wgmma", x="bf16", dtype="bf16", wgmma=True)
-
-
 def _gemm_tma(chip: Chip) -> GpuKernelSpec:
     return _gemm(chip, "gemm_tma", x="bf16", dtype="bf16", wgmma=True)
 
@@ -99,10 +95,9 @@ def _choose(chip: Chip) -> GpuKernelSpec:
 GPU_KERNELS: dict[str, tuple[Callable[[Chip], GpuKernelSpec], str]] = {
     "gemm_f32": (_gemm_f32, "matrix product in float32, 256 by 256, a few rows"),
     "gemm_mma": (_gemm_mma, "matrix product in bfloat16 by tensor cores, 256 by 256, a few rows"),
-    "gemm_wgmma": (_gemm_wgmma, "the same by Hopper's warpgroup instructions: sm_90a"),
     "gemm_tma": (
         _gemm_tma,
-        "the same for many rows: a warp has the copy engine bring tiles, others multiply",
+        "the same for many rows on sm_90a: a warp has the copy engine bring tiles, others multiply (wgmma)",
     ),
     "attend": (_attend, "paged attention of prompts' rows, 4 query and 2 KV heads of 64 (Triton)"),
     "split": (_split, "paged attention of single rows, a program per segment of keys (Triton)"),

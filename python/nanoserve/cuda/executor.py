@@ -23,6 +23,8 @@ from nanoserve.cuda.cublas import cublas_paths
 from nanoserve.cuda.device_weights import DeviceWeights
 from nanoserve.cuda.gemm_choice import choose_gemms
 from nanoserve.cuda.op_binder import CudaOpBinder
+from nanoserve.cuda.same_bits import check_same_bits
+from nanoserve.cuda.same_bits import specs as compared_specs
 from nanoserve.cuda.step_sizes import StepSizes
 from nanoserve.draws import Draws
 from nanoserve.kernels.cuda import choose
@@ -94,8 +96,8 @@ class CudaExecutor:
         max_model_len: longest sequence. None takes the config's max_seq_len.
         buckets: rows of the graphs; None: default_buckets; empty: no graphs.
         start_early: kernels begin before those in front of them end, where the device can do that.
-        gemm: what multiplies: "mma" (our kernels for every chip), "wgmma" (bfloat16 by Hopper's warpgroup instructions), "cublas"
-            (no bits are promised then), or a mapping from the decoder's products to those, as gemm_choice.py says.
+        gemm: what multiplies: "mma" (our kernels for every chip), "wgmma" (of bfloat16, many rows by Hopper's warpgroup
+            instructions), "cublas" (no bits are promised then), or a mapping from the decoder's products to those, as gemm_choice.py says.
         store: of compiled kernels; None: the user's. image: what of an artifact the driver loads, its cubin.
         on_progress: called as (done, total, kernel name) while kernels compile.
         on_load: called as (bytes done, bytes in total, weight name).
@@ -108,6 +110,7 @@ class CudaExecutor:
 
     Raises:
         ValueError: a size, a number format, a device or a choice that does not fit. CublasMissing: it is asked for, and not found.
+        OtherBits: wgmma is asked for, and does not sum as mma does on this device.
         MemoryError: the device's memory does not suffice.
         KernelMissing: a kernel must be compiled, and no compiler is installed. CudaError: the driver fails.
     """
@@ -158,9 +161,13 @@ class CudaExecutor:
         launches = [launch for op in ops for launch in binder.bind(op)]
         self.weight_bytes = self._native.weight_bytes
         specs = [spec for launch in launches for _, spec in launch.variants]
-        self.artifacts = load_artifacts(specs, self.chip, store, on_progress)
+        mixes = "wgmma" in self.gemm.values()
+        compared = compared_specs(self.chip) if mixes else ()
+        self.artifacts = load_artifacts([*specs, *compared], self.chip, store, on_progress)
         self._image = image
         self._kernels: dict[int, CudaKernel] = {}
+        if mixes:
+            check_same_bits(device, self.chip, lambda spec: self._loaded(self.artifacts[spec]))
         for launch in launches:
             launch.add_to(self._native, self.artifacts, self._loaded)
 

@@ -12,8 +12,8 @@ from nanoserve.checks import shown
 from nanoserve.models.config import ModelConfig
 from nanoserve.models.decoder import Gemm, forward_ops
 
-# mma: kernels for every chip, tensor cores' mma.sync in bfloat16 and fused multiply-adds in float32. wgmma: bfloat16 by
-# Hopper's warpgroup instructions. cublas: the library.
+# mma: kernels for every chip, tensor cores' mma.sync in bfloat16 and fused multiply-adds in float32. wgmma: the same for few
+# rows of bfloat16, Hopper's warpgroup instructions for many, whose bits are the same. cublas: the library.
 GEMMS = ("mma", "wgmma", "cublas")
 REST = "*"
 

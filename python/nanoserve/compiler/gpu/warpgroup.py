@@ -52,14 +52,6 @@ def no_sums(columns: int) -> Value:
     return Value(llvm.mlir_zero(_sums_type(columns)))
 
 
-def publish() -> None:
-    """What this thread's copies brought to shared memory is visible to the tensor cores, after a barrier."""
-    nvvm.fence_proxy(
-        ir.Attribute.parse("#nvvm.proxy_kind<async.shared>"),
-        space=ir.Attribute.parse("#nvvm.shared_space<cta>"),
-    )
-
-
 def begin() -> None:
     nvvm.wgmma_fence_aligned()
 
@@ -82,6 +74,15 @@ def finish() -> None:
     """Wait for the products begun; their sums may be used, and their tiles overwritten."""
     nvvm.wgmma_commit_group_sync_aligned()
     nvvm.wgmma_wait_group_sync_aligned(0)
+
+
+def added(sums: Value, more: Value, columns: int) -> Value:
+    """Both together, sum by sum."""
+    both = Value(llvm.mlir_undef(sums.type))
+    for i in range(columns // 2):
+        at = ir.DenseI64ArrayAttr.get([i])
+        both = Value(llvm.insertvalue(both.ir, (sum_at(sums, i) + sum_at(more, i)).ir, at))
+    return both
 
 
 def sum_at(sums: Value, i: int) -> Value:

@@ -1,18 +1,14 @@
 """Which kernel multiplies a weight: a plan of a few kernels by number of rows, whose outputs have the same bits.
 
     x f32, w f32, bf16 or f16   gemm_f32: IEEE float32, the CPU's bits
-    x bf16, w bf16              gemm_mma: tensor cores; or, where asked for, gemm_wgmma, and gemm_tma for many rows
-
-Tensor cores may sum an instruction's products in an order of their own, which nobody documents, so gemm_mma and the
-other two are never in one plan. Whether they agree, and which is faster with few rows, is for a GPU to say; gemm_mma
-is what every chip has.
+    x bf16, w bf16              gemm_mma: tensor cores; on Hopper, where asked for, gemm_tma for many rows
 
 Kernels of one plan differ in the shape of their tiles, which no bit depends on: in all of them, an output is the same
 chains of the same instruction along k. The shape follows from the weight and the chip; the rows choose among shapes, never
 among arithmetics. What keeps a large GPU busy is the number of tiles: they are as large as leaves one for each
 multiprocessor, and have so many stages that reading the weight is not waited for: its bytes on their way, over all
 multiprocessors, are what memory delivers in the time of one access (some 3 MB on an H200). A weight of few outputs has few
-tiles, each with a chain of products as long as k: gemm_mma cuts it in four, for any number of rows.
+tiles, each with a chain of products as long as k: it is cut in four, for any number of rows.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ from dataclasses import dataclass
 
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
-from nanoserve.kernels.cuda import gemm_f32, gemm_mma, gemm_tma, gemm_wgmma, wgmma_tile
+from nanoserve.kernels.cuda import gemm_f32, gemm_mma, gemm_tma, wgmma_tile
 from nanoserve.kernels.cuda.epilogue import Epilogue
 from nanoserve.kernels.cuda.gemm_tile import TILE_K
 
@@ -31,6 +27,7 @@ _LARGE = 2048  # rows; more are many, whatever the weight
 # A weight of fewer outputs than this gives too few tiles of 32 for them.
 _MANY_OUTPUTS = 32 * _MULTIPROCESSORS
 _CUTS = 4  # of k, for those
+FEW_ROWS = 64  # what multiplies more of them is bound by its arithmetic, or soon is
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +54,8 @@ def gemm_plan(
     Args:
         n_out: outputs; a gated weight has twice as many rows.
         x, dtype, y: element types of x, the weight and y.
-        wgmma: bfloat16 by Hopper's warpgroup products, for every number of rows.
+        wgmma: Hopper's warpgroup products for more than FEW_ROWS rows, which may be asked for where cuda/same_bits.py says that
+            their bits are mma.sync's.
 
     Raises:
         ValueError: sizes that do not fit, or an option that is not known.
@@ -77,12 +75,6 @@ def gemm_plan(
             most: gemm_f32.gemm_f32_spec(*sizes, shape, epilogue, dtype=dtype, y=y)
             for most, shape in _f32_shapes(outputs >= _MANY_OUTPUTS, gated).items()
         }
-    elif wgmma:
-        steps = {
-            most: gemm_wgmma.gemm_wgmma_spec(*sizes, shape, epilogue, y=y)
-            for most, shape in _WGMMA_SHAPES.items()
-        }
-        steps[None] = gemm_tma.gemm_tma_spec(*sizes, TMA_SHAPE, epilogue, y=y)
     else:
         # Parts of k for a weight of few outputs, each a tile at least.
         cuts = 1 if outputs >= _MANY_OUTPUTS else min(_CUTS, -(-n_in // TILE_K["bf16"]))
@@ -90,7 +82,13 @@ def gemm_plan(
         steps = {
             most: gemm_mma.gemm_mma_spec(*sizes, shape, epilogue, y=y, cuts=cuts)
             for most, shape in shapes.items()
+            if not wgmma or (most is not None and most <= FEW_ROWS)
         }
+        if wgmma:
+            steps |= {
+                most: gemm_tma.gemm_tma_spec(*sizes, shape, epilogue, y=y, cuts=cuts)
+                for most, shape in _tma_shapes(outputs, cuts).items()
+            }
     return GemmPlan(tuple(steps.items()))
 
 
@@ -112,10 +110,9 @@ def _mma_shapes(chip: Chip, outputs: int, gated: bool) -> dict[int | None, gemm_
         32: gemm_mma.Shape(2, 2, 1, 4 if is_wide else 2, 8),
         64: gemm_mma.Shape(2, 2, 2, 4, 6) if is_wide else gemm_mma.Shape(2, 2, 2, 2, 8),
     }
-    # From how many rows on there is a tile of 128 x 128 for everybody.
-    enough = 128 * (_MULTIPROCESSORS // -(-outputs // 128))
+    enough = _enough_rows(outputs)
     if enough > 128:
-        shapes[min(enough, _LARGE) - 1] = gemm_mma.Shape(2, 2, 2, 4 if has_many else 2, 6)
+        shapes[enough - 1] = gemm_mma.Shape(2, 2, 2, 4 if has_many else 2, 6)
     # A warp's 64 x 64 outputs: with fewer, reading them from shared memory takes longer than multiplying. Two blocks fit.
     shapes[None] = gemm_mma.Shape(2, 2, 4, 8, 3 if chip.capability >= 90 else 2)
     return shapes
@@ -134,17 +131,25 @@ def _cut_shapes(chip: Chip, outputs: int, gated: bool, cuts: int) -> dict[int | 
         32: gemm_mma.Shape(1, 1, 2, 4 if is_wide else 2, 4 if has_room else 2, cuts),
         64: gemm_mma.Shape(1, 1, 4, 4 if is_wide and has_room else 2, 2, cuts),
     }
-    enough = 128 * (_MULTIPROCESSORS // -(-outputs // 128))
-    shapes[min(enough, _LARGE) - 1] = gemm_mma.Shape(2, 2, 2, 2, 6)
+    shapes[_enough_rows(outputs) - 1] = gemm_mma.Shape(2, 2, 2, 2, 6)
     # Two sums of each output take a warp's registers, so it has 64 x 32. Eight of them for the same tile read shared memory
     # for about as long as they multiply: what many rows pay for the cut.
     shapes[None] = gemm_mma.Shape(2, 4, 4, 4, 4 if has_room else 3)
     return shapes
 
 
-_WGMMA_SHAPES: dict[int | None, wgmma_tile.Shape] = {
-    8: wgmma_tile.Shape(1, 8, 8),
-    32: wgmma_tile.Shape(1, 32, 6),
-    64: wgmma_tile.Shape(1, 64, 4),
-}
-TMA_SHAPE = wgmma_tile.Shape(2, 128, 3)  # 96 KiB: two blocks fit a multiprocessor
+def _tma_shapes(outputs: int, cuts: int) -> dict[int | None, wgmma_tile.Shape]:
+    """By the most rows, of a weight with that many."""
+    shapes: dict[int | None, wgmma_tile.Shape] = {}
+    enough = _enough_rows(outputs)
+    if enough > 128:
+        shapes[enough - 1] = wgmma_tile.Shape(1, 64, 6)
+    # Two blocks of 96 KiB fit a multiprocessor, so that one multiplies while the other stores. Where k is cut, two sums of
+    # each output take a thread's registers: one fits.
+    shapes[None] = wgmma_tile.Shape(2, 128, 3 if cuts == 1 else 6)
+    return shapes
+
+
+def _enough_rows(outputs: int) -> int:
+    """From how many rows on there is a tile of 128 x 128 for each multiprocessor."""
+    return min(128 * (_MULTIPROCESSORS // -(-outputs // 128)), _LARGE)

@@ -144,8 +144,7 @@ def prefetch_weight(
 def pipeline(
     k: int, k_tile: int, stages: int, copy: Callable[[Value, Value], None],
     multiply: Callable[[Value, list[Value]], list[Value]], sums: list[Value],
-    publish: Callable[[], None] = lambda: None, *, cuts: int = 1, part: Value | None = None,
-    wait_for_all: Callable[[], None] | None = None,
+    *, cuts: int = 1, part: Value | None = None, wait_for_all: Callable[[], None] | None = None,
 ) -> list[Value]:  # fmt: skip
     """Sums after all tiles along k, in their order: copy(k0, stage) and sums = multiply(stage, sums) for each.
 
@@ -154,7 +153,6 @@ def pipeline(
 
     Args:
         sums: what sums begin with, zeros.
-        publish: says of what this thread's copies have brought what a barrier alone does not say.
         cuts: parts of k whose sums are made by themselves, and added up in their order, as `total` does.
         part: this one alone. wait_for_all: a barrier of those who take it; None: of the block.
     """
@@ -185,7 +183,6 @@ def pipeline(
     def take_turn(turn: Value, carried: list[Value]) -> list[Value]:
         stage, free, *sums = carried
         wait_until(ahead - 1, group)
-        publish()
         (wait_for_all or barrier)()
 
         @when(turn + ahead < last)

@@ -1,4 +1,10 @@
-"""gemm_wgmma's product, to the bit, for many rows: tiles by the chip's copy engine (TMA), warps with a task each.
+"""y[m, n] = epilogue(sum_k x[m, k] * w[n, k]) of bfloat16, sums in float32, for many rows on Hopper (sm_90a): products by
+wgmma, tiles by the chip's copy engine (TMA), warps with a task each.
+
+The chains along k are gemm_mma's, cut where it cuts them. That an instruction of 16 k has the same bits in both is what
+was found on such chips (Xie et al., MMA-Sim, arXiv 2511.10909: both sum 16 exact products and the sum before, aligned to
+the largest and cut off 25 bits below it); nobody documents it, so whoever puts both in one plan checks it on the device
+(cuda/same_bits.py).
 
 A block has one warp that copies, of which one thread asks for whole tiles, and `groups` warpgroups that multiply. They
 meet at two mbarriers for each of the ring's `stages` places: `full`, when the tiles of a turn have come, and `empty`,
@@ -17,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 from nanoserve.compiler.gpu.chip import WARP, Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec, TensorForm
 from nanoserve.kernels.cuda.epilogue import Epilogue
+from nanoserve.kernels.cuda.gemm_tile import cut
 from nanoserve.kernels.cuda.layout import weight_stride
 from nanoserve.kernels.cuda.wgmma_tile import ALIGNMENT, GATES, GROUP, K_TILE, Shape, multiplier, store_sums
 
 if TYPE_CHECKING:
-    from nanoserve.compiler.builder import Value
+    from nanoserve.compiler.builder import Operand, Value
 
 _SWIZZLE = 128  # bytes, a row of a tile
 _BARRIER_BYTES = 8
@@ -30,9 +37,9 @@ _RUNS = 2 * GATES
 
 
 def gemm_tma_spec(
-    n_in: int, n_out: int, ldx: int, ldy: int, shape: Shape, epilogue: Epilogue, *, y: str = "f32"
-) -> GpuKernelSpec:
-    """Args as gemm_wgmma's, x and w by tensor maps."""
+    n_in: int, n_out: int, ldx: int, ldy: int, shape: Shape, epilogue: Epilogue, *, y: str = "f32", cuts: int = 1
+) -> GpuKernelSpec:  # fmt: skip
+    """Args, and `cuts`, as gemm_mma's, x and w by tensor maps."""
     if shape.rows > 256:
         raise ValueError(f"gemm_tma: groups={shape.groups} must be at most 4, a box has 256 rows")
     stride = weight_stride(n_in, "bf16")
@@ -41,14 +48,14 @@ def gemm_tma_spec(
         w = TensorForm("bf16", (n_in, n_out), (stride, n_out * stride), (K_TILE, GATES, 2), _SWIZZLE)
     x = TensorForm("bf16", (n_in,), (ldx,), (K_TILE, shape.columns), _SWIZZLE)
     return shape.spec(
-        "gemm_tma", n_in, n_out, ldx, ldy, epilogue, y, x=x, w=w, more_threads=WARP,
+        "gemm_tma", n_in, n_out, ldx, ldy, epilogue, y, cuts, x=x, w=w, more_threads=WARP,
         more_bytes=2 * shape.stages * _BARRIER_BYTES,
     )  # fmt: skip
 
 
 def build(
-    spec: GpuKernelSpec, chip: Chip, *, k: int, n: int, groups: int, columns: int, stages: int, **options: Any
-) -> None:
+    spec: GpuKernelSpec, chip: Chip, *, k: int, n: int, groups: int, columns: int, stages: int, cuts: int, **options: Any
+) -> None:  # fmt: skip
     from nanoserve.compiler.builder import const, index, select
     from nanoserve.compiler.control import either, loop, when
     from nanoserve.compiler.gpu import warpgroup
@@ -83,17 +90,21 @@ def build(
 
         barrier()
 
-        def every_turn(carry: list[Value], body: Callable[..., list[Value]]) -> list[Value]:
-            """body(turn, stage, parity, *carry): of the ring's stages in turn; the parity changes each time around."""
+        def turns_of(
+            first: Operand, last: Operand, place: list[Value], carry: list[Value], body: Callable[..., list[Value]]
+        ) -> list[Value]:  # fmt: skip
+            """body(turn, stage, parity, *carry): of the ring's places in turn; the parity changes each time around."""
 
-            @loop(0, turns, carry=[index(0), const(0, "i32"), *carry])
+            @loop(first, last, carry=[*place, *carry])
             def result(turn: Value, carried: list[Value]) -> list[Value]:
                 stage, parity, *rest = carried
                 rest = body(turn, stage, parity, *rest)
                 has_next = stage < index(stages - 1)
                 return [select(has_next, stage + 1, index(0)), select(has_next, parity, parity ^ 1), *rest]
 
-            return list(result[2:])
+            return list(result)
+
+        begin = [index(0), const(0, "i32")]
 
         def copy_turn(turn: Value, stage: Value, parity: Value) -> list[Value]:
             empty.wait(stage, parity ^ 1)  # the round before
@@ -113,7 +124,7 @@ def build(
         def copy() -> None:
             @when(thread < copier + 1)
             def _() -> None:
-                every_turn([], copy_turn)
+                turns_of(0, turns, begin, [], copy_turn)
 
         def multiply() -> None:
             products = multiplier(shape, w_shared, x_shared, thread)
@@ -128,7 +139,18 @@ def build(
 
                 return total
 
-            (sums,) = every_turn([warpgroup.no_sums(columns)], multiply_turn)
+            zeros = warpgroup.no_sums(columns)
+
+            def multiply_part(number: Value, carried: list[Value]) -> list[Value]:
+                *place, totals = carried
+                bounds = cut(number, k, K_TILE, cuts), cut(number + 1, k, K_TILE, cuts)
+                *place, sums = turns_of(*bounds, place, [zeros], multiply_turn)
+                return [*place, warpgroup.added(totals, sums, columns)]
+
+            if cuts > 1:
+                sums = loop(0, cuts, carry=[*begin, zeros])(multiply_part)[-1]
+            else:
+                sums = turns_of(0, turns, begin, [zeros], multiply_turn)[-1]
             store_sums(sums, shape, epilogue, y, given.get("bias"), n, m, first_row, first_column, thread)
 
         either(thread < copier, multiply, copy)

@@ -1,8 +1,6 @@
 """A block's tile of a product by Hopper's wgmma: its shape, its products, and what is done with their sums.
 
-What gemm_wgmma and gemm_tma share, which differ in how tiles come to shared memory and in nothing that a bit depends on.
-The weight is the operand of 64 rows and x that of as many columns as the instruction has, so that few rows of x waste
-little: what is computed is y transposed.
+The weight is the operand of 64 rows, x that of as many columns as the instruction has: what is computed is y transposed.
 """
 
 from __future__ import annotations
@@ -53,11 +51,11 @@ class Shape:
         )
 
     def spec(
-        self, kind: str, n_in: int, n_out: int, ldx: int, ldy: int, epilogue: Epilogue, y: str, *, x: Argument, w: Argument,
-        more_threads: int = 0, more_bytes: int = 0,
+        self, kind: str, n_in: int, n_out: int, ldx: int, ldy: int, epilogue: Epilogue, y: str, cuts: int, *,
+        x: Argument, w: Argument, more_threads: int, more_bytes: int,
     ) -> GpuKernelSpec:  # fmt: skip
         """Of a product with such tiles; x and w: how it takes them. `more`: than a thread's part and the tiles need."""
-        self._check(kind, n_in, n_out, ldx, ldy, y)
+        self._check(kind, n_in, n_out, ldx, ldy, y, cuts)
         outputs = (1 + epilogue.gated) * n_out
         arguments = {"x": x, "w": w}
         if epilogue.bias:
@@ -67,10 +65,10 @@ class Shape:
         size = sum(tile.bytes for tile in self.tiles(n_in)) + more_bytes
         return GpuKernelSpec.make(
             kind, arguments, grid, self.groups * GROUP + more_threads, size, k=n_in, n=n_out, groups=self.groups,
-            columns=self.columns, stages=self.stages, **epilogue.params,
+            columns=self.columns, stages=self.stages, cuts=cuts, **epilogue.params,
         )  # fmt: skip
 
-    def _check(self, kind: str, n_in: int, n_out: int, ldx: int, ldy: int, y: str) -> None:
+    def _check(self, kind: str, n_in: int, n_out: int, ldx: int, ldy: int, y: str, cuts: int) -> None:
         """Raises ValueError for sizes that do not fit."""
         if n_in < 1 or n_out < 1:
             raise ValueError(f"{kind}: n_in={n_in} and n_out={n_out} must be positive")
@@ -78,6 +76,8 @@ class Shape:
         check_stride(kind, n_out, ldy=ldy)
         if y not in ("f32", "bf16"):
             raise ValueError(f"{kind}: y {y!r} must be f32 or bf16")
+        if not 1 <= cuts <= -(-n_in // K_TILE):
+            raise ValueError(f"{kind}: cuts={cuts} must be in [1, {-(-n_in // K_TILE)}], a tile each")
         if self.columns % 8 or not 8 <= self.columns <= 256:
             raise ValueError(f"{kind}: columns={self.columns} must be a multiple of 8 in [8, 256]")
 
