@@ -18,7 +18,7 @@ WITHOUT_GPU = "environment,numerics,end_to_end,ceilings,engine_speed,kernel_spee
 def command(*args: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "tools.gpu_check", *map(str, args)],
-        cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=700, check=False,
     )  # fmt: skip
 
 

@@ -232,7 +232,7 @@ def test_a_part_that_hangs_is_ended(prepared: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(run_module, "_GRACE", 0.2)
     monkeypatch.setattr(run_module, "BY_NAME", {"numerics": parts.Part("numerics", 0.3, "")})
     runner = run_module.Runner(
-        prepared, tmp_path / "out.json", 60, fake=True, tiny=True, about={"command": ""}
+        prepared, tmp_path / "out.json", 60, fake=False, tiny=True, about={"command": ""}
     )
     assert not runner.run(["numerics"])
     assert runner.results["parts"]["numerics"]["status"] == "took too long"
