@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import select
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,8 @@ class Terminal:
         self._searched = 0
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
+            # Who runs the tests in the background may have left Ctrl-C ignored.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execvpe(command[0], command, environment)
 
     def __enter__(self) -> Terminal:

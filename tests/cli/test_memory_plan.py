@@ -227,7 +227,7 @@ def test_the_plan_is_what_the_pool_and_the_executor_take() -> None:
     assert loaded[-1] == plan.weight_bytes
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     memory=st.integers(1, 2**34), kv=st.none() | st.integers(1, 2**34), length=st.none() | st.integers(1, 512),
     seqs=st.integers(1, 1000), page=st.sampled_from([16, 32, 64]),

@@ -22,8 +22,9 @@ Run = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with a GiB available, on terminals that do not break lines."""
+    """A machine of one core with a GiB available, on terminals that do not break lines."""
     monkeypatch.setattr(memory_plan, "available_memory", lambda: 2**30)
+    monkeypatch.setattr(memory_plan, "default_num_threads", lambda: 1)
     monkeypatch.setenv("COLUMNS", "160")
 
 

@@ -84,7 +84,7 @@ def test_a_row_has_its_bits_whatever_m_and_its_place(
         assert whole.run(m=m, first=first)[:, :n].tobytes() == alone[first : first + m].tobytes(), m
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     m=st.integers(1, 150), cuts=st.sets(st.integers(1, 12), max_size=5),
     arithmetic=st.sampled_from(["bf16", "int8"]), gated=st.booleans(),

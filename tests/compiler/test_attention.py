@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiler.paged_inputs import JUNK, exact, make_pages, make_queries, run
@@ -52,7 +52,7 @@ def test_the_smaller_instruction_set_gives_the_same_bits() -> None:
             assert one.tobytes() == other.tobytes(), f"rows={rows}"
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(
     length=st.integers(1, 180),
     data=st.data(),

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,16 +143,25 @@ def test_a_worker_that_hangs_is_given_up(
 
 
 def test_workers_killed_halfway(
-    fresh: Path, started: list[subprocess.Popen[bytes]], caplog: pytest.LogCaptureFixture
+    fresh: Path,
+    started: list[subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Each when it is asked for a second kernel."""
     steps: list[int] = []
+    asked: set[int] = set()
+    ask = compile_pool._ask
 
-    def kill(done: int, total: int, name: str) -> None:
-        steps.append(done)
-        for process in started:
-            process.kill()
+    def asking(stdin: Any, stdout: Any, request: dict[str, object]) -> str | None:
+        if id(stdin) in asked:
+            for process in started:
+                process.kill()
+        asked.add(id(stdin))
+        return ask(stdin, stdout, request)
 
-    check(load_kernels(specs(), kill))
+    monkeypatch.setattr(compile_pool, "_ask", asking)
+    check(load_kernels(specs(), lambda done, total, name: steps.append(done)))
     assert steps == [1, 2, 3, 4]
     assert stats().compiled == 4
     assert "compiling it here" in caplog.text

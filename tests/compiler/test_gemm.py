@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiler.packed_call import act64, call, call_address, padded
@@ -109,7 +109,7 @@ def test_logits_beyond_the_cap_stay_below_it() -> None:
     assert np.isnan(problem.run()[2, :70]).all()
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30)
 @given(m=st.integers(1, 150), cuts=st.sets(st.integers(1, 40), max_size=5), residual=st.booleans())
 def test_any_split_gives_the_same_bits(m: int, cuts: set[int], residual: bool) -> None:
     problem = Problem(m, 70, 193, residual=residual, bias=True, activation="gelu_tanh")

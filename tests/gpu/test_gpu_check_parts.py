@@ -93,9 +93,9 @@ def test_decoding_is_measured_for_its_time(
         return step()
 
     monkeypatch.setattr(engine, "step", slow)
-    found = engine_work.decode(engine, 2, 10, steps=3, warm_s=0.02, least_s=0.05)
-    assert 3 <= found["steps"] <= 25
-    assert found["step_ms"] * found["steps"] > 40
+    found = engine_work.decode(engine, 2, 10, steps=3, warm_s=0.02, least_s=0.5)
+    assert 3 <= found["steps"] <= 250
+    assert found["step_ms"] * found["steps"] > 100
     assert found["context"] > 10 + 3 + found["steps"] / 2
     assert engine_work.decode(engine, 2, 10, steps=3)["steps"] == 3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -93,11 +94,12 @@ def test_a_sanitizer_that_is_done_is_read(tmp_path: Path, record: Record) -> Non
 def test_a_sanitizer_that_is_late_ends_with_what_it_runs(tmp_path: Path) -> None:
     child = tmp_path / "child"
     code = f"p = subprocess.Popen(['sleep', '60']); open({str(child)!r}, 'w').write(str(p.pid)); p.wait()"
-    record = Record(tmp_path / "record.json", 4)
+    record = Record(tmp_path / "record.json", 8)
     begin = time.monotonic()
     sanitizer.check(record, tmp_path, sanitizing(tmp_path, code), "memcheck", "numerics")
-    assert time.monotonic() - begin < 20
-    assert record.data["left_out"] == ["memcheck of numerics, not done in 2 s"]
+    assert time.monotonic() - begin < 40
+    (left_out,) = record.data["left_out"]
+    assert re.fullmatch(r"memcheck of numerics, not done in \d s", left_out)
     assert record.data["checks"] == []
     assert ends(int(child.read_text()))
 

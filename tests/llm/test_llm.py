@@ -66,7 +66,7 @@ def joined(deltas: list[TextDelta]) -> str:
     return "".join(delta.text for delta in deltas)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_stream_equals_whole(llm: LLM, data: st.DataObject) -> None:
     """Any prompt, sampling and stop strings: the deltas are the text, their tokens the tokens, the end the same."""

@@ -154,7 +154,7 @@ def test_preemption(name: str, prefix_cache: bool) -> None:
     engine.audit()
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_schedule(data: st.DataObject) -> None:
     """Random company, chunk size, budget, pool, page size, policy, threads, cache: never a different bit."""

@@ -85,7 +85,7 @@ tensors = st.fixed_dictionaries(
      "shape": st.lists(st.integers(0, 4), max_size=4) | values,
      "data_offsets": st.lists(st.integers(0, 64), min_size=2, max_size=2) | values}
 )  # fmt: skip
-FUZZ = settings(max_examples=300, deadline=2000, suppress_health_check=list(HealthCheck), derandomize=True)
+FUZZ = settings(max_examples=300, suppress_health_check=list(HealthCheck))
 
 
 @FUZZ

@@ -290,7 +290,9 @@ def test_readers_see_whole_files_while_processes_fill_the_same_entry(cache: Weig
         subprocess.Popen([sys.executable, "-c", WRITER, str(cache.directory)], env=env) for _ in range(2)
     ]
     found, arena = 0, WeightArena(2**20)
-    while any(writer.poll() is None for writer in writers):
+    is_last = False
+    while not is_last:
+        is_last = all(writer.poll() is not None for writer in writers)  # then once more
         if cache.read(KEY, arena, THREADS):
             found += 1
             assert (content(arena) == 7).all()

@@ -261,7 +261,7 @@ def test_stats_name_what_they_count() -> None:
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from("gasrwd"), st.integers(0, 3), st.integers(0, 40)), max_size=60))
 def test_tables_never_lose_or_invent_a_page(operations: list[tuple[str, int, int]]) -> None:
     """Random growing, sharing, copying and releasing over four tables and one plain holder; audit after each."""

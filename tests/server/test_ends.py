@@ -95,13 +95,13 @@ def test_time_is_up_while_waiting_and_while_running(
     """`following` waits in the engine, which has room for one more than runs; `late` in the queue behind it."""
     served = start(engine={"max_num_seqs": 1})
     gateway = served.server.gateway
-    slow_down(served, monkeypatch, 0.005)
+    slow_down(served, monkeypatch, 0.02)
 
     def post(**fields: Any) -> httpx.Response:
         return served.post("/v1/completions", {**LONG, **fields})
 
     with ThreadPoolExecutor(4) as pool:
-        first = pool.submit(post, timeout=2.0)
+        first = pool.submit(post, timeout=4.0)
         wait_for(lambda: gateway.num_running == 1 and served.engine.get_stats()["steps"] > 0)
         following = pool.submit(post, queue_timeout=0.5)
         wait_for(lambda: gateway.num_running == 2)
@@ -118,9 +118,9 @@ def test_time_is_up_while_waiting_and_while_running(
 
 
 def test_a_stream_whose_time_is_up_says_so(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow_down(served, monkeypatch, 0.002)
+    slow_down(served, monkeypatch, 0.02)
     with served.client.stream(
-        "POST", "/v1/completions", json={**LONG, "stream": True, "timeout": 0.3}
+        "POST", "/v1/completions", json={**LONG, "stream": True, "timeout": 3}
     ) as answer:
         lines = [line for line in answer.iter_lines() if line]
     assert answer.status_code == 200
@@ -270,17 +270,14 @@ def serve(checkpoint: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
 
 def test_sigterm_under_load_loses_no_accepted_request(checkpoint: Path) -> None:
     process, url = serve(checkpoint, "--max-num-seqs", "4", "--drain-timeout", "60")
-    work = {**LONG, "n": 2, "temperature": 1.0}  # for seconds, far longer than sixteen need to arrive
+    work = {**LONG, "n": 4, "temperature": 1.0}
     with ThreadPoolExecutor(16) as pool, httpx.Client(base_url=url, timeout=60) as client:
         jobs = [
             pool.submit(client.post, "/v1/completions", json={**work, "prompt": f"{i}", "stream": i % 2 == 0})
             for i in range(16)
         ]
 
-        def have_arrived() -> bool:
-            return _gauge(client, "num_requests_running") + _gauge(client, "num_requests_waiting") == 16
-
-        wait_for(have_arrived)
+        wait_for(lambda: _num_arrived(client) == 16)
         process.send_signal(signal.SIGTERM)
         wait_for(lambda: client.get("/health").status_code == 503)
         assert client.get("/health").json()["status"] == "draining"
@@ -290,24 +287,35 @@ def test_sigterm_under_load_loses_no_accepted_request(checkpoint: Path) -> None:
     assert process.wait(20) == 0
     for answer in answers:
         assert answer.status_code == 200
-        assert answer.text.count('"length"') == 2
+        assert answer.text.count('"length"') == 4
 
 
-def _gauge(client: httpx.Client, name: str) -> float:
-    for line in client.get("/metrics").text.splitlines():
-        if line.startswith(f"nanoserve:{name} "):
-            return float(line.split()[1])
-    raise AssertionError(name)
+def _number(client: httpx.Client, *names: str) -> float:
+    """Of the metrics, those together."""
+    found = {
+        name: float(value)
+        for name, _, value in (
+            line.rpartition(" ") for line in client.get("/metrics").text.splitlines() if line[:1] != "#"
+        )
+    }
+    return sum(found[f"nanoserve:{name}"] for name in names)
+
+
+def _num_arrived(client: httpx.Client) -> float:
+    """Requests that are there, and that were and got an answer."""
+    return _number(
+        client, "num_requests_running", "num_requests_waiting", "e2e_request_latency_seconds_count"
+    )
 
 
 def test_what_is_not_done_in_time_is_told(checkpoint: Path) -> None:
     process, url = serve(checkpoint, "--max-num-seqs", "2", "--drain-timeout", "0.05")
     with ThreadPoolExecutor(16) as pool, httpx.Client(base_url=url, timeout=60) as client:
         jobs = [
-            pool.submit(client.post, "/v1/completions", json={**LONG, "n": 2, "temperature": 1.0})
+            pool.submit(client.post, "/v1/completions", json={**LONG, "n": 8, "temperature": 1.0})
             for i in range(12)
         ]
-        wait_for(lambda: _gauge(client, "num_requests_waiting") > 2)
+        wait_for(lambda: _num_arrived(client) == 12)
         process.send_signal(signal.SIGTERM)
         answers = [job.result() for job in jobs]
     assert process.wait(20) == 0
@@ -321,11 +329,11 @@ def test_a_second_signal_ends_it_at_once(checkpoint: Path) -> None:
     with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=url, timeout=60) as client:
         for _ in range(8):
             pool.submit(httpx.post, f"{url}/v1/completions", json={**LONG, "n": 16, "temperature": 1.0})
-        wait_for(lambda: _gauge(client, "num_requests_waiting") > 2)
+        wait_for(lambda: _num_arrived(client) > 2)
         process.send_signal(signal.SIGTERM)
         wait_for(lambda: client.get("/health").status_code == 503)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(2) == 1
+        assert process.wait(20) == 1  # far less than it had for those under way
 
 
 def test_an_engine_that_cannot_go_on_ends_the_server(
@@ -369,8 +377,8 @@ def test_a_slow_reader_has_the_drains_time(checkpoint: Path) -> None:
                 "max_tokens": 400, "ignore_eos": True, "logprobs": True, "top_logprobs": 12}  # fmt: skip
         client.sendall(request_bytes({**body, "stream": True}, "/v1/chat/completions"))
         with httpx.Client(base_url=url, timeout=60) as other:
-            wait_for(lambda: _gauge(other, "num_requests_running") == 1)
-            wait_for(lambda: _gauge(other, "num_requests_running") == 0, 60)
+            wait_for(lambda: _num_arrived(other) == 1)
+            wait_for(lambda: _number(other, "num_requests_running") == 0, 60)
         process.send_signal(signal.SIGTERM)
         time.sleep(3.5)
         received = b""
@@ -390,7 +398,7 @@ def test_killed_and_started_again_it_serves(checkpoint: Path) -> None:
     process, url = serve(checkpoint)
     with httpx.Client(base_url=url, timeout=60) as client:
         assert client.get("/health").status_code == 200
-        assert time.monotonic() - begin < 20
+        assert time.monotonic() - begin < 40
         assert client.post("/v1/completions", json={**LONG, "max_tokens": 20}).json()["choices"] == before
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0

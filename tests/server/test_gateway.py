@@ -262,7 +262,7 @@ EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(EVENTS, max_size=60))
 def test_every_job_ends_once_and_leaves_nothing(events: list[tuple[str, int, int, int]]) -> None:
     world = World(max_queue_requests=5, max_requests_per_key=6)

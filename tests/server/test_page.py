@@ -97,19 +97,17 @@ def test_what_the_engine_does_is_drawn(served: Running, opened: Callable[[str], 
     page = opened(served.url)
     served.complete(prompt="a prompt of some pages, which stay in the tree " * 3, max_tokens=8)
     expect(page.locator("#counts")).to_contain_text("steps")
-    page.wait_for_timeout(400)
-    for name in ("pages", "tree"):
-        colours = page.evaluate(
-            """(name) => {
+    for name, least in (("pages", 2), ("tree", 1)):
+        page.wait_for_function(
+            """([name, least]) => {
               const canvas = document.getElementById(name);
               const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
               const seen = new Set();
               for (let at = 0; at < data.length; at += 4) if (data[at + 3]) seen.add(data[at] + "," + data[at + 1] + "," + data[at + 2]);
-              return seen.size;
+              return seen.size >= least;
             }""",
-            name,
+            arg=[name, least],
         )
-        assert colours >= (2 if name == "pages" else 1), name
 
 
 def test_stop_frees_the_request(

@@ -94,7 +94,7 @@ def llm_cases(rng: random.Random, directory: Path) -> Iterator[Case]:
     from nanoserve import LLM, SamplingParams, random_weights
 
     def run() -> None:
-        llm = LLM(directory, kv_cache_bytes=1 << 20, max_num_seqs=2, max_num_batched_tokens=16)
+        llm = LLM(directory, kv_cache_bytes=1 << 20, max_num_seqs=2, max_num_batched_tokens=16, num_threads=2)
         llm.generate([[1, 2, 3]], SamplingParams(max_tokens=1, temperature=0))
 
     goods = []

@@ -82,7 +82,7 @@ def test_the_comparison_compares(tokenizer: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", chat_templates.ALL)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(contents=st.lists(texts(4), min_size=1, max_size=4))
 def test_any_content(tokenizer: tuple[Any, Any], name: str, contents: list[str]) -> None:
     roles = ["user", "assistant"]

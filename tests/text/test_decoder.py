@@ -46,7 +46,7 @@ def streamed(chain: Any, pieces: list[str]) -> str:
 
 
 @pytest.mark.parametrize("name", CHAINS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(pieces=tokens)
 @example(pieces=[" ", " a", " "])
 @example(pieces=["", "  ", " "])
@@ -93,7 +93,7 @@ runs = st.lists(
 ).map(b"".join)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(parts=st.lists(st.tuples(runs, st.sampled_from(["x", "你", "", "<0xZZ>", "<0x1>"])), max_size=4))
 @example(parts=[("你".encode()[:2], "x")])
 @example(parts=[("你".encode() + b"\xff", "x")])

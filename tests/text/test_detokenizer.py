@@ -34,7 +34,7 @@ def pieces_of(tokenizer: Any, ids: list[int], skip: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ALL)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(ids=st.lists(st.integers(0, VOCAB - 1), max_size=24), skip=st.booleans())
 def test_any_ids(tokenizers: dict[str, Any], kind: str, ids: list[int], skip: bool) -> None:
     tokenizer = tokenizers[kind]
@@ -43,7 +43,7 @@ def test_any_ids(tokenizers: dict[str, Any], kind: str, ids: list[int], skip: bo
 
 
 @pytest.mark.parametrize("kind", ALL)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(text=texts(), skip=st.booleans(), cut=st.integers(0, 60))
 def test_text_and_its_prefixes(
     tokenizers: dict[str, Any], kind: str, text: str, skip: bool, cut: int
@@ -63,7 +63,7 @@ def test_text_and_its_prefixes(
 
 
 @pytest.mark.parametrize("kind", ["bytes", "gpt2", "gpt2-prefix", "qwen2", "llama3", "llama2", "gemma"])
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(text=texts())
 def test_round_trip(tokenizers: dict[str, Any], kind: str, text: str) -> None:
     """A lossless tokenizer gives the text back, whole and streamed."""

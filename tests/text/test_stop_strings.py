@@ -34,7 +34,7 @@ letters = st.text("ab<>", max_size=24)
 stop_lists = st.lists(st.text("ab<>", min_size=1, max_size=5), max_size=4)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(text=letters, stops=stop_lists, cuts=st.lists(st.integers(0, 24), max_size=8), include=st.booleans())
 @example(text="aaab", stops=["aab"], cuts=[1, 2, 3], include=False)
 @example(text="abab<", stops=["abab", "bab<"], cuts=[2], include=False)
@@ -44,7 +44,7 @@ def test_any_partition(text: str, stops: list[str], cuts: list[int], include: bo
     assert run(pieces, stops, include) == definition(text, stops, include)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=letters, stops=stop_lists)
 def test_holds_back_no_more_than_needed(text: str, stops: list[str]) -> None:
     """After every character: what is held is exactly the longest suffix that is a proper prefix of a stop string."""

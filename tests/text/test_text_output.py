@@ -29,7 +29,7 @@ def drive(output: TextOutput, ids: Any) -> tuple[list[str], str | None]:
     return taken, verdict
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     text=texts(), stops=st.lists(st.sampled_from(["x", "lo", " wor", "好", "\n", "👋", "\ufffd"]), max_size=3)
 )

@@ -39,7 +39,7 @@ def pairs(directories: dict[str, Path]) -> dict[str, tuple[Any, Tokenizer]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=texts())
 def test_encode_equals_transformers(pairs: dict[str, Any], kind: str, text: str) -> None:
     theirs, ours = pairs[kind]
@@ -48,7 +48,7 @@ def test_encode_equals_transformers(pairs: dict[str, Any], kind: str, text: str)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ids=st.lists(st.integers(0, VOCAB - 1), max_size=24), skip=st.booleans())
 def test_decode_equals_transformers(pairs: dict[str, Any], kind: str, ids: list[int], skip: bool) -> None:
     """For any ids, unless a run of byte tokens is not UTF-8 as a whole (decoder.py says what happens then)."""
@@ -71,7 +71,7 @@ def _with_valid_byte_runs(tokenizer: Tokenizer, ids: list[int], skip: bool) -> l
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=texts())
 def test_decode_of_a_text_equals_transformers(pairs: dict[str, Any], kind: str, text: str) -> None:
     theirs, ours = pairs[kind]
@@ -170,7 +170,7 @@ def test_interrupts_are_not_swallowed(pairs: dict[str, Any], monkeypatch: pytest
         ours.encode("x")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=texts())
 def test_byte_tokenizer(text: str) -> None:
     tokenizer = ByteTokenizer()
@@ -180,7 +180,7 @@ def test_byte_tokenizer(text: str) -> None:
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.binary(max_size=20))
 def test_byte_tokenizer_decodes_anything(data: bytes) -> None:
     assert ByteTokenizer().decode(data) == data.decode("utf-8", "replace")

@@ -19,6 +19,7 @@ def open_model(
 
     Args:
         needs_template: refuse a checkpoint without chat template, before its weights are read.
+        quiet: nothing is shown but what went wrong.
 
     Raises:
         CheckpointError, ValueError: as LLM.
@@ -29,7 +30,8 @@ def open_model(
         _require_template(model, engine.get("revision"))
     with LoadingBars() as bars, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said below, in the command's own way
-        llm = LLM(model, on_load=bars.on_load, on_progress=bars.on_progress, **engine)
+        on_load, on_progress = (None, None) if quiet else (bars.on_load, bars.on_progress)
+        llm = LLM(model, on_load=on_load, on_progress=on_progress, **engine)
     if llm.quantization_report is not None and not quiet:
         for line in llm.quantization_report.lines():
             say(line, dim=True)

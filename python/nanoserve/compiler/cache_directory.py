@@ -53,7 +53,10 @@ class CacheDirectory:
     def __init__(self, directory: str | Path, what: str, content: str = "code") -> None:
         self.path = Path(directory).absolute()
         self.what = what
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # mkdir's own `parents` would be as the umask says: another cache, inside which this one lies, must be safe, too.
+        for path in (*reversed(self.path.parents), self.path):
+            if not path.exists():
+                path.mkdir(mode=0o700, exist_ok=True)
         info = os.lstat(self.path)
         if not stat.S_ISDIR(info.st_mode):
             raise CacheRefused(f"{what} {self.path}: a link or a file, not a directory")
