@@ -19,7 +19,7 @@ def test_no_request_makes_a_server_error(start: Callable[..., Running], tmp_path
     )
     command = [
         sys.executable, "-m", "schemathesis.cli", "run", f"{served.url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "40",
-        "--seed", "1", "--phases", "examples,coverage,fuzzing", "--no-color", "--continue-on-failure",
+        "--seed", "1", "--request-timeout", "60", "--phases", "examples,coverage,fuzzing", "--no-color", "--continue-on-failure",
     ]  # fmt: skip
     done = subprocess.run(
         command,
@@ -27,7 +27,7 @@ def test_no_request_makes_a_server_error(start: Callable[..., Running], tmp_path
         text=True,
         check=False,
         cwd=tmp_path,
-        timeout=280,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": ""},
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
