@@ -51,6 +51,12 @@ def test_one_sum_that_differs_is_noticed(which: int) -> None:
         check_same_bits(CudaDevice(), CHIP, one_other)
 
 
+def test_sums_that_nobody_wrote_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(same_bits, "launch", lambda *args: None)
+    with pytest.raises(OtherBits, match="32768 of 32768 sums differ"):
+        check_same_bits(CudaDevice(), CHIP, kernel_of)
+
+
 def test_an_engine_is_not_made_where_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     load_images(monkeypatch)
     config = configs()["llama"]

@@ -48,9 +48,11 @@ def check_same_bits(device: CudaDevice, chip: Chip, kernel_of: Callable[[GpuKern
         y = _placed(stream, found)
         launch(stream, kernel_of(spec), spec, [x, w, y, _ROWS])
         y.download(found)
-        if usual is None:
-            usual = found.view(np.uint32)
-        elif (others := int(np.count_nonzero(found.view(np.uint32) != usual))) > 0:
+        bits = found.view(np.uint32)
+        usual = bits if usual is None else usual
+        # What was not written is not a number.
+        others = int(np.count_nonzero((bits != usual) | ~np.isfinite(found)))
+        if others:
             raise OtherBits(
                 f"gemm: wgmma: on {device.name} its bits are not those of mma ({others} of {found.size} sums differ), so that a "
                 "row's would depend on how many run beside it: take mma, or cublas"
