@@ -80,7 +80,7 @@ class LLM:
     Raises:
         CheckpointError: what is wrong with the checkpoint. ValueError: naming the field, its value and its limit.
         CudaDriverMissing: a GPU is asked for and there is no driver. KernelMissing: a GPU's kernel must be compiled, and no
-            compiler is installed.
+            compiler is installed. OtherBits: wgmma is asked for, and does not sum as mma does on this GPU.
     """
 
     def __init__(

@@ -14,9 +14,19 @@ from nanoserve.kernels.cuda.kv_write import kv_write_spec
 from nanoserve.kernels.cuda.logits import block_max_spec
 from nanoserve.kernels.cuda.norm import norm_spec
 
-# Three blocks of 128 threads, two of 128, two of 288 use up 64 Ki registers at this many each.
-LARGE_F32, LARGE_MMA, LARGE_TMA = 168, 255, 112
-FEW_OUTPUTS = 216  # of blocks few of which run at once: shared memory is what they are short of
+# Three blocks of 128 threads, two of 128 use up 64 Ki registers at this many each.
+LARGE_F32, LARGE_MMA = 168, 255
+FEW_OUTPUTS = 216  # of 128 threads, few of whose blocks run at once: shared memory is what they are short of
+
+
+def registers_left(spec: GpuKernelSpec) -> int:
+    """For each thread of as many blocks, two at most, as a Hopper multiprocessor's shared memory has room for.
+
+    Each of its four parts has 16 Ki of them, and every fourth warp.
+    """
+    blocks = min(2, 227 * 1024 // spec.shared_bytes)
+    warps = -(-blocks * (spec.block // 32) // 4)
+    return 16 * 1024 // (32 * warps) // 8 * 8
 
 
 @dataclass(frozen=True)
@@ -92,8 +102,7 @@ def examples(chip: Chip) -> dict[str, Example]:
         for name, plan in hopper.items():
             for most, spec in plan.steps:
                 if spec.kind == "gemm_tma":
-                    most_registers = FEW_OUTPUTS if "few" in name else LARGE_TMA
-                    found[f"{name} by wgmma, {most or 'any'} rows"] = Example(spec, most_registers, tma)
+                    found[f"{name} by wgmma, {most or 'any'} rows"] = Example(spec, registers_left(spec), tma)
     for name, (instructions, plan) in plans.items():
         large = LARGE_F32 if instructions is f32 else LARGE_MMA
         for most, spec in plan.steps:

@@ -61,6 +61,7 @@ def test_it_runs_whole_on_the_emulator(prepared: Path, tmp_path: Path) -> None:
         "gemm_tma, gated",
         "gemm_tma, gated: a row's bits",
         "gemm_tma, gated, of few tiles",
+        "gemm_tma, gated: gemm_mma's bits",
         "attention bf16: by rows and by segments the same bits",
         "gemm_f32 f32 x f32, gated: the CPU's bits",
         "gpt2: the tokens of ours on the CPU",

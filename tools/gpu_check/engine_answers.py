@@ -21,7 +21,7 @@ _NEAR = 0.05  # of a row's norm, by which the logits of two arithmetics may diff
 
 
 def prompts_of(config: ModelConfig, tiny: bool) -> list[list[int]]:
-    count, length = (4, 9) if tiny else (32, 64)
+    count, length = (4, 17) if tiny else (32, 64)  # together more rows than are few
     return [random_tokens(config, length, 2000 + number) for number in range(count)]
 
 

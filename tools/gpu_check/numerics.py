@@ -1,7 +1,7 @@
 """Every kind of kernel against a reference, and the bits of a row for any number of rows.
 
 Also whether different kernels for one thing agree to the bit: attention by whole rows and by segments, the float32 product and
-the CPU's, the two products on tensor cores (a case of gemm_tma's).
+the CPU's, the two products on tensor cores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tools.gpu_check.case import Case
 from tools.gpu_check.gpu import Gpu
 from tools.gpu_check.kernel_cases import CASES, is_risky, kinds
 from tools.gpu_check.places import EXPECTED
-from tools.gpu_check.product_cases import gemm_cases
+from tools.gpu_check.product_cases import gemm_cases, tma_problems
 from tools.gpu_check.record import Record
 
 from gpu.attention_problem import numbers
@@ -44,6 +44,16 @@ def run(gpu: Gpu, record: Record) -> None:
             with record.attempt(name):
                 compare(gpu, record)
     _kinds(gpu, record, [kind for kind in kinds() if is_risky(kind)])
+    for title, problem, spec, usual, is_wide in tma_problems(gpu.chip):
+        name = f"{title}: gemm_mma's bits"
+        if not (gpu.tiny and is_wide) and record.has_time(name, 1):
+            with record.attempt(name):
+                m = _TINY_ROWS[-1] if gpu.tiny else min(ROWS[-1], problem.m)
+                found, wanted = (
+                    problem.run(one, m=m, launch=gpu.launch) for one in (spec, usual.spec_for(m))
+                )
+                differ = int((found != wanted).sum())
+                record.check(name, found.tobytes() == wanted.tobytes(), f"{differ} of {found.size} differ")
 
 
 def _kinds(gpu: Gpu, record: Record, chosen: list[str]) -> None:

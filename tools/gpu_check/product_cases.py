@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from tools.gpu_check.case import MOST_ROWS, WIDE_ROWS, Array, Case, Launch, wide
 
 from gpu.matrix_problem import MatrixProblem
@@ -77,35 +76,31 @@ def _of_any_rows(cases: list[GemmCase]) -> list[GemmCase]:
     ]
 
 
-def tma_cases(chip: Chip) -> Iterable[Case]:
-    """For every number of rows, though plans have it for many; whether its bits are gemm_mma's is an output, too."""
+def tma_problems(chip: Chip) -> Iterable[tuple[str, MatrixProblem, GpuKernelSpec, GemmPlan, bool]]:
+    """Of the kernels for many rows of Hopper's plans: a name, a problem, the kernel, mma's plan, whether it is wide."""
     if not chip.wgmma:
         return
     problems = [(name, options, False) for name, options in _OPTIONS.items()]
     problems += [(name, options, True) for name, options in _WIDE_OPTIONS.items()]
     for name, options, is_wide in problems:
         p = _problem("bf16", "bf16", name, options, is_wide)
-        usual = _plan(p, chip)
         for most, spec in _plan(p, chip, wgmma=True).steps:
-            if spec.kind != "gemm_tma":
-                continue
+            if spec.kind == "gemm_tma":
+                title = f"gemm_tma, {name}" if most is None else f"gemm_tma, {name}, of few tiles"
+                yield title, p, spec, _plan(p, chip), is_wide
 
-            def run(
-                launch: Launch,
-                m: int,
-                p: MatrixProblem = p,
-                spec: GpuKernelSpec = spec,
-                usual: GemmPlan = usual,
-            ) -> list[Array]:
-                found, same = (p.run(each, m=m, launch=launch) for each in (spec, usual.spec_for(m)))
-                return [wide(found), np.full(m, float(found.tobytes() == same.tobytes()))]
 
-            def expected(m: int, p: MatrixProblem = p) -> list[Array]:
-                return [p.expected()[:m], np.ones(m)]
+def tma_cases(chip: Chip) -> Iterable[Case]:
+    """For every number of rows, though plans have it for many."""
+    for title, p, spec, usual, is_wide in tma_problems(chip):
 
-            title = f"gemm_tma, {name}" if most is None else f"gemm_tma, {name}, of few tiles"
-            tolerance = 1e-2 if p.y_type == "bf16" else 2e-5
-            yield Case(title, (spec, *usual.specs), run, expected, tolerance, wide=is_wide)
+        def run(launch: Launch, m: int, p: MatrixProblem = p, spec: GpuKernelSpec = spec) -> list[Array]:
+            return [wide(p.run(spec, m=m, launch=launch))]
+
+        tolerance = 1e-2 if p.y_type == "bf16" else 2e-5
+        yield Case(
+            title, (spec, *usual.specs), run, lambda m, p=p: [p.expected()[:m]], tolerance, wide=is_wide
+        )
 
 
 def product_cases(kind: str) -> Callable[[Chip], Iterable[Case]]:

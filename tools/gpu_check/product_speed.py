@@ -13,7 +13,7 @@ from tools.gpu_check.shapes import Product
 
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
-from nanoserve.kernels.cuda.gemm import FEW_ROWS, GemmPlan, gemm_plan
+from nanoserve.kernels.cuda.gemm import GemmPlan, gemm_plan
 
 ROWS = (1, 8, 24, 32, 48, 64, 96, 128, 192, 256, 512, 2048)
 TORCH = "torch, no epilogue"
@@ -35,7 +35,8 @@ def _specs_of(made: Product, chip: Chip, by: str, rows: list[int]) -> dict[int, 
     if by == TORCH:
         return {}
     plan = plan_of(made, chip, arithmetics(chip)[by])
-    return {m: plan.spec_for(m) for m in rows if by != "wgmma" or m > FEW_ROWS}
+    found = {m: plan.spec_for(m) for m in rows}
+    return {m: spec for m, spec in found.items() if by != "wgmma" or spec.kind == "gemm_tma"}
 
 
 def rows_of(made: Product, tiny: bool) -> list[int]:
@@ -105,6 +106,8 @@ def measure(gpu: Gpu, record: Record, model: str, made: Product, by: str, ceilin
     """By one of our own arithmetics, or by TORCH."""
     operands = ProductOperands(gpu, made)
     specs = _specs_of(made, gpu.chip, by, operands.rows)
+    if by != TORCH and not specs:
+        return
     ends: dict[int, GpuKernelSpec] = {}  # each kernel with the fewest and the most rows it is for
     for spec in dict.fromkeys(specs.values()):
         mine = [m for m, one in specs.items() if one == spec]

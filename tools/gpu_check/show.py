@@ -14,7 +14,7 @@ def shown(results: Results) -> str:
     lines = []
     for name, part in results["parts"].items():
         lines += _told(name, part)
-    for made in (_device, _ceilings, _bits, _targets, _decode, _mixed, _products, _attention, _switches):
+    for made in (_device, _ceilings, _targets, _decode, _mixed, _products, _attention, _switches):
         lines += made(results)
     if len(lines) > _MOST_LINES - 1:
         left = len(lines) - (_MOST_LINES - 2)
@@ -99,10 +99,6 @@ def _ceilings(results: Results) -> list[str]:
         + ("" if products is None else f", bf16 products {products / 1e12:.0f} TFLOP/s")
         + f", a launch {facts['launch_s'] * 1e6:.1f} us, in a graph {facts.get('launch_in_graph_s', 0) * 1e6:.1f} us"
     ]
-
-
-def _bits(results: Results) -> list[str]:
-    return [f"{key} {value}" for key, value in _facts(results, "numerics").items()]
 
 
 def _targets(results: Results) -> list[str]:

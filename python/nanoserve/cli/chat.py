@@ -27,7 +27,7 @@ def chat(
         typer.Option("--plain", help="Continue plain text, for models without a chat template: each line is added to the "
                      "text so far, and the model goes on from there."),
     ] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No greeting, no notes, no line of numbers.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No greeting, no bars, no notes, no line of numbers.")] = False,
     *,
     sampling: dict[str, Any],
     engine: dict[str, Any],

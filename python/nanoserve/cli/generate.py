@@ -48,7 +48,7 @@ def generate(
         typer.Option("--stream/--no-stream", help="Show text as it comes. [on a terminal, for a single completion]",
                      show_default=False),
     ] = None,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No summary and no notes on stderr.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No bars, no summary and no notes on stderr.")] = False,
     *,
     sampling: dict[str, Any],
     engine: dict[str, Any],

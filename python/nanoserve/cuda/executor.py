@@ -163,11 +163,12 @@ class CudaExecutor:
         specs = [spec for launch in launches for _, spec in launch.variants]
         mixes = "wgmma" in self.gemm.values()
         compared = compared_specs(self.chip) if mixes else ()
-        self.artifacts = load_artifacts([*specs, *compared], self.chip, store, on_progress)
+        loaded = load_artifacts([*specs, *compared], self.chip, store, on_progress)
+        self.artifacts = {spec: loaded[spec] for spec in specs}
         self._image = image
         self._kernels: dict[int, CudaKernel] = {}
         if mixes:
-            check_same_bits(device, self.chip, lambda spec: self._loaded(self.artifacts[spec]))
+            check_same_bits(device, self.chip, lambda spec: self._loaded(loaded[spec]))
         for launch in launches:
             launch.add_to(self._native, self.artifacts, self._loaded)
 

@@ -21,6 +21,8 @@ from nanoserve.native import CudaDevice, CudaKernel, CudaMemory, CudaStream
 
 _ROWS, _OUTPUTS, _K = 128, 256, 1024  # cut in four, 16 instructions a part
 _POWERS = 6  # numbers are up to 2^6 times larger or smaller than usual ones
+_CANCELLING, _ONES = 3, 3  # a row whose numbers cancel in pairs, times a row of ones
+_ONE, _SIGN = np.uint16(0x3F80), np.uint16(0x8000)
 
 
 class OtherBits(RuntimeError):
@@ -41,12 +43,14 @@ def check_same_bits(device: CudaDevice, chip: Chip, kernel_of: Callable[[GpuKern
         OtherBits: a sum differs. CudaError: the device cannot run them.
     """
     stream, random = CudaStream(device), np.random.default_rng(0)
-    x, w = (_placed(stream, _numbers(random, rows)) for rows in (_ROWS, _OUTPUTS))
+    x, w = (_numbers(random, rows) for rows in (_ROWS, _OUTPUTS))
+    w[_ONES], x[_CANCELLING, 1::2] = _ONE, x[_CANCELLING, ::2] ^ _SIGN
+    x_there, w_there = _placed(stream, x), _placed(stream, w)
     usual: NDArray[np.uint32] | None = None
     for spec in specs(chip):
         found = np.full((_ROWS, _OUTPUTS), np.nan, np.float32)
         y = _placed(stream, found)
-        launch(stream, kernel_of(spec), spec, [x, w, y, _ROWS])
+        launch(stream, kernel_of(spec), spec, [x_there, w_there, y, _ROWS])
         y.download(found)
         bits = found.view(np.uint32)
         usual = bits if usual is None else usual
@@ -60,9 +64,13 @@ def check_same_bits(device: CudaDevice, chip: Chip, kernel_of: Callable[[GpuKern
 
 
 def _numbers(random: np.random.Generator, rows: int) -> NDArray[np.uint16]:
-    """Of bfloat16: normal ones, times powers of two."""
+    """Of bfloat16: normal ones times powers of two; a row of zeros, one of both kinds of zeros, one of subnormals."""
     values = random.standard_normal((rows, _K)) * 2.0 ** random.integers(-_POWERS, _POWERS + 1, (rows, _K))
-    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    bits = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    bits[0] = 0
+    bits[1] = random.integers(2, size=_K, dtype=np.uint16) * _SIGN
+    bits[2] &= _SIGN | 0x7F
+    return bits
 
 
 def _placed(stream: CudaStream, array: NDArray[np.generic]) -> CudaMemory:

@@ -4,8 +4,8 @@
     x bf16, w bf16              gemm_mma: tensor cores; on Hopper, where asked for, gemm_tma for many rows
 
 Kernels of one plan differ in the shape of their tiles, which no bit depends on: in all of them, an output is the same
-chains of the same instruction along k. The shape follows from the weight and the chip; the rows choose among shapes, never
-among arithmetics. What keeps a large GPU busy is the number of tiles: they are as large as leaves one for each
+chains along k, of one instruction, or of two that were found to sum alike. The shape follows from the weight and the chip; the
+rows choose among shapes, never among arithmetics. What keeps a large GPU busy is the number of tiles: they are as large as leaves one for each
 multiprocessor, and have so many stages that reading the weight is not waited for: its bytes on their way, over all
 multiprocessors, are what memory delivers in the time of one access (some 3 MB on an H200). A weight of few outputs has few
 tiles, each with a chain of products as long as k: it is cut in four, for any number of rows.
@@ -144,8 +144,8 @@ def _tma_shapes(outputs: int, cuts: int) -> dict[int | None, wgmma_tile.Shape]:
     enough = _enough_rows(outputs)
     if enough > 128:
         shapes[enough - 1] = wgmma_tile.Shape(1, 64, 6)
-    # Two blocks of 96 KiB fit a multiprocessor, so that one multiplies while the other stores. Where k is cut, two sums of
-    # each output take a thread's registers: one fits.
+    # Two blocks of 96 KiB fit a multiprocessor where a thread has no more than 96 registers (all but the largest epilogues), so
+    # that one multiplies while the other stores. Where k is cut, two sums of each output take registers: one fits.
     shapes[None] = wgmma_tile.Shape(2, 128, 3 if cuts == 1 else 6)
     return shapes
 

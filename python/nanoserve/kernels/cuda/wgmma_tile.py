@@ -11,10 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from nanoserve.compiler.gpu.chip import WARP
-from nanoserve.compiler.gpu.spec import SCALAR, UNBOUNDED, Argument, Extent, GpuKernelSpec, pointer
 from nanoserve.kernels.cuda.epilogue import Epilogue
 from nanoserve.kernels.cuda.gemm_tile import TILE_K, Tile
-from nanoserve.kernels.cuda.layout import check_stride
 
 if TYPE_CHECKING:
     from nanoserve.compiler.builder import Value
@@ -50,41 +48,10 @@ class Shape:
             Tile(self.columns, k, K_TILE, "bf16", self.stages),
         )
 
-    def spec(
-        self, kind: str, n_in: int, n_out: int, ldx: int, ldy: int, epilogue: Epilogue, y: str, cuts: int, *,
-        x: Argument, w: Argument, more_threads: int, more_bytes: int,
-    ) -> GpuKernelSpec:  # fmt: skip
-        """Of a product with such tiles; x and w: how it takes them. `more`: than a thread's part and the tiles need."""
-        self._check(kind, n_in, n_out, ldx, ldy, y, cuts)
-        outputs = (1 + epilogue.gated) * n_out
-        arguments = {"x": x, "w": w}
-        if epilogue.bias:
-            arguments["bias"] = pointer(outputs)
-        arguments |= {"y": pointer(UNBOUNDED, ldy, element=y), "m": SCALAR}
-        grid = (Extent("m", self.columns), Extent(times=-(-outputs // self.rows)))
-        size = sum(tile.bytes for tile in self.tiles(n_in)) + more_bytes
-        return GpuKernelSpec.make(
-            kind, arguments, grid, self.groups * GROUP + more_threads, size, k=n_in, n=n_out, groups=self.groups,
-            columns=self.columns, stages=self.stages, cuts=cuts, **epilogue.params,
-        )  # fmt: skip
-
-    def _check(self, kind: str, n_in: int, n_out: int, ldx: int, ldy: int, y: str, cuts: int) -> None:
-        """Raises ValueError for sizes that do not fit."""
-        if n_in < 1 or n_out < 1:
-            raise ValueError(f"{kind}: n_in={n_in} and n_out={n_out} must be positive")
-        check_stride(kind, n_in, ldx=ldx)
-        check_stride(kind, n_out, ldy=ldy)
-        if y not in ("f32", "bf16"):
-            raise ValueError(f"{kind}: y {y!r} must be f32 or bf16")
-        if not 1 <= cuts <= -(-n_in // K_TILE):
-            raise ValueError(f"{kind}: cuts={cuts} must be in [1, {-(-n_in // K_TILE)}], a tile each")
-        if self.columns % 8 or not 8 <= self.columns <= 256:
-            raise ValueError(f"{kind}: columns={self.columns} must be a multiple of 8 in [8, 256]")
-
 
 def multiplier(
     shape: Shape, w_shared: Array, x_shared: Array, thread: Value
-) -> Callable[[Value, list[Value]], list[Value]]:
+) -> Callable[[Value, Value], Value]:
     """multiply(stage, sums): the sums with the products of a stage's tiles, k ascending in steps of 16."""
     from nanoserve.compiler.gpu import warpgroup
 
@@ -92,18 +59,17 @@ def multiplier(
     group_at = warpgroup.integer(thread // GROUP) * (ROWS * warpgroup.ROW_BYTES)
     w_address, x_address = warpgroup.address_of(w_shared) + group_at, warpgroup.address_of(x_shared)
 
-    def multiply(stage: Value, sums: list[Value]) -> list[Value]:
+    def multiply(stage: Value, sums: Value) -> Value:
         place = warpgroup.integer(stage)
         of_w = warpgroup.descriptor(w_address + place * (shape.rows * stage_bytes))
         of_x = warpgroup.descriptor(x_address + place * (shape.columns * stage_bytes))
-        total = sums[0]
         warpgroup.begin()
         for step in range(K_TILE // 16):
-            total = warpgroup.multiply(
-                warpgroup.advanced(of_w, step), warpgroup.advanced(of_x, step), total, shape.columns
+            sums = warpgroup.multiply(
+                warpgroup.advanced(of_w, step), warpgroup.advanced(of_x, step), sums, shape.columns
             )
         warpgroup.finish()
-        return [total]
+        return sums
 
     return multiply
 
