@@ -164,7 +164,7 @@ def exchange(served: Running, data: bytes, seconds: float = 10.0) -> bytes:
 
 
 def test_large_headers_are_refused(start: Callable[..., Running]) -> None:
-    served = start(max_header_bytes=4096, read_timeout_s=1.0, keep_alive_s=1.0)
+    served = start(max_header_bytes=4096, read_timeout_s=1.0)
     for head in (
         b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 5000 + b"\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
