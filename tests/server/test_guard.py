@@ -93,7 +93,7 @@ def test_keys_share_prompts_where_it_is_wanted(start: Callable[..., Running]) ->
 
 
 def test_a_key_has_its_share_and_no_more(locked: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow_down(locked, monkeypatch, 0.02)
+    slow_down(locked, monkeypatch, 0.008)
     long = {"model": "tiny", "prompt": "x", "max_tokens": 480, "ignore_eos": True, "n": 4, "temperature": 1.0}
     clients = [connect(locked) for _ in range(2)]
     for client in clients:
