@@ -92,10 +92,10 @@ def test_the_last_of_an_answer_nobody_reads_ends(start: Callable[..., Running]) 
 
 
 def test_an_answer_that_is_read_slowly_does_not(start: Callable[..., Running]) -> None:
-    served = start(stall_timeout_s=1.5, keep_alive_s=5.0)
+    served = start(stall_timeout_s=3.0, keep_alive_s=5.0)
     with ask_for_megabytes(served, 1 << 18) as client:
         client.settimeout(10)
-        received, until = len(client.recv(32768)), time.monotonic() + 4
+        received, until = len(client.recv(32768)), time.monotonic() + 6
         while time.monotonic() < until:
             received += len(client.recv(32768))
             time.sleep(0.05)
