@@ -14,6 +14,7 @@ from nanoserve import NanoServingEngine
 from nanoserve.compiler.gpu.chip import parse_chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
 from nanoserve.cuda import executor, same_bits
+from nanoserve.cuda.launch import load_kernel
 from nanoserve.cuda.same_bits import OtherBits, check_same_bits, specs
 from nanoserve.models.weights import random_weights
 from nanoserve.native import CudaDevice, CudaKernel
@@ -24,8 +25,7 @@ CHIP = parse_chip("sm_90a")
 def kernel_of(spec: GpuKernelSpec, text: str | None = None) -> CudaKernel:
     made = artifact(spec, CHIP.name)
     image = image_of(made if text is None else replace(made, llvm_ir=text))
-    how = made.launch
-    return CudaKernel(CudaDevice(), image, how.entry, how.block, how.shared_bytes, how.native_tensors)
+    return load_kernel(CudaDevice(), made, image)
 
 
 def test_what_is_compared_is_a_plans() -> None:

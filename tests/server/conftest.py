@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from nanoserve import LLM
 from nanoserve.server.run import Server
@@ -33,6 +34,16 @@ TEMPLATE = """\
 {% endfor -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant
 {% endif -%}"""
+
+
+def numbers(client: httpx.Client) -> dict[str, float]:
+    """What /metrics tells, by names with their labels."""
+    text = client.get("/metrics").text
+    return {
+        sample.name + "".join(f",{key}={value}" for key, value in sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
 
 
 class Running:

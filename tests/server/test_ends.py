@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.server.conftest import Running
+from tests.server.conftest import Running, numbers
 
 from nanoserve import LLM
 from nanoserve.native import CudaDeviceLost
@@ -290,22 +290,11 @@ def test_sigterm_under_load_loses_no_accepted_request(checkpoint: Path) -> None:
         assert answer.text.count('"length"') == 4
 
 
-def _number(client: httpx.Client, *names: str) -> float:
-    """Of the metrics, those together."""
-    found = {
-        name: float(value)
-        for name, _, value in (
-            line.rpartition(" ") for line in client.get("/metrics").text.splitlines() if line[:1] != "#"
-        )
-    }
-    return sum(found[f"nanoserve:{name}"] for name in names)
-
-
 def _num_arrived(client: httpx.Client) -> float:
     """Requests that are there, and that were and got an answer."""
-    return _number(
-        client, "num_requests_running", "num_requests_waiting", "e2e_request_latency_seconds_count"
-    )
+    told = numbers(client)
+    names = ("num_requests_running", "num_requests_waiting", "e2e_request_latency_seconds_count")
+    return sum(told[f"nanoserve:{name}"] for name in names)
 
 
 def test_what_is_not_done_in_time_is_told(checkpoint: Path) -> None:
@@ -378,7 +367,7 @@ def test_a_slow_reader_has_the_drains_time(checkpoint: Path) -> None:
         client.sendall(request_bytes({**body, "stream": True}, "/v1/chat/completions"))
         with httpx.Client(base_url=url, timeout=60) as other:
             wait_for(lambda: _num_arrived(other) == 1)
-            wait_for(lambda: _number(other, "num_requests_running") == 0, 60)
+            wait_for(lambda: numbers(other)["nanoserve:num_requests_running"] == 0, 60)
         process.send_signal(signal.SIGTERM)
         time.sleep(3.5)
         received = b""

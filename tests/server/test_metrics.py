@@ -7,31 +7,21 @@ import logging
 from typing import Any
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
-from tests.server.conftest import Running
+from tests.server.conftest import Running, numbers
 from tests.server.test_ends import wait_for
 
 from nanoserve.server.logs import JsonLines
 from nanoserve.server.metrics import Histogram
 
 
-def numbers(served: Running) -> dict[str, float]:
-    text = served.client.get("/metrics").text
-    return {
-        sample.name + "".join(f",{key}={value}" for key, value in sorted(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
 def test_counts_are_what_happened(served: Running) -> None:
-    before = numbers(served)
+    before = numbers(served.client)
     served.complete(prompt="some words to count", max_tokens=7, temperature=0)
     served.complete(prompt="some words to count", max_tokens=5, n=2, temperature=1.0)
     served.wait_until_idle()
     hits = "nanoserve:prefix_cache_hits_total"  # the engine tells of them behind an answer
-    wait_for(lambda: numbers(served)[hits] > before.get(hits, 0.0))
-    after = numbers(served)
+    wait_for(lambda: numbers(served.client)[hits] > before.get(hits, 0.0))
+    after = numbers(served.client)
 
     def more(name: str) -> float:
         return after[f"nanoserve:{name}"] - before.get(f"nanoserve:{name}", 0.0)

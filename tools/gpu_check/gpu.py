@@ -16,7 +16,7 @@ from tools.gpu_check.places import KERNELS
 from nanoserve.compiler.gpu.artifact import Artifact, ArtifactStore
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
 from nanoserve.cuda.executor import chip_of
-from nanoserve.cuda.launch import Placed, launch
+from nanoserve.cuda.launch import Placed, launch, load_kernel, placed
 from nanoserve.kernels.cuda import library
 from nanoserve.native import (
     CudaDevice,
@@ -63,11 +63,7 @@ class Gpu:
         return library.load_artifacts([spec], self.chip, self.store)[spec]
 
     def load(self, artifact: Artifact) -> CudaKernel:
-        how = artifact.launch
-        return CudaKernel(
-            self.device, self.image(artifact), how.entry, how.block, how.shared_bytes, how.native_tensors,
-            how.starts_early,
-        )  # fmt: skip
+        return load_kernel(self.device, artifact, self.image(artifact))
 
     def kernel(self, spec: GpuKernelSpec) -> CudaKernel:
         if spec not in self._kernels:
@@ -76,9 +72,7 @@ class Gpu:
 
     def memory(self, array: np.ndarray[Any, Any]) -> CudaMemory:
         """A copy on the device."""
-        held = CudaMemory(self.stream, max(array.nbytes, 16))
-        held.upload(array)
-        return held
+        return placed(self.stream, array)
 
     def put(self, spec: GpuKernelSpec, args: Sequence[int | Placed]) -> None:
         """One launch into the stream; args: what lies on the device, addresses and integers."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from tools.gpu_check import choice_cases, row_cases
 from tools.gpu_check.attention_cases import attention_cases
 from tools.gpu_check.case import Case
-from tools.gpu_check.product_cases import GEMMS, product_cases, tma_cases
+from tools.gpu_check.product_cases import GEMMS, product_cases
 
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.kernels.cuda import library
@@ -20,8 +20,7 @@ CASES: dict[str, Callable[[Chip], Iterable[Case]]] = {
     "activation": row_cases.activation,
     "choose": choice_cases.choose,
     "embedding": row_cases.embedding,
-    **{kind: product_cases(kind) for kind in GEMMS},
-    "gemm_tma": tma_cases,
+    **{kind: product_cases(kind) for kind in (*GEMMS, "gemm_tma")},
     "kv_write": row_cases.kv_write,
     "logits": choice_cases.logits,
     "norm": row_cases.norm,

@@ -15,7 +15,7 @@ from tools.gpu_check.case import Case
 from tools.gpu_check.gpu import Gpu
 from tools.gpu_check.kernel_cases import CASES, is_risky, kinds
 from tools.gpu_check.places import EXPECTED
-from tools.gpu_check.product_cases import gemm_cases, tma_problems
+from tools.gpu_check.product_cases import gemm_cases, tma_cases
 from tools.gpu_check.record import Record
 
 from gpu.attention_problem import numbers
@@ -44,16 +44,7 @@ def run(gpu: Gpu, record: Record) -> None:
             with record.attempt(name):
                 compare(gpu, record)
     _kinds(gpu, record, [kind for kind in kinds() if is_risky(kind)])
-    for title, problem, spec, usual, is_wide in tma_problems(gpu.chip):
-        name = f"{title}: gemm_mma's bits"
-        if not (gpu.tiny and is_wide) and record.has_time(name, 1):
-            with record.attempt(name):
-                m = _TINY_ROWS[-1] if gpu.tiny else min(ROWS[-1], problem.m)
-                found, wanted = (
-                    problem.run(one, m=m, launch=gpu.launch) for one in (spec, usual.spec_for(m))
-                )
-                differ = int((found != wanted).sum())
-                record.check(name, found.tobytes() == wanted.tobytes(), f"{differ} of {found.size} differ")
+    _tensor_cores(gpu, record)
 
 
 def _kinds(gpu: Gpu, record: Record, chosen: list[str]) -> None:
@@ -117,5 +108,15 @@ def _cpu_products(gpu: Gpu, record: Record) -> None:
         for case in gemm_cases("gemm_f32", gpu.chip):
             m = 65 if gpu.tiny else 300
             found, wanted = case.outputs(gpu.launch, m)[0], prepared[case.name][:m]
-            differ = int((found.view(np.uint32) != wanted.view(np.uint32)).sum())
-            record.check(f"{case.name}: the CPU's bits", differ == 0, f"{differ} of {found.size} differ")
+            record.check_bits(f"{case.name}: the CPU's bits", found, wanted)
+
+
+def _tensor_cores(gpu: Gpu, record: Record) -> None:
+    for is_wide in (False,) if gpu.tiny else (False, True):
+        for many, usual in tma_cases(gpu.chip, is_wide=is_wide):
+            name = f"{many.name}: gemm_mma's bits"
+            if record.has_time(name, 1):
+                with record.attempt(name):
+                    m = min((_TINY_ROWS if gpu.tiny else ROWS)[-1], many.problem.m)
+                    found, wanted = (one.outputs(gpu.launch, m)[0] for one in (many, usual))
+                    record.check_bits(name, found, wanted)

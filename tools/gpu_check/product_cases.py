@@ -10,7 +10,6 @@ from tools.gpu_check.case import MOST_ROWS, WIDE_ROWS, Array, Case, Launch, wide
 
 from gpu.matrix_problem import MatrixProblem
 from nanoserve.compiler.gpu.chip import Chip
-from nanoserve.compiler.gpu.spec import GpuKernelSpec
 from nanoserve.kernels.cuda.gemm import GemmPlan, gemm_plan
 
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -76,42 +75,36 @@ def _of_any_rows(cases: list[GemmCase]) -> list[GemmCase]:
     ]
 
 
-def tma_problems(chip: Chip) -> Iterable[tuple[str, MatrixProblem, GpuKernelSpec, GemmPlan, bool]]:
-    """Of the kernels for many rows of Hopper's plans: a name, a problem, the kernel, mma's plan, whether it is wide."""
-    if not chip.wgmma:
-        return
-    problems = [(name, options, False) for name, options in _OPTIONS.items()]
-    problems += [(name, options, True) for name, options in _WIDE_OPTIONS.items()]
-    for name, options, is_wide in problems:
-        p = _problem("bf16", "bf16", name, options, is_wide)
-        for most, spec in _plan(p, chip, wgmma=True).steps:
+def tma_cases(chip: Chip, *, is_wide: bool = False) -> list[tuple[GemmCase, GemmCase]]:
+    """The kernels for many rows of Hopper's plans, for every number of rows, each beside gemm_mma's case of the problem."""
+    made = []
+    for usual in gemm_cases("gemm_mma", chip, is_wide=is_wide) if chip.wgmma else []:
+        for most, spec in _plan(usual.problem, chip, wgmma=True).steps:
             if spec.kind == "gemm_tma":
-                title = f"gemm_tma, {name}" if most is None else f"gemm_tma, {name}, of few tiles"
-                yield title, p, spec, _plan(p, chip), is_wide
+                name = f"gemm_tma, {usual.name.partition(', ')[2]}" + (
+                    "" if most is None else ", of few tiles"
+                )
+                made.append((GemmCase(name, usual.problem, GemmPlan(((None, spec),))), usual))
+    return made
 
 
-def tma_cases(chip: Chip) -> Iterable[Case]:
-    """For every number of rows, though plans have it for many."""
-    for title, p, spec, usual, is_wide in tma_problems(chip):
-
-        def run(launch: Launch, m: int, p: MatrixProblem = p, spec: GpuKernelSpec = spec) -> list[Array]:
-            return [wide(p.run(spec, m=m, launch=launch))]
-
-        tolerance = 1e-2 if p.y_type == "bf16" else 2e-5
-        yield Case(
-            title, (spec, *usual.specs), run, lambda m, p=p: [p.expected()[:m]], tolerance, wide=is_wide
-        )
+def _as_case(one: GemmCase, is_wide: bool) -> Case:
+    tolerance = 1e-2 if one.problem.y_type == "bf16" else 2e-5
+    return Case(
+        one.name, one.plan.specs, one.outputs, lambda m: [one.problem.expected()[:m]], tolerance, wide=is_wide
+    )
 
 
 def product_cases(kind: str) -> Callable[[Chip], Iterable[Case]]:
+    """Of one of GEMMS, or of gemm_tma."""
+
     def cases(chip: Chip) -> Iterable[Case]:
         for is_wide in (False, True):
-            found = gemm_cases(kind, chip, is_wide=is_wide)
-            for one in [*found, *_of_any_rows(found)]:
-                tolerance = 1e-2 if one.problem.y_type == "bf16" else 2e-5
-                yield Case(
-                    one.name, one.plan.specs, one.outputs, lambda m, one=one: [one.problem.expected()[:m]], tolerance,
-                    wide=is_wide,
-                )  # fmt: skip
+            if kind == "gemm_tma":
+                found = [many for many, _ in tma_cases(chip, is_wide=is_wide)]
+            else:
+                found = gemm_cases(kind, chip, is_wide=is_wide)
+                found += _of_any_rows(found)
+            yield from (_as_case(one, is_wide) for one in found)
 
     return cases

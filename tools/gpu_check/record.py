@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _SAVE_EVERY = 0.5  # seconds
 
 
@@ -39,6 +41,11 @@ class Record:
             print(f"FAILED {name}: {detail}", flush=True)
         self._grown(now=not passed)
         return bool(passed)
+
+    def check_bits(self, name: str, found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> bool:
+        """Of float32 numbers."""
+        differ = int((found.view(np.uint32) != wanted.view(np.uint32)).sum())
+        return self.check(name, differ == 0, f"{differ} of {found.size} differ")
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:

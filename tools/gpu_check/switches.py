@@ -55,8 +55,7 @@ def run(gpu: Gpu, record: Record) -> None:
                 elif default is None:
                     record.skip(f"{way}: the default's logits", "there are none")
                 elif way in ours:
-                    differ = int((logits.view(np.uint32) != default.view(np.uint32)).sum())
-                    record.check(f"{way}: the default's logits, to the bit", differ == 0, f"{differ} of {logits.size} differ")  # fmt: skip
+                    record.check_bits(f"{way}: the default's logits, to the bit", logits, default)
                 else:
                     check_near(record, f"{way}: the default's logits, nearly", logits, default)
                 batches = (1,) if gpu.tiny else BATCHES

@@ -22,6 +22,7 @@ from nanoserve.compiler.gpu.chip import CHIPS, Chip
 from nanoserve.cuda.cublas import cublas_paths
 from nanoserve.cuda.device_weights import DeviceWeights
 from nanoserve.cuda.gemm_choice import choose_gemms
+from nanoserve.cuda.launch import load_kernel
 from nanoserve.cuda.op_binder import CudaOpBinder
 from nanoserve.cuda.same_bits import check_same_bits
 from nanoserve.cuda.same_bits import specs as compared_specs
@@ -194,16 +195,7 @@ class CudaExecutor:
 
     def _loaded(self, artifact: Artifact) -> CudaKernel:
         if id(artifact) not in self._kernels:
-            launch = artifact.launch
-            self._kernels[id(artifact)] = CudaKernel(
-                self.device,
-                self._image(artifact),
-                launch.entry,
-                launch.block,
-                launch.shared_bytes,
-                launch.native_tensors,
-                launch.starts_early,
-            )
+            self._kernels[id(artifact)] = load_kernel(self.device, artifact, self._image(artifact))
         return self._kernels[id(artifact)]
 
     def _position_offsets(self, batch: Batch) -> NDArray[np.int32] | None:

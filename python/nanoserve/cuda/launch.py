@@ -1,12 +1,17 @@
-"""One launch by itself, outside a plan: to check a device, and to measure it."""
+"""Kernels brought to a device, and launches by themselves, outside a plan: to check a device, and to measure it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+from numpy.typing import NDArray
+
+from nanoserve.compiler.gpu.artifact import Artifact
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
-from nanoserve.native import CudaKernel, CudaStream, cuda_launch
+from nanoserve.native import CudaDevice, CudaKernel, CudaMemory, CudaStream, cuda_launch
+
+_LEAST_BYTES = 16  # of memory that is asked for
 
 
 class Placed(Protocol):
@@ -16,6 +21,21 @@ class Placed(Protocol):
     def address(self) -> int: ...
     @property
     def num_bytes(self) -> int: ...
+
+
+def load_kernel(device: CudaDevice, artifact: Artifact, image: bytes) -> CudaKernel:
+    """image: what of the artifact the driver loads."""
+    how = artifact.launch
+    return CudaKernel(
+        device, image, how.entry, how.block, how.shared_bytes, how.native_tensors, how.starts_early
+    )
+
+
+def placed(stream: CudaStream, array: NDArray[Any]) -> CudaMemory:
+    """A copy of it on the stream's device."""
+    held = CudaMemory(stream, max(array.nbytes, _LEAST_BYTES))
+    held.upload(array)
+    return held
 
 
 def launch(

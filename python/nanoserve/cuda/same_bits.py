@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from nanoserve.compiler.gpu.chip import Chip
 from nanoserve.compiler.gpu.spec import GpuKernelSpec
-from nanoserve.cuda.launch import launch
+from nanoserve.cuda.launch import launch, placed
 from nanoserve.kernels.cuda.gemm import gemm_plan
-from nanoserve.native import CudaDevice, CudaKernel, CudaMemory, CudaStream
+from nanoserve.kernels.panels import to_bfloat16
+from nanoserve.native import CudaDevice, CudaKernel, CudaStream
 
 _ROWS, _OUTPUTS, _K = 128, 256, 1024  # cut in four, 16 instructions a part
 _POWERS = 6  # numbers are up to 2^6 times larger or smaller than usual ones
@@ -45,11 +46,11 @@ def check_same_bits(device: CudaDevice, chip: Chip, kernel_of: Callable[[GpuKern
     stream, random = CudaStream(device), np.random.default_rng(0)
     x, w = (_numbers(random, rows) for rows in (_ROWS, _OUTPUTS))
     w[_ONES], x[_CANCELLING, 1::2] = _ONE, x[_CANCELLING, ::2] ^ _SIGN
-    x_there, w_there = _placed(stream, x), _placed(stream, w)
+    x_there, w_there = placed(stream, x), placed(stream, w)
     usual: NDArray[np.uint32] | None = None
     for spec in specs(chip):
         found = np.full((_ROWS, _OUTPUTS), np.nan, np.float32)
-        y = _placed(stream, found)
+        y = placed(stream, found)
         launch(stream, kernel_of(spec), spec, [x_there, w_there, y, _ROWS])
         y.download(found)
         bits = found.view(np.uint32)
@@ -66,14 +67,8 @@ def check_same_bits(device: CudaDevice, chip: Chip, kernel_of: Callable[[GpuKern
 def _numbers(random: np.random.Generator, rows: int) -> NDArray[np.uint16]:
     """Of bfloat16: normal ones times powers of two; a row of zeros, one of both kinds of zeros, one of subnormals."""
     values = random.standard_normal((rows, _K)) * 2.0 ** random.integers(-_POWERS, _POWERS + 1, (rows, _K))
-    bits = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    bits = to_bfloat16(values)
     bits[0] = 0
     bits[1] = random.integers(2, size=_K, dtype=np.uint16) * _SIGN
     bits[2] &= _SIGN | 0x7F
     return bits
-
-
-def _placed(stream: CudaStream, array: NDArray[np.generic]) -> CudaMemory:
-    held = CudaMemory(stream, array.nbytes)
-    held.upload(array)
-    return held

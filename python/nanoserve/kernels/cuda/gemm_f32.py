@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nanoserve.compiler.gpu.chip import Chip
-from nanoserve.compiler.gpu.spec import SCALAR, UNBOUNDED, Extent, GpuKernelSpec, pointer
+from nanoserve.compiler.gpu.spec import UNBOUNDED, Extent, GpuKernelSpec, pointer
 from nanoserve.kernels.cuda.epilogue import Epilogue
+from nanoserve.kernels.cuda.gemm_arguments import check_product, product_arguments
 from nanoserve.kernels.cuda.gemm_tile import TILE_K, Tile, pipeline, prefetch_weight, weight_row
-from nanoserve.kernels.cuda.layout import ELEMENT_BYTES, check_stride, weight_stride
+from nanoserve.kernels.cuda.layout import ELEMENT_BYTES, weight_stride
 
 if TYPE_CHECKING:
     from nanoserve.compiler.builder import Value
@@ -59,25 +60,15 @@ def gemm_f32_spec(
     y: str = "f32",
 ) -> GpuKernelSpec:
     """Args: x[.][ldx], w[n_out][weight_stride] of dtype, (bias[n_out]), y[.][ldy] of type y, m rows."""
-    if n_in < 1 or n_out < 1:
-        raise ValueError(f"gemm_f32: n_in={n_in} and n_out={n_out} must be positive")
-    check_stride("gemm_f32", n_in, ldx=ldx)
-    check_stride("gemm_f32", n_out, ldy=ldy)
+    check_product("gemm_f32", n_in, n_out, ldx, ldy, y)
     if dtype not in ELEMENT_BYTES:
         raise ValueError(f"gemm_f32: dtype {dtype!r} must be one of {', '.join(ELEMENT_BYTES)}")
-    if y not in ("f32", "bf16"):
-        raise ValueError(f"gemm_f32: y {y!r} must be f32 or bf16")
     if epilogue.gated and shape.c % 2:
         raise ValueError(f"gemm_f32: c={shape.c} must be even where gated")
-    parts = 1 + epilogue.gated
-    arguments = {
-        "x": pointer(UNBOUNDED, ldx),
-        "w": pointer(UNBOUNDED, weight_stride(n_in, dtype), element=dtype),
-    }
-    if epilogue.bias:
-        arguments["bias"] = pointer(parts * n_out)
-    arguments |= {"y": pointer(UNBOUNDED, ldy, element=y), "m": SCALAR}
-    grid = (Extent("m", shape.rows), Extent(times=-(-n_out * parts // shape.columns)))
+    outputs = (1 + epilogue.gated) * n_out
+    w = pointer(UNBOUNDED, weight_stride(n_in, dtype), element=dtype)
+    arguments = product_arguments(pointer(UNBOUNDED, ldx), w, outputs, ldy, epilogue, y)
+    grid = (Extent("m", shape.rows), Extent(times=-(-outputs // shape.columns)))
     size = sum(tile.bytes for tile in _tiles(shape, n_in, dtype))
     return GpuKernelSpec.make(
         "gemm_f32", arguments, grid, shape.ty * shape.tx, size, k=n_in, n=n_out, dtype=dtype, ty=shape.ty, tx=shape.tx,

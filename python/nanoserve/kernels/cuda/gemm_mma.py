@@ -18,10 +18,11 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from nanoserve.compiler.gpu.chip import WARP, Chip
-from nanoserve.compiler.gpu.spec import SCALAR, UNBOUNDED, Extent, GpuKernelSpec, pointer
+from nanoserve.compiler.gpu.spec import UNBOUNDED, Extent, GpuKernelSpec, pointer
 from nanoserve.kernels.cuda.epilogue import Epilogue
+from nanoserve.kernels.cuda.gemm_arguments import check_product, product_arguments
 from nanoserve.kernels.cuda.gemm_tile import TILE_K, Tile, pipeline, prefetch_weight, total, weight_row
-from nanoserve.kernels.cuda.layout import ELEMENT_BYTES, check_stride, weight_stride
+from nanoserve.kernels.cuda.layout import ELEMENT_BYTES, weight_stride
 
 if TYPE_CHECKING:
     from nanoserve.compiler.builder import Value
@@ -76,27 +77,15 @@ def gemm_mma_spec(
 
     cuts: parts of k, part of every output's bits.
     """
-    if n_in < 1 or n_out < 1:
-        raise ValueError(f"gemm_mma: n_in={n_in} and n_out={n_out} must be positive")
-    check_stride("gemm_mma", n_in, ldx=ldx)
-    check_stride("gemm_mma", n_out, ldy=ldy)
-    if y not in ("f32", "bf16"):
-        raise ValueError(f"gemm_mma: y {y!r} must be f32 or bf16")
+    check_product("gemm_mma", n_in, n_out, ldx, ldy, y, cuts)
     if (shape.j != 1 and shape.j % 2) or (epilogue.gated and shape.j % 2):
         raise ValueError(f"gemm_mma: j={shape.j} must be even, or 1 where not gated")
-    if not 1 <= cuts <= -(-n_in // _K_TILE):
-        raise ValueError(f"gemm_mma: cuts={cuts} must be in [1, {-(-n_in // _K_TILE)}], a tile each")
     if shape.groups not in (1, cuts):
         raise ValueError(f"gemm_mma: groups={shape.groups} must be 1, or cuts={cuts}")
-    parts = 1 + epilogue.gated
-    arguments = {
-        "x": pointer(UNBOUNDED, ldx, element="bf16"),
-        "w": pointer(UNBOUNDED, weight_stride(n_in, "bf16"), element="bf16"),
-    }
-    if epilogue.bias:
-        arguments["bias"] = pointer(parts * n_out)
-    arguments |= {"y": pointer(UNBOUNDED, ldy, element=y), "m": SCALAR}
-    grid = (Extent("m", shape.rows), Extent(times=-(-n_out * parts // shape.columns)))
+    outputs = (1 + epilogue.gated) * n_out
+    x, w = (pointer(UNBOUNDED, stride, element="bf16") for stride in (ldx, weight_stride(n_in, "bf16")))
+    arguments = product_arguments(x, w, outputs, ldy, epilogue, y)
+    grid = (Extent("m", shape.rows), Extent(times=-(-outputs // shape.columns)))
     size = sum(tile.bytes for tile in _tiles(shape, n_in)) + _sums_bytes(shape)
     return GpuKernelSpec.make(
         "gemm_mma", arguments, grid, shape.groups * shape.threads, size, k=n_in, n=n_out, wm=shape.wm, wn=shape.wn,

@@ -21,18 +21,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nanoserve.compiler.gpu.chip import WARP, Chip
-from nanoserve.compiler.gpu.spec import (
-    SCALAR,
-    UNBOUNDED,
-    Argument,
-    Extent,
-    GpuKernelSpec,
-    TensorForm,
-    pointer,
-)
+from nanoserve.compiler.gpu.spec import Extent, GpuKernelSpec, TensorForm
 from nanoserve.kernels.cuda.epilogue import Epilogue
+from nanoserve.kernels.cuda.gemm_arguments import check_product, product_arguments
 from nanoserve.kernels.cuda.gemm_tile import cut
-from nanoserve.kernels.cuda.layout import check_stride, weight_stride
+from nanoserve.kernels.cuda.layout import weight_stride
 from nanoserve.kernels.cuda.wgmma_tile import ALIGNMENT, GATES, GROUP, K_TILE, Shape, multiplier, store_sums
 
 if TYPE_CHECKING:
@@ -48,39 +41,24 @@ def gemm_tma_spec(
     n_in: int, n_out: int, ldx: int, ldy: int, shape: Shape, epilogue: Epilogue, *, y: str = "f32", cuts: int = 1
 ) -> GpuKernelSpec:  # fmt: skip
     """Args, and `cuts`, as gemm_mma's, x and w by tensor maps."""
-    _check(n_in, n_out, ldx, ldy, shape, y, cuts)
+    check_product("gemm_tma", n_in, n_out, ldx, ldy, y, cuts)
+    if shape.rows > 256:
+        raise ValueError(f"gemm_tma: groups={shape.groups} must be at most 4, a box has 256 rows")
+    if shape.columns % 8 or not 8 <= shape.columns <= 256:
+        raise ValueError(f"gemm_tma: columns={shape.columns} must be a multiple of 8 in [8, 256]")
     outputs = (1 + epilogue.gated) * n_out
     stride = weight_stride(n_in, "bf16")
     w = TensorForm("bf16", (n_in,), (stride,), (K_TILE, shape.rows), _SWIZZLE)
     if epilogue.gated:  # [gates or others][output][k]
         w = TensorForm("bf16", (n_in, n_out), (stride, n_out * stride), (K_TILE, GATES, 2), _SWIZZLE)
     x = TensorForm("bf16", (n_in,), (ldx,), (K_TILE, shape.columns), _SWIZZLE)
-    arguments: dict[str, Argument] = {"x": x, "w": w}
-    if epilogue.bias:
-        arguments["bias"] = pointer(outputs)
-    arguments |= {"y": pointer(UNBOUNDED, ldy, element=y), "m": SCALAR}
+    arguments = product_arguments(x, w, outputs, ldy, epilogue, y)
     grid = (Extent("m", shape.columns), Extent(times=-(-outputs // shape.rows)))
     size = sum(tile.bytes for tile in shape.tiles(n_in)) + 2 * shape.stages * _BARRIER_BYTES
     return GpuKernelSpec.make(
         "gemm_tma", arguments, grid, shape.groups * GROUP + WARP, size, k=n_in, n=n_out, groups=shape.groups,
         columns=shape.columns, stages=shape.stages, cuts=cuts, **epilogue.params,
     )  # fmt: skip
-
-
-def _check(n_in: int, n_out: int, ldx: int, ldy: int, shape: Shape, y: str, cuts: int) -> None:
-    """Raises ValueError for what does not fit."""
-    if n_in < 1 or n_out < 1:
-        raise ValueError(f"gemm_tma: n_in={n_in} and n_out={n_out} must be positive")
-    check_stride("gemm_tma", n_in, ldx=ldx)
-    check_stride("gemm_tma", n_out, ldy=ldy)
-    if y not in ("f32", "bf16"):
-        raise ValueError(f"gemm_tma: y {y!r} must be f32 or bf16")
-    if not 1 <= cuts <= -(-n_in // K_TILE):
-        raise ValueError(f"gemm_tma: cuts={cuts} must be in [1, {-(-n_in // K_TILE)}], a tile each")
-    if shape.rows > 256:
-        raise ValueError(f"gemm_tma: groups={shape.groups} must be at most 4, a box has 256 rows")
-    if shape.columns % 8 or not 8 <= shape.columns <= 256:
-        raise ValueError(f"gemm_tma: columns={shape.columns} must be a multiple of 8 in [8, 256]")
 
 
 def build(
